@@ -1,0 +1,46 @@
+"""Adapter: one variant of the base, lowered to primitives, in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from deltaserve.kernels.primitives import Prefix, Primitive, nbytes, tensors
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """Immutable once made; the digest names its content.
+
+    digest: sha256 (hex) over the config and every tensor's name, dtype, shape and bytes as they
+    are in the files, so two copies of the same files are the same adapter, under any name.
+    format: what it was read as, e.g. ``peft-lora``. modules: module path of the base -> its
+    primitives. prefix: virtual tokens before the prompt. source_bytes: size of the tensor files.
+    notes: facts an operator should see (e.g. "PiSSA converted to rank 32").
+    """
+
+    digest: str
+    format: str
+    modules: Mapping[str, tuple[Primitive, ...]]
+    prefix: Prefix | None = None
+    source_bytes: int = 0
+    base_fingerprint: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def primitives(self) -> tuple[str, ...]:
+        """Names of the primitives it is made of, sorted, e.g. ``("LowRank", "Scale")``."""
+        names = {type(p).__name__ for group in self.modules.values() for p in group}
+        if self.prefix is not None:
+            names.add(type(self.prefix).__name__)
+        return tuple(sorted(names))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as lowered; storage that several modules share is counted once."""
+        seen: dict[tuple[int, int], int] = {}
+        groups = list(self.modules.values())
+        for primitive in [p for group in groups for p in group]:
+            for t in tensors(primitive):
+                seen[(t.data_ptr(), t.numel() * t.element_size())] = t.numel() * t.element_size()
+        return sum(seen.values()) + (nbytes(self.prefix) if self.prefix is not None else 0)

@@ -1,0 +1,169 @@
+"""The nouns that every part of the engine shares: requests in, outputs out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from deltaserve.server.errors import RequestError
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # a stop string, a stop token or the end-of-sequence token
+    LENGTH = "length"  # max_tokens, or the model's length limit
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen. Checked by `validate.check`.
+
+    temperature 0 is greedy. top_k 0 and top_p 1 are off, as is min_p 0. logit_bias is added to
+    the logits before anything else. logprobs: None for none, k for the chosen token's and the k
+    best; they are of the raw model distribution, before penalties, temperature and truncation.
+    seed: None draws one; a request with a seed gets the same tokens whatever else is in the batch.
+    score_from: index of a prompt token; the log-probabilities of the prompt tokens from there on
+    are returned (the RPC `Score`). n > 1 is made of n requests by the caller.
+    """
+
+    max_tokens: int = 64
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    score_from: int | None = None
+    skip_special_tokens: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """An adapter as the client named it: a name, or ``name@digest-prefix``."""
+
+    name: str
+    strength: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to continue. deadline: `time.monotonic()` seconds, None for none. priority:
+    higher goes first. salt: requests with different salts share no prefix cache."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    adapters: tuple[AdapterRef, ...] = ()
+    priority: int = 0
+    deadline: float | None = None
+    salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of one token, and of the best ones at its position ((token id, logprob))."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ServedAdapter:
+    """One adapter that answered, with its full digest."""
+
+    name: str
+    digest: str
+    strength: float
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int  # virtual tokens of a prefix not counted
+    completion_tokens: int
+    cached_tokens: int  # prompt tokens whose keys and values came from the prefix cache
+    prefix_tokens: int = 0  # virtual tokens of a prompt- or prefix-tuned adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds."""
+
+    queue: float  # from submission to the first scheduled token, the adapter's load included
+    adapter_load: float
+    time_to_first_token: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one step adds to one request. The last one has `finish_reason`, `usage` and `timings`;
+    a failed request's last one has `error` as well. `served_by` comes with the first one."""
+
+    request_id: str
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    served_by: tuple[ServedAdapter, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str = ""  # the stop string or token that ended it
+    usage: Usage | None = None
+    timings: Timings | None = None
+    error: RequestError | None = None
+
+
+class Outbox(Protocol):
+    """Where outputs go. Called on the engine thread, once per step with everything that is new:
+    it must not block (hand over to a queue or an event loop)."""
+
+    def deliver(self, outputs: list[Output]) -> None: ...
+
+
+class AdapterState(StrEnum):
+    REGISTERED = "registered"  # known, not in memory
+    LOADING = "loading"
+    READY = "ready"
+    UNLOADING = "unloading"
+    FAILED = "failed"
+
+
+class Tier(StrEnum):
+    NONE = "none"
+    DISK = "disk"
+    HOST = "host"
+    DEVICE = "device"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """One registered adapter as seen from outside. bytes are 0 while it is not resident; times are
+    `time.time()` seconds, 0 for never."""
+
+    name: str
+    digest: str
+    uri: str
+    state: AdapterState
+    tier: Tier
+    format: str
+    primitives: tuple[str, ...]
+    resident_bytes: int
+    source_bytes: int
+    pinned: bool
+    in_flight: int
+    loads: int
+    last_used: float
+    loaded_at: float
+    load_seconds: float
+    error: str = ""
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,60 @@
+"""What can be wrong with a request to the server. rpc/status.py gives each a gRPC code.
+
+* RequestError
+  x InvalidRequest           a field of the request is wrong            (field, value, what is right)
+  x AdapterUnknown           no adapter of that name or digest is registered
+  x AdapterConflict          the name is taken by other content, or the adapter is being unloaded
+  x AdapterUnavailable       its load failed; the message says why
+  x Overloaded               the queue or a budget is full; try again later
+  x Cancelled                the client went away
+  x DeadlineExceeded         the request's deadline passed
+  x ShuttingDown             the server drains
+  x EngineFailure            a bug or an exhausted machine; the details are in the log
+"""
+
+from __future__ import annotations
+
+
+class RequestError(Exception):
+    """Base of the tree. `field` is the request's field at fault, if there is one."""
+
+    def __init__(self, message: str, *, field: str = "", retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+        self.retry_after = retry_after
+
+
+class InvalidRequest(RequestError):
+    """A field of the request is wrong."""
+
+
+class AdapterUnknown(RequestError):
+    """No adapter of that name or digest is registered."""
+
+
+class AdapterConflict(RequestError):
+    """The name is taken by other content, or the adapter is being unloaded."""
+
+
+class AdapterUnavailable(RequestError):
+    """Its load failed; the message says why."""
+
+
+class Overloaded(RequestError):
+    """The queue or a budget is full; `retry_after` is in seconds."""
+
+
+class Cancelled(RequestError):
+    """The client went away."""
+
+
+class DeadlineExceeded(RequestError):
+    """The request's deadline passed."""
+
+
+class ShuttingDown(RequestError):
+    """The server drains and takes no new work."""
+
+
+class EngineFailure(RequestError):
+    """A bug or an exhausted machine."""
