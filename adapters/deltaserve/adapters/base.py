@@ -48,7 +48,8 @@ class BaseSpec:
     """The base model as served.
 
     modules: by the module path of the transformers model (``model.layers.0.self_attn.q_proj``).
-    tied: module that shares its weight -> module that owns it (``lm_head`` -> ``model.embed_tokens``).
+    tied: module that shares its weight -> module that owns it, e.g. ``lm_head`` ->
+    ``model.embed_tokens``.
     tensor_digests: checkpoint tensor name -> hex digest of its bytes in the checkpoint (see
     `fingerprint`), before any cast or quantization; fingerprint: one digest over them all.
     held_fingerprint: digest of what is held in memory (dtype and quantization included).

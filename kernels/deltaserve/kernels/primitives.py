@@ -1,4 +1,4 @@
-"""The delta primitives: what every adapter format is lowered to, and all that the system knows of it.
+"""The delta primitives: what every adapter format is lowered to, and all the system knows of it.
 
 For one linear module with base weight ``W [out, in]`` and bias ``b``, one token ``x [in]`` and an
 adapter of strength ``w`` (1 unless the request says otherwise) the served output is

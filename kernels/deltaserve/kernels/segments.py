@@ -1,4 +1,4 @@
-"""Segments: which tokens of a step belong to which adapters. Built once per step, read by every layer."""
+"""Segments: which tokens of a step belong to which adapters. Built once, read by every layer."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What can be wrong with a request to the server. rpc/status.py gives each a gRPC code.
 
 * RequestError
-  x InvalidRequest           a field of the request is wrong            (field, value, what is right)
+  x InvalidRequest           a field of the request is wrong
   x AdapterUnknown           no adapter of that name or digest is registered
   x AdapterConflict          the name is taken by other content, or the adapter is being unloaded
   x AdapterUnavailable       its load failed; the message says why
