@@ -3,7 +3,7 @@
 * AdapterError
   x AdapterNotFound          no such file or folder
   x SourceForbidden          the path leaves the allowed roots, or is not a plain file or folder
-  x MalformedAdapter         the files are damaged or not what their names say (header, JSON, pickle)
+  x MalformedAdapter         the files are damaged or not what they say (header, JSON, pickle)
   x UnsupportedAdapter       well-formed, but a format, config field or tensor that is not served
   x InvalidAdapter           well-formed and known, but wrong in itself (shapes, ranks, NaN)
   x BaseMismatch             made for another base model
