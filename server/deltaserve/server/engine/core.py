@@ -136,6 +136,7 @@ class AdapterState(StrEnum):
     READY = "ready"
     UNLOADING = "unloading"
     FAILED = "failed"
+    UNLOADED = "unloaded"  # gone; the last state that a subscriber is told
 
 
 class Tier(StrEnum):

@@ -1,0 +1,75 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class GetServerInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetServerInfoResponse(_message.Message):
+    __slots__ = ("version", "base", "device", "adapter_formats", "memory", "load")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FORMATS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    base: BaseModel
+    device: str
+    adapter_formats: _containers.RepeatedScalarFieldContainer[str]
+    memory: MemoryPlan
+    load: Load
+    def __init__(self, version: _Optional[str] = ..., base: _Optional[_Union[BaseModel, _Mapping]] = ..., device: _Optional[str] = ..., adapter_formats: _Optional[_Iterable[str]] = ..., memory: _Optional[_Union[MemoryPlan, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+
+class BaseModel(_message.Message):
+    __slots__ = ("name", "architecture", "fingerprint", "held_fingerprint", "quantization", "dtype", "max_length", "vocab_size", "chat")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    HELD_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    CHAT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    architecture: str
+    fingerprint: str
+    held_fingerprint: str
+    quantization: str
+    dtype: str
+    max_length: int
+    vocab_size: int
+    chat: bool
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., fingerprint: _Optional[str] = ..., held_fingerprint: _Optional[str] = ..., quantization: _Optional[str] = ..., dtype: _Optional[str] = ..., max_length: _Optional[int] = ..., vocab_size: _Optional[int] = ..., chat: _Optional[bool] = ...) -> None: ...
+
+class MemoryPlan(_message.Message):
+    __slots__ = ("weights_bytes", "kv_cache_bytes", "adapter_budget_bytes")
+    WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    weights_bytes: int
+    kv_cache_bytes: int
+    adapter_budget_bytes: int
+    def __init__(self, weights_bytes: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., adapter_budget_bytes: _Optional[int] = ...) -> None: ...
+
+class Load(_message.Message):
+    __slots__ = ("running_requests", "waiting_requests", "kv_blocks_total", "kv_blocks_used", "kv_block_size", "adapter_bytes")
+    RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_USED_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    running_requests: int
+    waiting_requests: int
+    kv_blocks_total: int
+    kv_blocks_used: int
+    kv_block_size: int
+    adapter_bytes: int
+    def __init__(self, running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_block_size: _Optional[int] = ..., adapter_bytes: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,57 @@
+"""What the engine tells of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The engine at one moment.
+
+    running, waiting: requests. running_adapters, waiting_adapters: names, sorted, without
+    repetition. prefix_hits, prefix_queries: prompt tokens found and looked up in the prefix cache.
+    Counters (prefix_*, preemptions, steps, adapter_loads, adapter_evictions) run since the start.
+    adapter_bytes_device is 0 where the device computes in host memory.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_total: int = 0
+    kv_blocks_used: int = 0
+    kv_block_size: int = 0
+    adapter_bytes_host: int = 0
+    adapter_bytes_device: int = 0
+    adapter_bytes_budget: int = 0
+    running_adapters: tuple[str, ...] = ()
+    waiting_adapters: tuple[str, ...] = ()
+    prefix_hits: int = 0
+    prefix_queries: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    adapter_loads: int = 0
+    adapter_evictions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What is served; the same for the engine's whole life.
+
+    base: the model's name. fingerprint, held_fingerprint: as in `BaseSpec`. quantization: ``none``,
+    or e.g. ``int4-g64``. max_length: tokens that fit, prompt and answer together. formats: adapter
+    formats that can be loaded. The sizes are bytes.
+    """
+
+    base: str
+    architecture: str
+    fingerprint: str
+    held_fingerprint: str
+    quantization: str
+    dtype: str
+    device: str
+    max_length: int
+    vocab_size: int
+    formats: tuple[str, ...] = ()
+    weights_bytes: int = 0
+    kv_cache_bytes: int = 0
+    adapter_budget_bytes: int = 0
