@@ -1,0 +1,1 @@
+"""Adapter files: where they come from, reading, checking and lowering them to primitives."""

@@ -1,0 +1,1 @@
+"""One file per adapter format: detecting it, and lowering it to primitives."""

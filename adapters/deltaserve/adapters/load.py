@@ -1,0 +1,55 @@
+"""From a path to an Adapter: open, detect, lower, check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from deltaserve.adapters.adapter import Adapter
+from deltaserve.adapters.base import BaseSpec
+from deltaserve.adapters.checkpoint import Checkpoint
+from deltaserve.adapters.formats.detect import detect
+from deltaserve.adapters.lowering import Lowering
+from deltaserve.adapters.shape_check import check_modules, check_prefix
+
+
+def load(path: str | Path, base: BaseSpec, *, allow_base_mismatch: bool = False) -> Adapter:
+    """Read the adapter at ``path`` and lower it for ``base``; the files are closed afterwards.
+
+    allow_base_mismatch: an adapter made for another base of the same shapes is loaded all the
+    same, with a note. Raises `AdapterError` and its kin, never anything else for what a file
+    holds. Slow (disk, hashing): not for the engine thread.
+    """
+    with Checkpoint.open(path) as checkpoint:
+        form, config = detect(checkpoint)
+        work = Lowering(checkpoint, config, base, allow_base_mismatch)
+        form.lower(work)
+        modules = {name: tuple(group) for name, group in work.modules.items() if group}
+        check_modules(modules, base)
+        if work.prefix is not None:
+            check_prefix(work.prefix, base)
+        return Adapter(
+            digest=checkpoint.digest(config),
+            format=form.name,
+            modules=modules,
+            prefix=work.prefix,
+            source_bytes=checkpoint.nbytes,
+            base_fingerprint=work.base_fingerprint,
+            notes=tuple(work.notes),
+        )
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """What the adapter at ``path`` says of itself, without a base: format, config, tensors (name
+    -> dtype and shape) and bytes."""
+    with Checkpoint.open(path) as checkpoint:
+        form, config = detect(checkpoint)
+        return {
+            "format": form.name,
+            "config": dict(config),
+            "tensors": {
+                name: {"dtype": str(e.dtype).removeprefix("torch."), "shape": list(e.shape)}
+                for name, e in checkpoint.entries.items()
+            },
+            "bytes": checkpoint.nbytes,
+        }
