@@ -1,0 +1,164 @@
+"""Response messages -> the types of `types`, the same for both clients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from deltaserve.clients import types
+from deltaserve.v1 import adapter_pb2, generation_pb2, server_pb2
+
+_REASONS = {
+    value: name.removeprefix("FINISH_REASON_").lower()
+    for name, value in generation_pb2.FinishReason.items()
+}
+_STATES = {
+    value: name.removeprefix("ADAPTER_STATE_").lower()
+    for name, value in adapter_pb2.AdapterState.items()
+}
+_TIERS = {
+    value: name.removeprefix("ADAPTER_TIER_").lower()
+    for name, value in adapter_pb2.AdapterTier.items()
+}
+
+
+def usage(m: generation_pb2.Usage) -> types.Usage:
+    return types.Usage(m.prompt_tokens, m.completion_tokens, m.cached_tokens, m.prefix_tokens)
+
+
+def timings(m: generation_pb2.Timings) -> types.Timings:
+    return types.Timings(
+        m.queue_seconds, m.adapter_load_seconds, m.time_to_first_token_seconds, m.total_seconds
+    )
+
+
+def served_by(m: generation_pb2.ServedBy) -> types.ServedBy:
+    adapters = tuple(types.ServedAdapter(a.name, a.digest, a.strength) for a in m.adapters)
+    return types.ServedBy(m.base, m.base_fingerprint, adapters)
+
+
+def _chosen(logprobs: Iterable[generation_pb2.TokenLogprob]) -> list[float]:
+    return [entry.logprob for entry in logprobs]
+
+
+def _top(logprobs: Iterable[generation_pb2.TokenLogprob]) -> list[list[tuple[int, float]]]:
+    return [[(t.token_id, t.logprob) for t in entry.top] for entry in logprobs]
+
+
+def _choice(m: generation_pb2.Choice, with_logprobs: bool) -> types.Choice:
+    return types.Choice(
+        text=m.text,
+        token_ids=list(m.token_ids),
+        logprobs=_chosen(m.logprobs) if with_logprobs else None,
+        finish_reason=_REASONS.get(m.finish_reason, "unspecified"),
+        stop_reason=m.stop_reason,
+        top_logprobs=_top(m.logprobs) if with_logprobs else None,
+    )
+
+
+def generation(m: generation_pb2.GenerateResponse, with_logprobs: bool) -> types.Generation:
+    """The whole answer."""
+    choices = tuple(_choice(c, with_logprobs) for c in m.choices)
+    first = choices[0]
+    return types.Generation(
+        text=first.text,
+        token_ids=first.token_ids,
+        logprobs=first.logprobs,
+        finish_reason=first.finish_reason,
+        usage=usage(m.usage),
+        served_by=served_by(m.served_by),
+        stop_reason=first.stop_reason,
+        top_logprobs=first.top_logprobs,
+        timings=timings(m.timings),
+        request_id=m.request_id,
+        choices=choices,
+    )
+
+
+def pieces(m: generation_pb2.GenerateStreamResponse, with_logprobs: bool) -> Iterator[types.Piece]:
+    """One per choice that has something new; a message that only starts or ends has one too."""
+    ends = {f.index: f for f in m.finishes}
+    deltas = {d.index: d for d in m.deltas}
+    started = served_by(m.start.served_by) if m.HasField("start") else None
+    for index in sorted(ends.keys() | deltas.keys()) or [0]:
+        delta = deltas.get(index, generation_pb2.StreamDelta())
+        end = ends.get(index)
+        logprobs = delta.logprobs if with_logprobs else None
+        yield types.Piece(
+            text=delta.text,
+            token_ids=tuple(delta.token_ids),
+            logprobs=None if logprobs is None else tuple(_chosen(logprobs)),
+            index=index,
+            finish_reason=_REASONS.get(end.finish_reason, "unspecified") if end else None,
+            stop_reason=end.stop_reason if end else "",
+            usage=usage(end.usage) if end else None,
+            timings=timings(end.timings) if end else None,
+            served_by=started,
+            top_logprobs=None if logprobs is None else tuple(map(tuple, _top(logprobs))),
+            request_id=m.start.request_id,
+        )
+        started = None
+
+
+def scores(m: generation_pb2.ScoreResponse) -> list[types.ContinuationScore]:
+    """In the order of the continuations."""
+    return [
+        types.ContinuationScore(
+            s.logprob, [t.token_id for t in s.tokens], _chosen(s.tokens), s.greedy
+        )
+        for s in m.scores
+    ]
+
+
+def adapter(m: adapter_pb2.Adapter) -> types.Adapter:
+    """One adapter."""
+    return types.Adapter(
+        name=m.name,
+        digest=m.digest,
+        uri=m.uri,
+        state=_STATES.get(m.state, "unspecified"),
+        tier=_TIERS.get(m.tier, "unspecified"),
+        format=m.format,
+        primitives=tuple(m.primitives),
+        resident_bytes=m.resident_bytes,
+        source_bytes=m.source_bytes,
+        pinned=m.pinned,
+        in_flight=m.in_flight,
+        loads=m.loads,
+        last_used=m.last_used_time.ToNanoseconds() / 1e9,
+        loaded_at=m.loaded_time.ToNanoseconds() / 1e9,
+        load_seconds=m.load_duration.ToNanoseconds() / 1e9,
+        error=m.error,
+        notes=tuple(m.notes),
+    )
+
+
+def change(m: adapter_pb2.WatchAdaptersResponse) -> types.AdapterChange:
+    """One message of a watch."""
+    return types.AdapterChange(m.snapshot, tuple(adapter(a) for a in m.adapters))
+
+
+def server_info(m: server_pb2.GetServerInfoResponse) -> types.ServerInfo:
+    """The server as it is now."""
+    return types.ServerInfo(
+        version=m.version,
+        base=m.base.name,
+        architecture=m.base.architecture,
+        fingerprint=m.base.fingerprint,
+        held_fingerprint=m.base.held_fingerprint,
+        quantization=m.base.quantization,
+        dtype=m.base.dtype,
+        max_length=m.base.max_length,
+        vocab_size=m.base.vocab_size,
+        chat=m.base.chat,
+        device=m.device,
+        adapter_formats=tuple(m.adapter_formats),
+        weights_bytes=m.memory.weights_bytes,
+        kv_cache_bytes=m.memory.kv_cache_bytes,
+        adapter_budget_bytes=m.memory.adapter_budget_bytes,
+        adapter_bytes=m.load.adapter_bytes,
+        running_requests=m.load.running_requests,
+        waiting_requests=m.load.waiting_requests,
+        kv_blocks_total=m.load.kv_blocks_total,
+        kv_blocks_used=m.load.kv_blocks_used,
+        kv_block_size=m.load.kv_block_size,
+    )

@@ -1,0 +1,175 @@
+"""Python arguments -> request messages, the same for both clients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias, TypedDict, TypeVar, cast
+
+import grpc
+
+from deltaserve.clients.errors import InvalidArgument
+from deltaserve.v1 import generation_pb2 as pb
+
+Message: TypeAlias = Mapping[str, str]
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
+"""Text, token ids, or a conversation of ``{"role": ..., "content": ...}``."""
+Adapters: TypeAlias = Mapping[str, float] | Iterable[str | tuple[str, float]]
+"""Names, (name, strength) pairs, or a mapping of name to strength."""
+
+
+class Options(TypedDict, total=False):
+    """What else a generation takes; `generation.proto` explains each field. stop: one or several
+    texts that end it. timeout: seconds until DeadlineExceeded."""
+
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int
+    logit_bias: Mapping[int, float]
+    min_tokens: int
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    n: int
+    user: str
+    priority: int
+    cache_salt: str
+    keep_special_tokens: bool
+    request_id: str
+    timeout: float
+
+
+Generate = TypeVar("Generate", pb.GenerateRequest, pb.GenerateStreamRequest)
+Prompted = TypeVar(
+    "Prompted",
+    pb.GenerateRequest,
+    pb.GenerateStreamRequest,
+    pb.ScoreRequest,
+    pb.TokenizeRequest,
+)
+_SAMPLING = (
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+)
+_PLAIN = ("n", "user", "priority", "cache_salt", "keep_special_tokens", "request_id")
+
+
+@contextmanager
+def _refused(method: str) -> Iterator[None]:
+    """A number that its field cannot hold, or text that is not Unicode, is refused as the server
+    would refuse it."""
+    try:
+        yield
+    except (ValueError, OverflowError) as error:
+        raise InvalidArgument(f"{method}: {error}", grpc.StatusCode.INVALID_ARGUMENT) from error
+
+
+def put_prompt(request: Prompted, prompt: Prompt) -> Prompted:
+    """Fill in the request's prompt, by its type."""
+    if isinstance(prompt, str):
+        request.text = prompt
+        return request
+    items = list(prompt)
+    if items and isinstance(items[0], Mapping):
+        request.chat.SetInParent()
+        for turn in items:
+            request.chat.messages.add(**turn)  # type: ignore[arg-type]
+    elif isinstance(request, pb.TokenizeRequest):
+        raise TypeError("prompt: token ids are tokens already; give text or a conversation")
+    else:
+        request.token_ids.SetInParent()
+        request.token_ids.ids.extend(items)  # type: ignore[arg-type]
+    return request
+
+
+def weighted(adapters: Adapters | None) -> list[pb.WeightedAdapter]:
+    """Every way to name adapters -> messages."""
+    if isinstance(adapters, str):
+        raise TypeError("adapters: give a list of names; one name goes into `model`")
+    pairs = adapters.items() if isinstance(adapters, Mapping) else adapters or ()
+    found = []
+    for item in pairs:
+        name, strength = (item, None) if isinstance(item, str) else item
+        found.append(pb.WeightedAdapter(name=name, strength=strength))
+    return found
+
+
+def generate(
+    kind: type[Generate],
+    prompt: Prompt,
+    model: str,
+    adapters: Adapters | None,
+    max_tokens: int,
+    temperature: float,
+    logprobs: bool | int,
+    ignore_eos: bool,
+    options: Options,
+) -> Generate:
+    """A GenerateRequest or GenerateStreamRequest."""
+    given = cast(dict[str, Any], options)
+    unknown = set(given) - set(Options.__annotations__)
+    if unknown:
+        raise TypeError(
+            f"unknown option {sorted(unknown)[0]!r}; known: {sorted(Options.__annotations__)}"
+        )
+    with _refused("generate"):
+        request = kind(model=model, adapters=weighted(adapters))
+        put_prompt(request, prompt)
+        request.sampling.temperature = temperature
+        for name in _SAMPLING:
+            if given.get(name) is not None:
+                setattr(request.sampling, name, given[name])
+        request.sampling.logit_bias.update(options.get("logit_bias") or {})
+        stop = options.get("stop") or ()
+        request.stop.max_tokens = max_tokens
+        request.stop.min_tokens = options.get("min_tokens") or 0
+        request.stop.strings.extend([stop] if isinstance(stop, str) else stop)
+        request.stop.token_ids.extend(options.get("stop_token_ids") or ())
+        request.stop.ignore_eos = ignore_eos
+        for name in _PLAIN:
+            if given.get(name) is not None:
+                setattr(request, name, given[name])
+        if logprobs is not False:
+            request.logprobs = 0 if logprobs is True else logprobs
+        return request
+
+
+def score(
+    prompt: Prompt,
+    continuations: Sequence[str | Sequence[int]],
+    model: str,
+    adapters: Adapters | None,
+    fields: Mapping[str, Any],
+) -> pb.ScoreRequest:
+    """A ScoreRequest."""
+    with _refused("score"):
+        if isinstance(continuations, str):
+            raise TypeError("continuations: give a list of texts or of token ids")
+        request = pb.ScoreRequest(model=model, adapters=weighted(adapters), **fields)
+        put_prompt(request, prompt)
+        for content in continuations:
+            if isinstance(content, str):
+                request.continuations.add(text=content)
+            else:
+                request.continuations.add(token_ids=pb.TokenIds(ids=content))
+        return request
+
+
+def tokenize(prompt: Prompt) -> pb.TokenizeRequest:
+    """A TokenizeRequest."""
+    with _refused("tokenize"):
+        return put_prompt(pb.TokenizeRequest(), prompt)
+
+
+def detokenize(token_ids: Sequence[int]) -> pb.DetokenizeRequest:
+    """A DetokenizeRequest."""
+    with _refused("detokenize"):
+        return pb.DetokenizeRequest(token_ids=token_ids)

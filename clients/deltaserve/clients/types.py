@@ -1,0 +1,170 @@
+"""What calls answer with. Durations are seconds, sizes bytes, times `time.time()` seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts. cached_tokens: prompt tokens that were not computed again. prefix_tokens:
+    virtual tokens of a prompt- or prefix-tuned adapter."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    prefix_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds. queue includes adapter_load."""
+
+    queue: float = 0.0
+    adapter_load: float = 0.0
+    time_to_first_token: float = 0.0
+    total: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServedAdapter:
+    """One adapter that answered."""
+
+    name: str
+    digest: str
+    strength: float
+
+
+@dataclass(frozen=True, slots=True)
+class ServedBy:
+    """What answered; no adapters means the base alone."""
+
+    base: str = ""
+    base_fingerprint: str = ""
+    adapters: tuple[ServedAdapter, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One continuation. logprobs: one per token, None if they were not asked for. top_logprobs:
+    per token the best ones as (token id, log-probability). finish_reason: ``stop``, ``length`` or
+    ``cancelled``."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float] | None
+    finish_reason: str
+    stop_reason: str = ""
+    top_logprobs: list[list[tuple[int, float]]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """The answer to a prompt. With n > 1 there are several choices; the other fields are those
+    of the first, and the usage is that of all."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float] | None
+    finish_reason: str
+    usage: Usage
+    served_by: ServedBy
+    stop_reason: str = ""
+    top_logprobs: list[list[tuple[int, float]]] | None = None
+    timings: Timings = Timings()
+    request_id: str = ""
+    choices: tuple[Choice, ...] = ()
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What is new in a stream, of the choice `index`. finish_reason, usage and timings come with
+    its last piece, served_by with the stream's first."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] | None = None
+    index: int = 0
+    finish_reason: str | None = None
+    stop_reason: str = ""
+    usage: Usage | None = None
+    timings: Timings | None = None
+    served_by: ServedBy | None = None
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    request_id: str = ""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class ContinuationScore:
+    """logprob: the sum over the tokens. greedy: each token is the most probable at its place."""
+
+    logprob: float
+    token_ids: list[int]
+    logprobs: list[float]
+    greedy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A variant of the base that the server knows. state: ``registered``, ``loading``, ``ready``,
+    ``unloading``, ``failed`` or ``unloaded``. tier: ``none``, ``disk``, ``host`` or ``device``.
+    Times are 0 for never."""
+
+    name: str
+    digest: str
+    uri: str
+    state: str
+    tier: str
+    format: str
+    primitives: tuple[str, ...]
+    resident_bytes: int
+    source_bytes: int
+    pinned: bool
+    in_flight: int
+    loads: int
+    last_used: float
+    loaded_at: float
+    load_seconds: float
+    error: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterChange:
+    """From a watch. snapshot: `adapters` is all there are; else these have changed."""
+
+    snapshot: bool
+    adapters: tuple[Adapter, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """The server as it is now; requests are counted, sizes are bytes."""
+
+    version: str
+    base: str
+    architecture: str
+    fingerprint: str
+    held_fingerprint: str
+    quantization: str
+    dtype: str
+    max_length: int
+    vocab_size: int
+    chat: bool
+    device: str
+    adapter_formats: tuple[str, ...]
+    weights_bytes: int
+    kv_cache_bytes: int
+    adapter_budget_bytes: int
+    adapter_bytes: int
+    running_requests: int
+    waiting_requests: int
+    kv_blocks_total: int
+    kv_blocks_used: int
+    kv_block_size: int
