@@ -135,6 +135,7 @@ class AdapterState(StrEnum):
     LOADING = "loading"
     READY = "ready"
     UNLOADING = "unloading"
+    UNLOADED = "unloaded"  # gone; seen by watchers only
     FAILED = "failed"
     UNLOADED = "unloaded"  # gone; the last state that a subscriber is told
 

@@ -1,0 +1,349 @@
+"""Engine: requests in from any thread, one thread that owns the model, outputs out."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections import deque
+
+import torch
+from tokenizers import Tokenizer
+
+from deltaserve.kernels.segments import Mix
+from deltaserve.server.engine.adapter_cache import AdapterCache
+from deltaserve.server.engine.core import AdapterState, FinishReason, Outbox, Output, Request
+from deltaserve.server.engine.detokenizer import Detokenizer
+from deltaserve.server.engine.kv_cache import chain_root
+from deltaserve.server.engine.observer import Observer
+from deltaserve.server.engine.outcome import StepOutputs, error_output
+from deltaserve.server.engine.runner import ModelRunner
+from deltaserve.server.engine.scheduler import Batch, Scheduler
+from deltaserve.server.engine.sequence import Sequence
+from deltaserve.server.engine.stats import EngineInfo, EngineStats
+from deltaserve.server.engine.validate import Limits, check, check_length
+from deltaserve.server.errors import (
+    AdapterUnavailable,
+    Cancelled,
+    DeadlineExceeded,
+    EngineFailure,
+    InvalidRequest,
+    Overloaded,
+    RequestError,
+    ShuttingDown,
+)
+from deltaserve.server.model.base_model import BaseModel
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """The loop is `step`: take in what came, schedule, run, hand out. Everything that blocks
+    (reading adapters, tokenizing, the network) happens on other threads.
+
+    tokenizer: None gives outputs without text. max_queue: requests that may wait or run.
+    """
+
+    def __init__(
+        self,
+        model: BaseModel,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        adapters: AdapterCache,
+        observer: Observer,
+        info: EngineInfo,
+        *,
+        tokenizer: Tokenizer | None,
+        max_queue: int = 4096,
+    ) -> None:
+        self.adapters = adapters
+        self._model = model
+        self._runner = runner
+        self._scheduler = scheduler
+        self._observer = observer
+        self._info = info
+        self._tokenizer = tokenizer
+        self._max_queue = max_queue
+        self._eos = frozenset(model.eos_token_ids)
+        blocks = scheduler.blocks
+        self._limits = Limits(model.vocab_size, model.max_length, blocks.total * blocks.block_size)
+        self._lock = threading.Condition()
+        self._inbox: deque[Sequence | str] = deque()
+        self._known: dict[str, Sequence] = {}
+        self._failed: list[tuple[Sequence, RequestError]] = []
+        self._steps = 0
+        self._draining = False
+        self._stopping = False
+        self._woken = False
+        self._thread = threading.Thread(target=self._loop, name="deltaserve-engine", daemon=True)
+        scheduler.begin = self._begin
+
+    # ------------------------------------------------------------ from any thread
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, request: Request, outbox: Outbox) -> None:
+        """Take in a request; what is wrong with it at once is raised, everything later comes as
+        an `Output`."""
+        check(request, self._limits)
+        sequence = self._sequence(request, outbox)
+        try:
+            self._enqueue(sequence)
+        except RequestError:
+            self.adapters.release(sequence.adapters, running=False)
+            raise
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        request_id = sequence.id
+        with self._lock:
+            if self._draining:
+                raise ShuttingDown("the server is shutting down and takes no new requests")
+            if len(self._known) >= self._max_queue:
+                raise Overloaded(
+                    f"{len(self._known)} requests wait or run, the limit is {self._max_queue}: "
+                    "try again later",
+                    retry_after=1.0,
+                )
+            if request_id in self._known:
+                raise InvalidRequest(
+                    f"request_id: {request_id!r} is in flight; it must be new", field="request_id"
+                )
+            self._known[request_id] = sequence
+            self._inbox.append(sequence)
+            self._wake_locked()
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; its last output says `cancelled`. Nothing happens if it is done."""
+        with self._lock:
+            if request_id in self._known:
+                self._inbox.append(request_id)
+                self._wake_locked()
+
+    def stats(self) -> EngineStats:
+        s, blocks = self._scheduler, self._scheduler.blocks
+        running, waiting = list(s.running), list(s.waiting)
+        return EngineStats(
+            running=len(running),
+            waiting=len(waiting) + len(self._inbox),
+            kv_blocks_total=blocks.total,
+            kv_blocks_used=blocks.used,
+            kv_block_size=blocks.block_size,
+            adapter_bytes_host=self.adapters.used_bytes,
+            adapter_bytes_budget=self.adapters.budget,
+            running_adapters=_names(running),
+            waiting_adapters=_names(waiting),
+            prefix_hits=blocks.hit_tokens,
+            prefix_queries=blocks.query_tokens,
+            preemptions=s.preemptions,
+            steps=self._steps,
+            adapter_loads=self.adapters.loads,
+            adapter_evictions=self.adapters.evictions,
+        )
+
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def wake(self) -> None:
+        """The adapter cache has something to do."""
+        with self._lock:
+            self._wake_locked()
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Take no new requests and wait for the others. False if some are left at the timeout."""
+        end = None if timeout is None else time.monotonic() + timeout
+        with self._lock:
+            self._draining = True
+            while self._known:
+                left = None if end is None else end - time.monotonic()
+                if left is not None and left <= 0:
+                    return False
+                self._lock.wait(left)
+        return True
+
+    def shutdown(self) -> None:
+        """Stop now; requests in flight fail with ShuttingDown."""
+        with self._lock:
+            self._draining = self._stopping = True
+            self._wake_locked()
+        if self._thread.is_alive():
+            self._thread.join()
+        self.adapters.close()
+
+    # ------------------------------------------------------------ on the engine thread
+
+    def _loop(self) -> None:
+        while True:
+            with self._lock:
+                while not (self._woken or self._stopping):
+                    self._lock.wait(self._patience())
+                    if self._scheduler.running or self._scheduler.waiting:
+                        break
+                self._woken = bool(self._scheduler.running)
+                stopping = self._stopping
+            if stopping:
+                self._abandon()
+                return
+            try:
+                self.step()
+            except Exception:  # a bug outside the model's step: nobody may be left waiting for ever
+                log.exception("the engine's step failed")
+                self._abandon(EngineFailure("the engine failed; see the server's log"))
+            with self._lock:
+                self._woken = self._woken or bool(self._scheduler.running)
+
+    def _patience(self) -> float | None:
+        """Seconds to wait for news: deadlines of waiting requests are looked at now and then."""
+        return 0.05 if self._scheduler.waiting else None
+
+    def step(self) -> None:
+        """One turn of the loop."""
+        out = StepOutputs()
+        self._take_in(out)
+        self.adapters.step([s.adapters for s in self._scheduler.waiting if s.adapters])
+        batch = self._scheduler.schedule()
+        for sequence, error in self._failed:
+            self._end(sequence, error_output(sequence, error), out)
+        self._failed.clear()
+        if batch:
+            self._run(batch, out)
+            self._steps += 1
+        elif not self._scheduler.running and not self._scheduler.waiting:
+            self._scheduler.blocks.check_integrity()
+        out.deliver()
+
+    def _take_in(self, out: StepOutputs) -> None:
+        while self._inbox:
+            item = self._inbox.popleft()
+            if isinstance(item, Sequence):
+                self._scheduler.add(item)
+            elif (known := self._known.get(item)) is not None:
+                self._end(known, error_output(known, Cancelled("cancelled by the client")), out)
+        now = time.monotonic()
+        for sequence in [*self._scheduler.waiting, *self._scheduler.running]:
+            deadline = sequence.request.deadline
+            if deadline is not None and now > deadline:
+                error: RequestError = DeadlineExceeded("the request's deadline has passed")
+                self._end(sequence, error_output(sequence, error), out)
+                continue
+            for residency in sequence.adapters:
+                if residency.state is AdapterState.FAILED:
+                    error = AdapterUnavailable(
+                        f"adapter {residency.name!r} could not be loaded: {residency.error}",
+                        field="model",
+                    )
+                    self._end(sequence, error_output(sequence, error), out)
+                    break
+
+    def _begin(self, sequence: Sequence) -> bool:
+        """The scheduler wants to admit it: its adapters are resident. False if it fails."""
+        held = sequence.adapters
+        refs = sequence.request.adapters
+        mix: Mix = tuple((a.slot, r.strength) for a, r in zip(held, refs, strict=True))
+        prefixes = [a.prefix for a in held if a.prefix is not None]
+        try:
+            if held and not sequence.admitted:
+                weighted = [(a.prepared, r.strength) for a, r in zip(held, refs, strict=True)]
+                reason = self._model.composable(weighted)
+                if reason is not None:
+                    raise InvalidRequest(f"adapters: {reason}", field="adapters")
+            prefix = prefixes[0] if prefixes else None
+            request = sequence.request
+            check_length(
+                len(request.prompt_ids),
+                len(prefix) if prefix is not None else 0,
+                request.sampling.max_tokens,
+                self._limits,
+            )
+        except RequestError as error:
+            self._failed.append((sequence, error))
+            return False
+        fields: list[str] = [self._info.held_fingerprint, sequence.request.salt]
+        for a, r in zip(held, refs, strict=True):
+            fields += [a.digest, repr(float(r.strength))]
+        sequence.begin(prefix, mix, chain_root(*fields))
+        if not sequence.admitted:
+            sequence.admitted = True
+            self.adapters.admitted(held)
+        return True
+
+    def _run(self, batch: Batch, out: StepOutputs) -> None:
+        now = time.monotonic()
+        for part in batch.parts:
+            part.sequence.started = part.sequence.started or now
+        try:
+            rows, logits = self._runner.run(batch)
+            out.advance(batch, rows, logits, self._scheduler, self._eos, self._limits.max_length)
+        except Exception:
+            incident = uuid.uuid4().hex[:12]
+            log.exception("incident %s: a step of %d tokens failed", incident, batch.tokens)
+            failure = EngineFailure(f"the step failed (incident {incident} in the server's log)")
+            for part in batch.parts:
+                self._discard(part.sequence)
+                self._end(part.sequence, error_output(part.sequence, failure), out)
+            return
+        for sequence in out.poisoned:
+            self._discard(sequence)
+        for sequence, output in out.finished:
+            self._end(sequence, output, out)
+        out.observe(self._observer)
+
+    def _discard(self, sequence: Sequence) -> None:
+        """Its keys and values are not to be used by anyone."""
+        own = [b for b in sequence.blocks if self._scheduler.blocks.references(b) == 1]
+        self._scheduler.blocks.forget(own)
+        if own:
+            self._runner.scrub(own)
+
+    def _end(self, sequence: Sequence, output: Output, out: StepOutputs) -> None:
+        """The request is over: give back what it held and say so."""
+        with self._lock:
+            if self._known.pop(sequence.id, None) is None:
+                return
+            self._lock.notify_all()
+        if sequence in self._inbox:
+            self._inbox.remove(sequence)
+        self._scheduler.remove(sequence)
+        self.adapters.release(sequence.adapters, running=sequence.admitted)
+        out.add(sequence, output)
+        reason = output.finish_reason or FinishReason.ERROR
+        if output.usage is not None and output.timings is not None:
+            self._observer.on_finished(sequence.label, reason, output.usage, output.timings)
+
+    def _abandon(self, error: RequestError | None = None) -> None:
+        """Fail everything that is in flight."""
+        out = StepOutputs()
+        cause = error or ShuttingDown("the server is shutting down")
+        for sequence in list(self._known.values()):
+            self._end(sequence, error_output(sequence, cause), out)
+        out.deliver()
+
+    # ------------------------------------------------------------ inside
+
+    def _sequence(self, request: Request, outbox: Outbox) -> Sequence:
+        p = request.sampling
+        generator = None
+        if p.temperature > 0:
+            generator = torch.Generator()
+            if p.seed is None:
+                generator.seed()
+            else:
+                generator.manual_seed(p.seed)
+        detokenizer = Detokenizer(
+            self._tokenizer,
+            request.prompt_ids,
+            p.stop,
+            skip_special_tokens=p.skip_special_tokens,
+        )
+        return Sequence(
+            request, outbox, self.adapters.acquire(request.adapters), detokenizer, generator
+        )
+
+    def _wake_locked(self) -> None:
+        self._woken = True
+        self._lock.notify_all()
+
+
+def _names(sequences: list[Sequence]) -> tuple[str, ...]:
+    return tuple(sorted({a.name for s in sequences for a in s.adapters}))

@@ -1,0 +1,189 @@
+"""ModelRunner: a batch of sequences -> the tensors of one step -> logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deltaserve.kernels.primitives import PrefixKV, PromptEmbeddings
+from deltaserve.kernels.segments import Mix, Segments
+from deltaserve.server.engine.scheduler import Batch, Scheduled
+from deltaserve.server.engine.sequence import Sequence
+from deltaserve.server.model.context import AttentionStep, ForwardContext, KVStore, PrefillChunk
+
+
+class LayerAttention(Protocol):
+    """What the cache must know of one attention layer."""
+
+    layer_idx: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+class Model(Protocol):
+    """What the runner must know of the model."""
+
+    ctx: ForwardContext
+
+    def forward(self, input_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor: ...
+
+
+def make_kv_store(
+    layers: Iterable[LayerAttention], blocks: int, block_size: int, dtype: torch.dtype
+) -> KVStore:
+    """A zeroed cache of `blocks` blocks for every layer."""
+    cells = blocks * block_size
+    keys, values = {}, {}
+    for layer in layers:
+        keys[layer.layer_idx] = torch.zeros(cells, layer.kv_heads, layer.key_dim, dtype=dtype)
+        values[layer.layer_idx] = torch.zeros(cells, layer.kv_heads, layer.value_dim, dtype=dtype)
+    return KVStore(keys, values, block_size, blocks)
+
+
+def kv_token_bytes(layers: Iterable[LayerAttention], dtype: torch.dtype) -> int:
+    """Bytes that the cache takes per token, all layers together."""
+    return sum(la.kv_heads * (la.key_dim + la.value_dim) for la in layers) * dtype.itemsize
+
+
+@dataclass(slots=True)
+class LogitRow:
+    """A row of a step's logits: what follows token `position` of the part's sequence."""
+
+    part: Scheduled
+    position: int
+
+    @property
+    def samples(self) -> bool:
+        return self.position == len(self.part.sequence.tokens) - 1
+
+
+class ModelRunner:
+    def __init__(self, model: Model, kv: KVStore) -> None:
+        self.model = model
+        self.kv = kv
+        self.model.ctx.kv = kv
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> tuple[list[LogitRow], Tensor]:
+        """-> (rows, logits float32 [rows, vocabulary])."""
+        for sequence, start, count in batch.fills:
+            self._fill(sequence, start, count)
+        parts = batch.parts
+        rows, logit_rows, at = [], [], 0
+        ids: list[int] = []
+        positions: list[int] = []
+        for part in parts:
+            ids += part.sequence.tokens[part.start : part.start + part.count]
+            positions += range(part.start, part.start + part.count)
+            for position in _wanted(part):
+                rows.append(LogitRow(part, position))
+                logit_rows.append(at + position - part.start)
+            at += part.count
+        ctx = self.model.ctx
+        ctx.segments = _segments([(p.count, p.sequence.mix) for p in parts])
+        ctx.logit_segments = _segments([(1, r.part.sequence.mix) for r in rows])
+        input_ids = torch.tensor(ids)
+        ctx.embedding_override = _override(parts)
+        if ctx.embedding_override is not None:
+            input_ids.clamp_(min=0)
+        ctx.attention = self._attention(batch)
+        logits = self.model.forward(input_ids, torch.tensor(positions), torch.tensor(logit_rows))
+        return rows, logits
+
+    def scrub(self, blocks: list[int]) -> None:
+        """Zero what a failed sequence left behind: a NaN would pass through masked attention."""
+        size = self.kv.block_size
+        cells = _cells(np.array(blocks), size, 0, len(blocks) * size)
+        for layer in (*self.kv.keys.values(), *self.kv.values.values()):
+            layer[cells] = 0
+
+    def _attention(self, batch: Batch) -> AttentionStep:
+        size = self.kv.block_size
+        lengths = [p.start + 1 for p in batch.decodes]
+        width = max((-(-n // size) for n in lengths), default=0)
+        tables = np.zeros((len(lengths), width), dtype=np.int64)
+        cells = []
+        for i, part in enumerate(batch.decodes):
+            blocks = part.sequence.blocks
+            used = -(-lengths[i] // size)
+            tables[i, :used] = blocks[:used]
+        starts = np.array([p.start for p in batch.decodes], dtype=np.int64)
+        if lengths:
+            block = tables[np.arange(len(lengths)), starts // size]
+            cells.append(torch.from_numpy(block * size + starts % size))
+        chunks, at = [], len(lengths)
+        for part in batch.chunks:
+            end = part.start + part.count
+            held = np.array(part.sequence.blocks[: -(-end // size)])
+            cells.append(_cells(held, size, part.start, end))
+            chunks.append(PrefillChunk(at, at + part.count, part.start, torch.from_numpy(held)))
+            at += part.count
+        return AttentionStep(
+            cells=torch.cat(cells),
+            decodes=len(lengths),
+            lengths=lengths,
+            lengths_tensor=torch.tensor(lengths, dtype=torch.int64),
+            tables=torch.from_numpy(tables),
+            chunks=chunks,
+        )
+
+    def _fill(self, sequence: Sequence, start: int, count: int) -> None:
+        """Write the given keys and values of a prefix-tuned adapter's virtual tokens."""
+        prefix = sequence.prefix
+        assert isinstance(prefix, PrefixKV)
+        cells = _cells(np.array(sequence.blocks), self.kv.block_size, start, start + count)
+        for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+            store = self.kv.keys[layer], self.kv.values[layer]
+            store[0][cells] = keys[start : start + count].to(store[0].dtype)
+            store[1][cells] = values[start : start + count].to(store[1].dtype)
+
+
+def _cells(blocks: np.ndarray, size: int, start: int, end: int) -> Tensor:
+    """int64 [end - start]: the cells of a sequence's tokens [start, end)."""
+    at = np.arange(start, end)
+    return torch.from_numpy(blocks[at // size].astype(np.int64) * size + at % size)
+
+
+def _segments(parts: list[tuple[int, Mix]]) -> Segments:
+    """From (number of tokens, mix) of each part in order."""
+    runs: list[tuple[int, int, Mix]] = []
+    at = 0
+    for count, mix in parts:
+        if mix and runs and runs[-1][1] == at and runs[-1][2] == mix:
+            runs[-1] = (runs[-1][0], at + count, mix)
+        elif mix:
+            runs.append((at, at + count, mix))
+        at += count
+    return Segments(runs, at)
+
+
+def _wanted(part: Scheduled) -> Iterable[int]:
+    """Positions of the part whose logits are needed."""
+    sequence, end = part.sequence, part.start + part.count
+    score_from = sequence.request.sampling.score_from
+    if score_from is not None and sequence.outputs == 0:
+        first = sequence.virtual + score_from - 1 + len(sequence.scores)
+        yield from range(max(first, part.start), min(end, sequence.prompt_end - 1))
+    if part.sample:
+        yield end - 1
+
+
+def _override(parts: list[Scheduled]) -> tuple[Tensor, Tensor] | None:
+    """(rows, embeddings) of the step's virtual tokens."""
+    rows: list[int] = []
+    values = []
+    at = 0
+    for part in parts:
+        prefix = part.sequence.prefix
+        if isinstance(prefix, PromptEmbeddings) and part.start < len(prefix):
+            count = min(part.start + part.count, len(prefix)) - part.start
+            rows += range(at, at + count)
+            values.append(prefix.embeddings[part.start : part.start + count])
+        at += part.count
+    return (torch.tensor(rows), torch.cat(values)) if rows else None

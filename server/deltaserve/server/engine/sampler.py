@@ -1,0 +1,128 @@
+"""From logits to tokens: penalties, temperature, truncation, one draw; and log-probabilities.
+
+Greedy rows are an argmax over the whole batch. Every sampled row draws from its own generator, so
+what a seeded request gets does not depend on the rest of the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltaserve.server.engine.core import SamplingParams, TokenLogprob
+
+
+@dataclass(slots=True)
+class Row:
+    """One row of logits: how to choose, from which generator, after which tokens (prompt and
+    outputs, virtual ones left out); eos: the tokens that `min_tokens` holds back."""
+
+    sampling: SamplingParams
+    generator: torch.Generator | None
+    prompt_ids: tuple[int, ...]
+    output_ids: list[int]
+    eos: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class Choice:
+    """finite is False if the row held a NaN or its maximum is infinite: the token is no answer."""
+
+    token_id: int
+    finite: bool
+    logprob: TokenLogprob | None = None
+
+
+def plain(row: Row) -> bool:
+    """Greedy and untouched: an argmax decides."""
+    p = row.sampling
+    return p.temperature == 0 and not _adjusts(row)
+
+
+def _adjusts(row: Row) -> bool:
+    p = row.sampling
+    return bool(
+        p.logit_bias
+        or p.repetition_penalty != 1
+        or p.presence_penalty
+        or p.frequency_penalty
+        or (len(row.output_ids) < p.min_tokens)
+    )
+
+
+def sample(logits: Tensor, rows: list[Row]) -> list[Choice]:
+    """logits: float32 [n, vocabulary], unchanged. -> the choice for each row."""
+    best, argmax = logits.max(-1)
+    finite = torch.isfinite(best).tolist()
+    tokens: list[int] = argmax.tolist()
+    choices = []
+    for i, row in enumerate(rows):
+        if finite[i] and not plain(row):
+            tokens[i] = _sample_row(logits[i], row)
+        choice = Choice(tokens[i], finite[i])
+        if finite[i] and row.sampling.logprobs is not None:
+            choice.logprob = logprob_of(logits[i], tokens[i], row.sampling.logprobs)
+        choices.append(choice)
+    return choices
+
+
+def logprob_of(logits: Tensor, token_id: int, top: int) -> TokenLogprob:
+    """The token's and the `top` best log-probabilities of one row of logits [vocabulary]."""
+    logprobs = torch.log_softmax(logits.float(), -1)
+    best: tuple[tuple[int, float], ...] = ()
+    if top:
+        values, ids = logprobs.topk(min(top, logprobs.shape[-1]))
+        best = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprob(token_id, float(logprobs[token_id]), best)
+
+
+def _sample_row(logits: Tensor, row: Row) -> int:
+    p = row.sampling
+    scores = adjust(logits.clone(), row) if _adjusts(row) else logits
+    if p.temperature == 0:
+        return int(scores.argmax())
+    probabilities = truncate(torch.softmax(scores / p.temperature, -1), p)
+    # argmax p / Exp(1) is a draw from p (the exponential race), without a host round trip
+    noise = torch.empty_like(probabilities).exponential_(generator=row.generator)
+    return int((probabilities / noise).argmax())
+
+
+def adjust(scores: Tensor, row: Row) -> Tensor:
+    """Bias and penalties, in place. repetition_penalty: over prompt and outputs, divides positive
+    logits and multiplies negative ones (Keskar et al. 2019); presence and frequency: over outputs,
+    subtracted once and per occurrence (OpenAI)."""
+    p = row.sampling
+    if p.logit_bias:
+        ids = torch.tensor([i for i, _ in p.logit_bias])
+        scores.index_add_(0, ids, torch.tensor([b for _, b in p.logit_bias]))
+    if p.repetition_penalty != 1:
+        seen = torch.tensor(sorted({*row.prompt_ids, *row.output_ids}))
+        old = scores[seen]
+        scores[seen] = torch.where(old > 0, old / p.repetition_penalty, old * p.repetition_penalty)
+    if (p.presence_penalty or p.frequency_penalty) and row.output_ids:
+        ids, counts = torch.tensor(row.output_ids).unique(return_counts=True)
+        scores[ids] -= p.presence_penalty + p.frequency_penalty * counts
+    if len(row.output_ids) < p.min_tokens:
+        held = [*p.stop_token_ids, *(() if p.ignore_eos else row.eos)]
+        if held:
+            scores[torch.tensor(held)] = float("-inf")
+    return scores
+
+
+def truncate(probabilities: Tensor, p: SamplingParams) -> Tensor:
+    """Zero what top_k, top_p and min_p leave out; not renormalized. The best token always stays."""
+    if p.min_p > 0:
+        floor = p.min_p * probabilities.max()
+        probabilities = torch.where(probabilities >= floor, probabilities, 0.0)
+    if p.top_k > 0 or p.top_p < 1:
+        ordered, ids = probabilities.sort(descending=True)
+        if p.top_k > 0:
+            ordered[p.top_k :] = 0
+        if p.top_p < 1:
+            total = ordered.sum()
+            before = ordered.cumsum(-1) - ordered
+            ordered = torch.where(before < p.top_p * total, ordered, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter_(0, ids, ordered)
+    return probabilities

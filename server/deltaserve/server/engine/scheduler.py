@@ -1,0 +1,161 @@
+"""Who computes what in the next step. Pure Python: no tensors, no clock but the caller's."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from deltaserve.server.engine.kv_cache import BlockManager, OutOfBlocks
+from deltaserve.server.engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class Scheduled:
+    """One sequence's part of a step: its tokens [start, start + count) are computed; with
+    `sample`, they reach the newest token and the next one is chosen."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def sample(self) -> bool:
+        return self.start + self.count == len(self.sequence.tokens)
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step. decodes: single tokens, ordered by adapters; chunks: parts of prompts, likewise.
+    fills: (sequence, start, count): virtual tokens whose given keys and values are to be written.
+    """
+
+    decodes: list[Scheduled] = field(default_factory=list)
+    chunks: list[Scheduled] = field(default_factory=list)
+    fills: list[tuple[Sequence, int, int]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.decodes or self.chunks)
+
+    @property
+    def parts(self) -> list[Scheduled]:
+        return [*self.decodes, *self.chunks]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.decodes) + sum(c.count for c in self.chunks)
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill.
+
+    Each step first gives every decoding sequence its token, then spends what is left of
+    `max_batch_tokens` on prompts in order of priority and arrival. A waiting sequence is passed
+    over while its adapters are not resident. When blocks run out, the running sequence that comes
+    last in that order is preempted: it gives back its blocks and waits to be computed anew.
+
+    begin: called before a sequence is admitted, to lay out its tokens; False if it cannot be.
+    """
+
+    def __init__(self, blocks: BlockManager, max_batch_tokens: int, max_sequences: int) -> None:
+        self.blocks = blocks
+        self.max_batch_tokens = max_batch_tokens
+        self.max_sequences = max_sequences
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self.begin: Callable[[Sequence], bool] = lambda sequence: True
+
+    def add(self, sequence: Sequence) -> None:
+        bisect.insort(self.waiting, sequence, key=lambda s: s.order)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a finished, failed or cancelled sequence and give back its blocks."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self.blocks.release(sequence.blocks)
+        sequence.blocks, sequence.hashes = [], []
+
+    def schedule(self) -> Batch:
+        batch = Batch()
+        budget = self.max_batch_tokens
+        for sequence in sorted(self.running, key=lambda s: s.order):
+            if sequence in self.running and sequence.decoding and self._grow(sequence, 1, batch):
+                batch.decodes.append(Scheduled(sequence, sequence.computed, 1))
+                budget -= 1
+        for sequence in sorted(self.running, key=lambda s: s.order):
+            if budget > 0 and sequence in self.running and not sequence.decoding:
+                budget -= self._chunk(sequence, budget, batch)
+        budget = self._admit(budget, batch)
+        batch.decodes.sort(key=_placement)
+        batch.chunks.sort(key=_placement)
+        return batch
+
+    def advance(self, batch: Batch) -> None:
+        """The step ran: its tokens are in the cache."""
+        for part in batch.parts:
+            part.sequence.computed = part.start + part.count
+            part.sequence.publish(self.blocks)
+
+    def _admit(self, budget: int, batch: Batch) -> int:
+        for sequence in list(self.waiting):
+            if budget <= 0 or len(self.running) >= self.max_sequences:
+                break
+            if not sequence.resident:
+                continue
+            if not self.begin(sequence):
+                continue
+            sequence.adopt(self.blocks)
+            missing = -(-len(sequence.tokens) // self.blocks.block_size) - len(sequence.blocks)
+            if missing > self.blocks.available:
+                self.blocks.release(sequence.blocks)
+                sequence.blocks, sequence.hashes, sequence.computed = [], [], 0
+                break  # what comes after it must not overtake it for ever
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            budget -= self._chunk(sequence, budget, batch)
+        return budget
+
+    def _chunk(self, sequence: Sequence, budget: int, batch: Batch) -> int:
+        """Schedule the next part of a prompt; the number of tokens it takes."""
+        fill = sequence.uncomputed_prefix
+        count = min(budget, len(sequence.tokens) - sequence.computed - fill)
+        if not self._grow(sequence, fill + count, batch):
+            return 0
+        if fill:
+            batch.fills.append((sequence, sequence.computed, fill))
+            sequence.computed += fill
+        batch.chunks.append(Scheduled(sequence, sequence.computed, count))
+        return count
+
+    def _grow(self, sequence: Sequence, count: int, batch: Batch) -> bool:
+        """Give the sequence blocks for `count` more tokens, preempting others if need be. False if
+        it was itself the one to go."""
+        need = -(-(sequence.computed + count) // self.blocks.block_size)
+        while len(sequence.blocks) < need:
+            try:
+                sequence.blocks.append(self.blocks.take())
+            except OutOfBlocks:
+                victim = max(self.running, key=lambda s: s.order)
+                self._preempt(victim, batch)
+                if victim is sequence:
+                    return False
+        return True
+
+    def _preempt(self, sequence: Sequence, batch: Batch) -> None:
+        self.preemptions += 1
+        self.running.remove(sequence)
+        self.blocks.release(sequence.blocks)
+        sequence.blocks, sequence.hashes, sequence.computed = [], [], 0
+        batch.decodes = [p for p in batch.decodes if p.sequence is not sequence]
+        batch.chunks = [p for p in batch.chunks if p.sequence is not sequence]
+        batch.fills = [f for f in batch.fills if f[0] is not sequence]
+        self.add(sequence)
+
+
+def _placement(part: Scheduled) -> tuple[object, ...]:
+    """Equal mixes side by side, the base first; stable, so a batch is laid out the same way
+    whatever was served before."""
+    return (part.sequence.mix, part.sequence.arrival)

@@ -1,0 +1,127 @@
+"""Sequence: one request on its way through the engine."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from deltaserve.kernels.primitives import Prefix, PrefixKV
+from deltaserve.kernels.segments import Mix
+from deltaserve.server.engine.core import Outbox, Request, ServedAdapter, TokenLogprob
+from deltaserve.server.engine.kv_cache import BlockManager, block_hash
+
+if TYPE_CHECKING:
+    from deltaserve.server.engine.adapter_cache import Residency
+    from deltaserve.server.engine.detokenizer import Detokenizer
+
+_arrivals = itertools.count()
+
+
+@dataclass(eq=False)
+class Sequence:
+    """tokens: virtual tokens (negative numbers), the prompt, then the outputs. computed: how many
+    of them have their keys and values in `blocks`. The fields of the second group are set when the
+    request's adapters are resident."""
+
+    request: Request
+    outbox: Outbox
+    adapters: tuple[Residency, ...]
+    detokenizer: Detokenizer
+    generator: torch.Generator | None = None
+    arrival: int = field(default_factory=lambda: next(_arrivals))
+    submitted: float = field(default_factory=time.monotonic)
+
+    tokens: list[int] = field(default_factory=list)
+    virtual: int = 0
+    prefix: Prefix | None = None
+    mix: Mix = ()
+    root: bytes = b""
+
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    outputs: int = 0
+    cached: int = 0
+    scores: list[TokenLogprob] = field(default_factory=list)
+
+    adapter_ready: float = 0.0
+    started: float = 0.0
+    first_token: float = 0.0
+    last_token: float = 0.0
+    admitted: bool = False
+
+    @property
+    def id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first: higher priority, then earlier arrival."""
+        return (-self.request.priority, self.arrival)
+
+    @property
+    def label(self) -> str:
+        """What the metrics call its adapters."""
+        return "+".join(a.name for a in self.adapters)
+
+    @property
+    def resident(self) -> bool:
+        return all(a.ready for a in self.adapters)
+
+    @property
+    def decoding(self) -> bool:
+        """The next step computes one token, the newest."""
+        return self.outputs > 0 and self.computed == len(self.tokens) - 1
+
+    @property
+    def prompt_end(self) -> int:
+        """Index in `tokens` behind the prompt."""
+        return self.virtual + len(self.request.prompt_ids)
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.tokens[self.prompt_end :]
+
+    @property
+    def served_by(self) -> tuple[ServedAdapter, ...]:
+        return tuple(
+            ServedAdapter(a.name, a.digest, ref.strength)
+            for a, ref in zip(self.adapters, self.request.adapters, strict=True)
+        )
+
+    def begin(self, prefix: Prefix | None, mix: Mix, root: bytes) -> None:
+        """The adapters are resident: lay out the tokens."""
+        self.prefix, self.mix, self.root = prefix, mix, root
+        if not self.tokens:
+            self.virtual = len(prefix) if prefix is not None else 0
+            self.tokens = [-1 - i for i in range(self.virtual)] + list(self.request.prompt_ids)
+        self.adapter_ready = self.adapter_ready or time.monotonic()
+
+    def adopt(self, manager: BlockManager) -> None:
+        """Take up the cached prefix, leaving at least one token to compute."""
+        limit = len(self.tokens) - 1
+        if self.request.sampling.score_from is not None and self.outputs == 0:
+            limit = min(limit, self.virtual + self.request.sampling.score_from - 1)
+        self.blocks, self.hashes = manager.match(self.root, self.tokens, limit)
+        self.computed = len(self.blocks) * manager.block_size
+        if self.outputs == 0:
+            self.cached = max(0, self.computed - self.virtual)
+
+    def publish(self, manager: BlockManager) -> None:
+        """Index the blocks that became full."""
+        size = manager.block_size
+        for i in range(len(self.hashes), self.computed // size):
+            parent = self.hashes[-1] if self.hashes else self.root
+            self.hashes.append(block_hash(parent, self.tokens[i * size : (i + 1) * size]))
+            manager.publish(self.blocks[i], self.hashes[-1])
+
+    @property
+    def uncomputed_prefix(self) -> int:
+        """Virtual tokens whose keys and values are given, not computed, and not yet written."""
+        if isinstance(self.prefix, PrefixKV) and self.computed < self.virtual:
+            return self.virtual - self.computed
+        return 0

@@ -1,0 +1,117 @@
+"""What a request must satisfy before it enters the engine. Every refusal names the field, the
+value and what would be right."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from deltaserve.server.engine.core import Request, SamplingParams
+from deltaserve.server.errors import InvalidRequest
+
+MAX_STOPS = 64
+MAX_STOP_LENGTH = 1024
+MAX_LOGPROBS = 256
+MAX_ADAPTERS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """vocab_size: of the base. max_length: tokens of one sequence, prompt and answer. kv_tokens:
+    tokens that the whole cache holds."""
+
+    vocab_size: int
+    max_length: int
+    kv_tokens: int
+
+
+def check(request: Request, limits: Limits) -> None:
+    """Raise InvalidRequest for the first thing that is wrong."""
+    if not request.request_id:
+        _refuse("request_id", "''", "a name that is not empty")
+    _check_prompt(request, limits)
+    _check_sampling(request.sampling, limits, len(request.prompt_ids))
+    if len(request.adapters) > MAX_ADAPTERS:
+        _refuse("adapters", f"{len(request.adapters)} adapters", f"at most {MAX_ADAPTERS}")
+    for ref in request.adapters:
+        if not ref.name:
+            _refuse("adapters.name", "''", "the name of a registered adapter")
+        if not math.isfinite(ref.strength) or abs(ref.strength) > 1000:
+            _refuse("adapters.strength", ref.strength, "a finite number within ±1000")
+    names = [ref.name.partition("@")[0] for ref in request.adapters]
+    if len(set(names)) != len(names):
+        _refuse("adapters", names, "every adapter once; add up the strengths instead")
+
+
+def check_length(prompt: int, virtual: int, max_tokens: int, limits: Limits) -> None:
+    """prompt and virtual tokens against the limits; also called when an adapter's virtual tokens
+    become known."""
+    extra = f" and {virtual} virtual tokens of its adapter" if virtual else ""
+    if prompt + virtual + (max_tokens > 0) > limits.max_length:
+        _refuse(
+            "prompt",
+            f"{prompt} tokens{extra}",
+            f"at most {limits.max_length - virtual - (max_tokens > 0)} tokens "
+            f"(the model's length limit is {limits.max_length}, the answer needs at least one)",
+        )
+    most = min(prompt + virtual + max_tokens, limits.max_length)
+    if most > limits.kv_tokens:
+        _refuse(
+            "max_tokens",
+            f"{prompt} prompt tokens{extra} and max_tokens {max_tokens}",
+            f"at most {limits.kv_tokens} tokens together: that is all the KV cache holds",
+        )
+
+
+def _check_prompt(request: Request, limits: Limits) -> None:
+    ids = request.prompt_ids
+    if not ids:
+        _refuse("prompt", "0 tokens", "at least one token")
+    for i in ids:
+        if not 0 <= i < limits.vocab_size:
+            _refuse("prompt", f"token id {i}", f"ids from 0 to {limits.vocab_size - 1}")
+    check_length(len(ids), 0, request.sampling.max_tokens, limits)
+
+
+def _check_sampling(p: SamplingParams, limits: Limits, prompt: int) -> None:
+    _range("max_tokens", p.max_tokens, 0 if p.score_from is not None else 1, 1 << 20)
+    _range("min_tokens", p.min_tokens, 0, p.max_tokens)
+    _range("temperature", p.temperature, 0.0, 100.0)
+    if 0 < p.temperature < 1e-3:
+        _refuse("temperature", p.temperature, "0 (greedy) or at least 0.001")
+    _range("top_p", p.top_p, 0.0, 1.0)
+    if p.top_p == 0:
+        _refuse("top_p", p.top_p, "above 0, at most 1")
+    _range("top_k", p.top_k, 0, 1 << 31)
+    _range("min_p", p.min_p, 0.0, 1.0)
+    _range("repetition_penalty", p.repetition_penalty, 0.01, 100.0)
+    _range("presence_penalty", p.presence_penalty, -100.0, 100.0)
+    _range("frequency_penalty", p.frequency_penalty, -100.0, 100.0)
+    if p.seed is not None:
+        _range("seed", p.seed, -(1 << 63), (1 << 63) - 1)
+    if p.logprobs is not None:
+        _range("logprobs", p.logprobs, 0, min(MAX_LOGPROBS, limits.vocab_size))
+    if p.score_from is not None:
+        _range("score_from", p.score_from, 1, prompt - 1)
+    if len(p.stop) > MAX_STOPS:
+        _refuse("stop", f"{len(p.stop)} stop strings", f"at most {MAX_STOPS}")
+    for s in p.stop:
+        if not 0 < len(s) <= MAX_STOP_LENGTH:
+            _refuse("stop", f"a string of {len(s)} characters", f"1 to {MAX_STOP_LENGTH}")
+    if len(p.logit_bias) > limits.vocab_size:
+        _refuse("logit_bias", f"{len(p.logit_bias)} entries", f"at most {limits.vocab_size}")
+    for token, bias in p.logit_bias:
+        _range("logit_bias", token, 0, limits.vocab_size - 1)
+        if not (math.isfinite(bias) and abs(bias) <= 1000):
+            _refuse("logit_bias", bias, "finite and within ±1000")
+    for token in p.stop_token_ids:
+        _range("stop_token_ids", token, 0, limits.vocab_size - 1)
+
+
+def _range(field: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # False for NaN as well
+        _refuse(field, value, f"from {low:g} to {high:g}")
+
+
+def _refuse(field: str, value: object, right: str) -> None:
+    raise InvalidRequest(f"{field}: {value} is not possible; it must be {right}", field=field)
