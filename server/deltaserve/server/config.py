@@ -1,0 +1,216 @@
+"""Config: what `deltaserve serve` can be told, checked. A refusal names the flag."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}")
+"""What an adapter may be called: no ``@`` (digests), ``+`` and ``,`` (lists in metrics)."""
+
+DTYPES = ("float32", "bfloat16")
+QUANTIZATIONS = ("none", "int8", "int4")
+ACTIVATIONS = ("float", "int8")
+DEVICES = ("cpu", "cuda")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+class ConfigError(ValueError):
+    """A flag that is wrong; the message starts with its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """How the base is held and computed.
+
+    base: checkpoint folder. dtype: of weights that are not quantized, and of activations.
+    quantize: of the linear weights; group_size: input features that share a scale (int4).
+    activations: ``int8`` multiplies in integers, quantizing each token's activations, which is
+    faster and slightly less exact; ``float`` does not. threads: of torch; None leaves it to torch.
+    """
+
+    base: Path
+    dtype: str = "float32"
+    quantize: str = "none"
+    group_size: int = 64
+    activations: str = "float"
+    device: str = "cpu"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("--dtype", self.dtype, DTYPES)
+        _one_of("--quantize", self.quantize, QUANTIZATIONS)
+        _one_of("--activations", self.activations, ACTIVATIONS)
+        _one_of("--device", self.device, DEVICES)
+        if self.device == "cuda":
+            raise ConfigError(
+                "--device cuda: this version computes on the CPU only; use --device cpu"
+            )
+        if self.activations == "int8" and self.quantize == "none":
+            raise ConfigError(
+                "--activations int8: needs integer weights; add --quantize int8 or int4"
+            )
+        _at_least("--group-size", self.group_size, 8)
+        if self.group_size % 8:
+            raise ConfigError(f"--group-size {self.group_size}: must be a multiple of 8")
+        if self.threads is not None:
+            _at_least("--threads", self.threads, 1)
+        if not self.base.is_dir():
+            raise ConfigError(f"--base {self.base}: no such folder; give a checkpoint folder")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """Which adapters may be served.
+
+    preload: (name, path) loaded before the server is ready. roots: folders that adapters loaded
+    over the wire must lie in; none forbids loading over the wire. bytes: memory that all adapters
+    may take, None for a share of what is free. allow_base_mismatch: accept adapters that were
+    made for another base of the same shapes.
+    """
+
+    preload: tuple[tuple[str, Path], ...] = ()
+    roots: tuple[Path, ...] = ()
+    bytes: int | None = None
+    allow_base_mismatch: bool = False
+
+    def __post_init__(self) -> None:
+        names = [name for name, _ in self.preload]
+        for name, path in self.preload:
+            if not ADAPTER_NAME.fullmatch(name):
+                raise ConfigError(f"--adapter {name}={path}: {NAME_RULE}")
+            if names.count(name) > 1:
+                raise ConfigError(f"--adapter {name}={path}: the name {name!r} is given twice")
+            if not path.exists():
+                raise ConfigError(f"--adapter {name}={path}: no such file or folder")
+        for root in self.roots:
+            if not root.is_dir():
+                raise ConfigError(f"--adapter-root {root}: no such folder")
+        if self.bytes is not None:
+            _at_least("--adapter-bytes", self.bytes, 1)
+
+
+NAME_RULE = "a name starts with a letter or digit and has at most 128 letters, digits and the signs . _ / : -"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How requests share the model.
+
+    max_batch_tokens: tokens of one step, prompts in chunks. max_sequences: requests in one step.
+    kv_cache_bytes: None for a share of what is free. block_size: tokens in a block of it.
+    max_length: tokens of a request, prompt and answer; None for the model's own limit.
+    max_queue: requests that may wait or run before more are refused.
+    """
+
+    max_batch_tokens: int = 512
+    max_sequences: int = 256
+    kv_cache_bytes: int | None = None
+    block_size: int = 16
+    prefix_cache: bool = True
+    max_length: int | None = None
+    max_queue: int = 4096
+
+    def __post_init__(self) -> None:
+        _at_least("--max-batch-tokens", self.max_batch_tokens, 1)
+        _at_least("--max-sequences", self.max_sequences, 1)
+        _at_least("--block-size", self.block_size, 1)
+        _at_least("--max-queue", self.max_queue, 1)
+        if self.kv_cache_bytes is not None:
+            _at_least("--kv-cache-bytes", self.kv_cache_bytes, 1)
+        if self.max_length is not None:
+            _at_least("--max-length", self.max_length, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class RpcConfig:
+    """How the server is reached.
+
+    port 0 picks a free one; metrics_port None is off. max_seconds: longest life of a request.
+    write_seconds: how long a client may not read before its stream is ended. grace_seconds: how
+    long running requests may go on after SIGTERM. max_message_bytes: of a request.
+    tls_certificate, tls_key: PEM files, both or none.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 50051
+    metrics_port: int | None = None
+    max_seconds: float = 3600.0
+    write_seconds: float = 30.0
+    grace_seconds: float = 30.0
+    max_message_bytes: int = 16 << 20
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+
+    def __post_init__(self) -> None:
+        _port("--port", self.port)
+        if self.metrics_port is not None:
+            _port("--metrics-port", self.metrics_port)
+        for flag, value in (
+            ("--max-seconds", self.max_seconds),
+            ("--write-seconds", self.write_seconds),
+        ):
+            if not value > 0:
+                raise ConfigError(f"{flag} {value:g}: must be above 0")
+        if not self.grace_seconds >= 0:
+            raise ConfigError(f"--grace-seconds {self.grace_seconds:g}: must be 0 or more")
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ConfigError("--tls-certificate and --tls-key: give both or none")
+        for flag, file in (
+            ("--tls-certificate", self.tls_certificate),
+            ("--tls-key", self.tls_key),
+        ):
+            if file is not None and not (file.is_file() and os.access(file, os.R_OK)):
+                raise ConfigError(f"{flag} {file}: no such file, or it may not be read")
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything."""
+
+    model: ModelConfig
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    rpc: RpcConfig = field(default_factory=RpcConfig)
+    log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        _one_of("--log-level", self.log_level, LOG_LEVELS)
+
+
+def name_and_path(text: str) -> tuple[str, Path]:
+    """``NAME=PATH`` of --adapter."""
+    name, sign, path = text.partition("=")
+    if not sign or not name or not path:
+        raise ConfigError(f"--adapter {text}: write it as NAME=PATH")
+    return name, Path(path)
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def size(flag: str, text: str | None) -> int | None:
+    """Bytes: a whole number, or one with a unit: ``512MiB``, ``2GB``, ``auto`` for None."""
+    if text is None or text == "auto":
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", text.strip().lower())
+    if not found:
+        raise ConfigError(f"{flag} {text}: write bytes as 1000000, 512MiB or 2GB")
+    return int(float(found[1]) * _UNITS[found[2] or ""])
+
+
+def _one_of(flag: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{flag} {value}: must be one of {', '.join(known)}")
+
+
+def _at_least(flag: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{flag} {value}: must be at least {least}")
+
+
+def _port(flag: str, value: int) -> None:
+    if not 0 <= value <= 65535:
+        raise ConfigError(f"{flag} {value}: must be from 0 (any free port) to 65535")
