@@ -1,8 +1,59 @@
-PYTHON ?= python
+# DEVICE=cpu installs the CPU build of torch; DEVICE=cuda the one with CUDA (several gigabytes).
+DEVICE ?= cpu
+VENV ?= .venv
+BOOTSTRAP ?= python3
+PYTHON ?= $(VENV)/bin/python
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+READY := $(VENV)/.ready-$(DEVICE)
+
+BASE ?= demo/zoo/base
 PROTO := $(sort $(wildcard proto/deltaserve/v1/*.proto))
 STUBS ?= proto
 
-.PHONY: stubs
+.DEFAULT_GOAL := help
+.PHONY: help install demo serve test check fix stubs zoo bench
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(READY)  ## the environment in $(VENV), with the development tools
+
+# The wheel named +cpu is first looked for where pip is configured to look, then at PyTorch's own
+# index; the constraints keep every later step from replacing it.
+$(READY): pyproject.toml constraints.txt constraints-$(DEVICE).txt
+	$(BOOTSTRAP) -m venv $(VENV)
+	if [ "$(DEVICE)" = cpu ]; then \
+	    $(PIP) install -q -c constraints-cpu.txt torch 2>/dev/null \
+	    || $(PIP) install -q -c constraints-cpu.txt --extra-index-url $(TORCH_CPU_INDEX) torch; \
+	fi
+	$(PIP) install -q -c constraints-$(DEVICE).txt -e '.[dev]'
+	touch $@
+
+demo: install  ## serve the zoo, send one mixed batch, print who answered what (ONCE=1: then stop)
+	$(PYTHON) demo/run.py
+
+serve: install  ## serve BASE=folder with ARGS="..."
+	$(VENV)/bin/deltaserve serve --base $(BASE) $(ARGS)
+
+test: install  ## the whole test suite
+	$(PYTHON) -m pytest -q $(ARGS)
+
+check: install  ## lint, format and types
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+fix: install  ## lint and format, in place
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
 stubs:  ## regenerate the stubs of proto/deltaserve/v1 (into STUBS)
 	$(PYTHON) -m grpc_tools.protoc -Iproto --python_out=$(STUBS) --pyi_out=$(STUBS) \
 	    --grpc_python_out=$(STUBS) --mypy_grpc_out=$(STUBS) $(PROTO)
+
+zoo: install  ## train the zoo anew (about ten minutes on two cores)
+	$(PYTHON) demo/build.py
+
+bench: install  ## tokens per second of mixed batches beside transformers + PEFT
+	$(PYTHON) benchmarks/mixed.py $(ARGS)

@@ -137,7 +137,6 @@ class AdapterState(StrEnum):
     UNLOADING = "unloading"
     UNLOADED = "unloaded"  # gone; seen by watchers only
     FAILED = "failed"
-    UNLOADED = "unloaded"  # gone; the last state that a subscriber is told
 
 
 class Tier(StrEnum):

@@ -1,0 +1,94 @@
+"""Tokens are drawn as the parameters say, and from the request's own generator alone."""
+
+import torch
+from deltaserve.server.engine.core import SamplingParams
+from deltaserve.server.engine.sampler import Row, adjust, logprob_of, sample, truncate
+
+
+def row(seed: int | None = None, outputs: list[int] | None = None, **fields: object) -> Row:
+    generator = torch.Generator().manual_seed(seed) if seed is not None else None
+    return Row(SamplingParams(**fields), generator, (1, 2), outputs or [], (0,))  # type: ignore[arg-type]
+
+
+def test_greedy_is_argmax_and_leaves_the_logits_alone() -> None:
+    logits = torch.randn(4, 50)
+    before = logits.clone()
+    rows = [row(), row(0, temperature=1.0), row(logit_bias=((7, 100.0),)), row()]
+    choices = sample(logits, rows)
+    assert choices[0].token_id == int(logits[0].argmax())
+    assert choices[2].token_id == 7
+    assert torch.equal(logits, before)
+
+
+def test_a_seed_fixes_the_draws_whatever_else_is_in_the_batch() -> None:
+    logits = torch.randn(5, 100)
+    alone = [sample(logits[2:3], [row(5, temperature=1.0)])[0].token_id for _ in range(3)]
+    assert len(set(alone)) == 1
+    others = [row(i, temperature=2.0) for i in range(5)]
+    others[2] = row(5, temperature=1.0)
+    assert sample(logits, others)[2].token_id == alone[0]
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.tensor([1.0, 0.0, -1.0, 2.0])
+    sampled = row(3, temperature=0.7)
+    n = 4000
+    counts = torch.zeros(4)
+    for _ in range(n):
+        counts[sample(logits[None], [sampled])[0].token_id] += 1
+    expected = torch.softmax(logits / 0.7, -1)
+    # five standard deviations of a binomial count
+    assert ((counts / n - expected).abs() < 5 * (expected * (1 - expected) / n).sqrt()).all()
+
+
+def test_truncation() -> None:
+    p = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05])
+
+    def kept(**fields: float) -> list[bool]:
+        return (truncate(p.clone(), SamplingParams(**fields)) > 0).tolist()  # type: ignore[arg-type]
+
+    assert kept(top_k=2) == [True, True, False, False, False]
+    assert kept(top_p=0.6) == [True, True, False, False, False]
+    assert kept(top_p=0.5) == [True, False, False, False, False]
+    assert kept(top_p=1e-6) == [True, False, False, False, False]
+    assert kept(min_p=0.3) == [True, True, True, False, False]
+    # top_p is a share of what top_k left: 0.7 of 0.85
+    assert kept(top_k=3, top_p=0.8) == [True, True, False, False, False]
+    assert kept(top_k=3, top_p=0.83) == [True, True, True, False, False]
+
+
+def test_penalties() -> None:
+    logits = torch.tensor([2.0, -2.0, 1.0, 4.0, 3.0])
+    got = adjust(logits.clone(), row(outputs=[3, 3, 4], repetition_penalty=2.0))
+    assert got.tolist() == [2.0, -4.0, 0.5, 2.0, 1.5]  # prompt ids 1 and 2, outputs 3 and 4
+    got = adjust(
+        logits.clone(), row(outputs=[3, 3, 4], presence_penalty=1.0, frequency_penalty=0.5)
+    )
+    assert got.tolist() == [2.0, -2.0, 1.0, 2.0, 1.5]
+
+
+def test_min_tokens_hold_back_the_end() -> None:
+    logits = torch.tensor([9.0, 1.0, 2.0])
+    assert sample(logits[None], [row(min_tokens=2)])[0].token_id == 2
+    assert sample(logits[None], [row(outputs=[1, 1], min_tokens=2)])[0].token_id == 0
+
+
+def test_logprobs_are_of_the_raw_distribution() -> None:
+    logits = torch.randn(30)
+    chosen = sample(logits[None], [row(1, temperature=0.5, logprobs=3, top_k=1)])[0]
+    expected = torch.log_softmax(logits.double(), -1)
+    assert chosen.logprob is not None
+    assert abs(chosen.logprob.logprob - expected.max().item()) < 1e-5
+    assert [i for i, _ in chosen.logprob.top] == logits.topk(3).indices.tolist()
+    assert logprob_of(logits, 4, 0).top == ()
+
+
+def test_rows_that_are_not_finite_are_named() -> None:
+    logits = torch.zeros(3, 4)
+    logits[1, 2] = float("nan")
+    logits[2, 0] = float("inf")
+    assert [c.finite for c in sample(logits, [row(), row(1, temperature=1.0), row()])] == [
+        True,
+        False,
+        False,
+    ]
