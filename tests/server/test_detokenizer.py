@@ -3,8 +3,9 @@
 import random
 
 import pytest
-from deltaserve.server.engine.detokenizer import Detokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from deltaserve.server.engine.detokenizer import Detokenizer
 
 
 @pytest.fixture(scope="module")

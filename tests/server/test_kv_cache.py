@@ -1,8 +1,9 @@
-"""Blocks are neither lost nor shared by mistake, and prefixes are found only under their own key."""
+"""Blocks are neither lost nor shared by mistake; prefixes are found only under their own key."""
 
 import random
 
 import pytest
+
 from deltaserve.server.engine.kv_cache import BlockManager, OutOfBlocks, block_hash, chain_root
 
 

@@ -1,6 +1,7 @@
 """Tokens are drawn as the parameters say, and from the request's own generator alone."""
 
 import torch
+
 from deltaserve.server.engine.core import SamplingParams
 from deltaserve.server.engine.sampler import Row, adjust, logprob_of, sample, truncate
 

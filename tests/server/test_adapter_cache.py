@@ -1,0 +1,238 @@
+"""Adapters come and go within their budget, and nobody waits for ever or gets the wrong one."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from deltaserve.adapters.adapter import Adapter
+from deltaserve.adapters.errors import InvalidAdapter
+from deltaserve.server.engine.adapter_cache import AdapterCache, Residency
+from deltaserve.server.engine.core import AdapterInfo, AdapterRef, AdapterState
+from deltaserve.server.engine.observer import NullObserver
+from deltaserve.server.errors import AdapterConflict, AdapterUnavailable, AdapterUnknown
+
+
+@dataclass
+class Packed:
+    digest: str
+    nbytes: int
+
+
+class Host:
+    """Records what is installed where. Sizes: the number in the uri."""
+
+    def __init__(self) -> None:
+        self.slots: dict[int, str] = {}
+
+    def prepare(self, adapter: Adapter) -> Packed:
+        return Packed(adapter.digest, adapter.source_bytes)
+
+    def install(self, slot: int, prepared: Packed) -> None:
+        assert slot not in self.slots and slot > 0
+        self.slots[slot] = prepared.digest
+
+    def remove(self, slot: int) -> None:
+        del self.slots[slot]
+
+
+class Disk:
+    """uri -> content. `gate` holds reads up."""
+
+    def __init__(self) -> None:
+        self.content: dict[str, tuple[str, int]] = {}
+        self.gate = threading.Event()
+        self.gate.set()
+        self.reads = 0
+
+    def read(self, uri: str) -> Adapter:
+        self.gate.wait()
+        self.reads += 1
+        if uri not in self.content:
+            raise InvalidAdapter(f"{uri} is damaged")
+        digest, size = self.content[uri]
+        return Adapter(digest, "test", {}, source_bytes=size)
+
+
+class Rig:
+    def __init__(self, budget: int, adapters: dict[str, int]) -> None:
+        self.host, self.disk = Host(), Disk()
+        self.disk.content = {f"/{n}": (f"digest-{n}", size) for n, size in adapters.items()}
+        self.cache = AdapterCache(
+            self.host, self.disk.read, budget=budget, wake=lambda: None, observer=NullObserver()
+        )
+
+    def until(self, condition: Callable[[], bool], waiting: list[tuple[Residency, ...]]) -> None:
+        """Turn the engine's crank."""
+        end = time.monotonic() + 5
+        while not condition():
+            assert time.monotonic() < end, "nothing happened for five seconds"
+            self.cache.step(waiting)
+            time.sleep(0.001)
+
+    def load(self, name: str, **how: bool) -> AdapterInfo:
+        future = self.cache.load(name, f"/{name}", **how)
+        self.until(future.done, [])
+        return future.result()
+
+
+def test_loads_and_unloads_to_the_last_byte() -> None:
+    rig = Rig(100, {"a": 30})
+    info = rig.load("a")
+    assert (info.state, info.resident_bytes, info.digest) == (AdapterState.READY, 30, "digest-a")
+    assert rig.cache.used_bytes == 30 and list(rig.host.slots.values()) == ["digest-a"]
+    future = rig.cache.unload("a")
+    rig.until(future.done, [])
+    assert future.result() == 30
+    assert rig.cache.used_bytes == 0 and not rig.host.slots
+    with pytest.raises(AdapterUnknown):
+        rig.cache.get("a")
+
+
+def test_unload_waits_for_requests_in_flight_and_lets_no_new_ones_in() -> None:
+    rig = Rig(100, {"a": 30})
+    rig.load("a")
+    held = rig.cache.acquire([AdapterRef("a")])
+    future = rig.cache.unload("a")
+    for _ in range(5):
+        rig.cache.step([])
+    assert not future.done() and rig.host.slots
+    with pytest.raises(AdapterUnknown, match="being unloaded"):
+        rig.cache.acquire([AdapterRef("a")])
+    with pytest.raises(AdapterConflict, match="being unloaded"):
+        rig.cache.load("a", "/a")
+    rig.cache.release(held, running=False)
+    rig.until(future.done, [])
+
+
+def test_the_same_name_again() -> None:
+    rig = Rig(100, {"a": 30})
+    rig.disk.content["/copy"] = ("digest-a", 30)
+    rig.disk.content["/other"] = ("digest-x", 30)
+    rig.load("a")
+    same = rig.cache.load("a", "/copy")
+    rig.until(same.done, [])
+    assert same.result().digest == "digest-a"
+    other = rig.cache.load("a", "/other")
+    rig.until(other.done, [])
+    with pytest.raises(AdapterConflict, match="registered with digest digest-a"):
+        other.result()
+    assert rig.cache.get("a").state is AdapterState.READY
+
+
+def test_two_loads_at_once_are_one() -> None:
+    rig = Rig(100, {"a": 30})
+    rig.disk.gate.clear()
+    futures = [rig.cache.load("a", "/a") for _ in range(3)]
+    rig.disk.gate.set()
+    rig.until(lambda: all(f.done() for f in futures), [])
+    assert {f.result().digest for f in futures} == {"digest-a"}
+    assert rig.cache.loads == 1 and len(rig.host.slots) == 1
+
+
+def test_a_damaged_adapter_fails_its_load_and_nothing_else() -> None:
+    rig = Rig(100, {"a": 30})
+    rig.load("a")
+    future = rig.cache.load("bad", "/bad")
+    rig.until(future.done, [])
+    with pytest.raises(InvalidAdapter, match="damaged"):
+        future.result()
+    with pytest.raises(AdapterUnknown):
+        rig.cache.acquire([AdapterRef("bad")])
+    assert rig.cache.get("a").state is AdapterState.READY
+
+
+def test_one_that_can_never_fit_is_refused_with_both_sizes() -> None:
+    rig = Rig(100, {"huge": 101})
+    future = rig.cache.load("huge", "/huge")
+    rig.until(future.done, [])
+    with pytest.raises(AdapterUnavailable, match=r"needs 101 bytes.*100 bytes in all"):
+        future.result()
+
+
+def test_the_least_recently_used_goes_and_comes_back_when_asked_for() -> None:
+    rig = Rig(100, {"a": 40, "b": 40, "c": 40})
+    for name in "abc":
+        rig.load(name)
+    assert [i.state for i in rig.cache.list()] == [
+        AdapterState.REGISTERED,
+        AdapterState.READY,
+        AdapterState.READY,
+    ]
+    assert rig.cache.used_bytes == 80 and rig.cache.evictions == 1
+    waiting = rig.cache.acquire([AdapterRef("a")])
+    rig.until(lambda: waiting[0].ready, [waiting])
+    assert rig.host.slots[waiting[0].slot] == "digest-a"
+    assert rig.cache.used_bytes == 80
+
+
+def test_pinned_and_running_ones_stay() -> None:
+    rig = Rig(100, {"a": 40, "b": 40, "c": 40})
+    rig.load("a", pinned=True)
+    rig.load("b")
+    held = rig.cache.acquire([AdapterRef("b")])
+    rig.cache.admitted(held)
+    future = rig.cache.load("c", "/c")
+    for _ in range(50):
+        rig.cache.step([])
+        time.sleep(0.002)
+    assert not future.done()  # it waits for room
+    rig.cache.release(held, running=True)
+    rig.until(future.done, [])
+    assert rig.cache.get("b").state is AdapterState.REGISTERED
+    assert rig.cache.get("a").state is AdapterState.READY
+
+
+def test_a_file_that_changed_is_not_served_under_the_old_digest() -> None:
+    rig = Rig(50, {"a": 40, "b": 40})
+    rig.load("a")
+    rig.load("b")
+    rig.disk.content["/a"] = ("digest-new", 40)
+    waiting = rig.cache.acquire([AdapterRef("a")])
+    rig.until(lambda: waiting[0].state is AdapterState.FAILED, [waiting])
+    assert "changed since" in waiting[0].error
+    with pytest.raises(AdapterUnavailable, match="changed since"):
+        rig.cache.acquire([AdapterRef("a")])
+
+
+def test_a_digest_in_the_name_must_match() -> None:
+    rig = Rig(100, {"a": 40})
+    rig.load("a")
+    rig.cache.acquire([AdapterRef("a@digest")])
+    with pytest.raises(AdapterUnknown, match="has digest"):
+        rig.cache.acquire([AdapterRef("a@other")])
+
+
+def test_thrashing_serves_everybody_in_turn() -> None:
+    """Three adapters, room for one: each waiting request gets its turn."""
+    rig = Rig(40, {"a": 40, "b": 40, "c": 40})
+    for name in "abc":
+        rig.load(name)
+    queue = [rig.cache.acquire([AdapterRef(n)]) for n in "abcabcabc"]
+    served = []
+    while queue:
+        rig.until(lambda: queue[0][0].ready, queue)
+        held = queue.pop(0)
+        rig.cache.admitted(held)
+        served.append(rig.host.slots[held[0].slot])
+        rig.cache.release(held, running=True)
+    assert served == [f"digest-{n}" for n in "abcabcabc"]
+
+
+def test_watchers_see_every_state() -> None:
+    rig = Rig(100, {"a": 40})
+    seen: list[AdapterState] = []
+    end = rig.cache.subscribe(lambda info: seen.append(info.state))
+    rig.load("a")
+    future = rig.cache.unload("a")
+    rig.until(future.done, [])
+    end()
+    rig.load("a")
+    assert seen == [
+        AdapterState.LOADING,
+        AdapterState.READY,
+        AdapterState.UNLOADING,
+        AdapterState.UNLOADED,
+    ]
