@@ -10,6 +10,10 @@ from pathlib import Path
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}")
 """What an adapter may be called: no ``@`` (digests), ``+`` and ``,`` (lists in metrics)."""
 
+NAME_RULE = (
+    "a name starts with a letter or digit and has at most 128 letters, digits and . _ / : - signs"
+)
+
 DTYPES = ("float32", "bfloat16")
 QUANTIZATIONS = ("none", "int8", "int4")
 ACTIVATIONS = ("float", "int8")
@@ -90,9 +94,6 @@ class AdapterConfig:
                 raise ConfigError(f"--adapter-root {root}: no such folder")
         if self.bytes is not None:
             _at_least("--adapter-bytes", self.bytes, 1)
-
-
-NAME_RULE = "a name starts with a letter or digit and has at most 128 letters, digits and the signs . _ / : -"
 
 
 @dataclass(frozen=True, slots=True)

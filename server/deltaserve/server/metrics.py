@@ -1,0 +1,181 @@
+"""Metrics: what Prometheus sees. docs/metrics.md lists every name.
+
+The label `adapter` is bounded: the names of registered adapters up to a cap, then ``_other``;
+``_base`` for the base alone, ``_mixed`` for several adapters at once. No adapter can be called so.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client.metrics import MetricWrapperBase
+
+from deltaserve.server.engine.core import FinishReason, Timings, Usage
+
+MAX_ADAPTERS = 200
+BASE, MIXED, OTHER = "_base", "_mixed", "_other"
+_SPECIAL = (BASE, MIXED, OTHER)
+
+_TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
+_WAIT_SECONDS = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+_LOAD_SECONDS = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+
+
+@dataclass(slots=True)
+class _Children:
+    """The label children of one adapter, looked up once."""
+
+    first_token: Histogram
+    inter_token: Histogram
+    queue: Histogram
+    total: Histogram
+    prompt: Counter
+    cached: Counter
+    completion: Counter
+    finished: dict[FinishReason, Counter] = field(default_factory=dict)
+
+
+class Metrics:
+    """The engine's observer. Its methods are called on the engine thread, once or more per step;
+    `on_rpc` on the event loop's."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = registry or CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self._lock = threading.Lock()
+        self._children: dict[str, _Children] = {}
+        self._requests = self._counter("requests", "Requests ended", "adapter", "reason")
+        self._prompt = self._counter("prompt_tokens", "Prompt tokens taken in", "adapter")
+        self._cached = self._counter(
+            "cached_prompt_tokens", "Prompt tokens found in the prefix cache", "adapter"
+        )
+        self._completion = self._counter("completion_tokens", "Tokens generated", "adapter")
+        self._first_token = self._histogram(
+            "time_to_first_token_seconds", "Arrival to first token", _WAIT_SECONDS, "adapter"
+        )
+        self._inter_token = self._histogram(
+            "inter_token_seconds", "Between two tokens of a request", _TOKEN_SECONDS, "adapter"
+        )
+        self._queue = self._histogram(
+            "queue_seconds", "Arrival to first computation", _WAIT_SECONDS, "adapter"
+        )
+        self._total = self._histogram("request_seconds", "Arrival to end", _WAIT_SECONDS, "adapter")
+        self._loads = self._counter("adapter_loads", "Adapters brought into memory", "adapter")
+        self._evictions = self._counter(
+            "adapter_evictions", "Adapters evicted to make room", "adapter"
+        )
+        self._load_seconds = self._histogram(
+            "adapter_load_seconds", "Reading, checking, lowering one adapter", _LOAD_SECONDS
+        )
+        self._rpcs = self._counter("rpcs", "Calls ended", "method", "code")
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"deltaserve_{name}", text, labels, registry=self.registry)
+
+    def _histogram(
+        self, name: str, text: str, buckets: tuple[float, ...], *labels: str
+    ) -> Histogram:
+        return Histogram(
+            f"deltaserve_{name}", text, labels, buckets=buckets, registry=self.registry
+        )
+
+    def on_first_token(self, adapter: str, seconds: float) -> None:
+        self._of(adapter).first_token.observe(seconds)
+
+    def on_inter_token(self, adapter: str, seconds: float) -> None:
+        self._of(adapter).inter_token.observe(seconds)
+
+    def on_tokens(self, adapter: str, prompt: int, completion: int) -> None:
+        children = self._of(adapter)
+        if prompt:
+            children.prompt.inc(prompt)
+        if completion:
+            children.completion.inc(completion)
+
+    def on_finished(
+        self, adapter: str, reason: FinishReason, usage: Usage, timings: Timings
+    ) -> None:
+        children = self._of(adapter)
+        finished = children.finished.get(reason)
+        if finished is None:
+            finished = self._requests.labels(self._label(adapter), reason.value)
+            children.finished[reason] = finished
+        finished.inc()
+        children.cached.inc(usage.cached_tokens)
+        children.queue.observe(timings.queue)
+        children.total.observe(timings.total)
+
+    def on_adapter_load(self, name: str, seconds: float) -> None:
+        self._of(name)
+        self._loads.labels(self._label(name)).inc()
+        self._load_seconds.observe(seconds)
+
+    def on_adapter_evicted(self, name: str) -> None:
+        self._evictions.labels(self._label(name)).inc()
+
+    def on_adapter_unloaded(self, name: str) -> None:
+        """Forget everything under its name."""
+        with self._lock:
+            children = self._children.pop(name, None)
+        if children is None:
+            return
+        for metric in (
+            self._prompt,
+            self._cached,
+            self._completion,
+            self._first_token,
+            self._inter_token,
+            self._queue,
+            self._total,
+            self._loads,
+            self._evictions,
+        ):
+            _remove(metric, (name,))
+        for reason in children.finished:
+            _remove(self._requests, (name, reason.value))
+
+    def on_rpc(self, method: str, code: str) -> None:
+        """method: of our own services; code: a gRPC status name."""
+        self._rpcs.labels(method, code).inc()
+
+    def _label(self, adapter: str) -> str:
+        if not adapter:
+            return BASE
+        if "+" in adapter:
+            return MIXED
+        return adapter if adapter in self._children else OTHER
+
+    def _of(self, adapter: str) -> _Children:
+        """The children of an adapter; of ``_other`` when there are too many."""
+        known = self._children.get(adapter)
+        if known is not None:
+            return known
+        label = self._label(adapter)
+        with self._lock:
+            named = sum(name not in _SPECIAL for name in self._children)
+            if label == OTHER and named < MAX_ADAPTERS:
+                label = adapter
+            if label not in self._children:
+                self._children[label] = self._make(label)
+            return self._children[label]
+
+    def _make(self, label: str) -> _Children:
+        return _Children(
+            first_token=self._first_token.labels(label),
+            inter_token=self._inter_token.labels(label),
+            queue=self._queue.labels(label),
+            total=self._total.labels(label),
+            prompt=self._prompt.labels(label),
+            cached=self._cached.labels(label),
+            completion=self._completion.labels(label),
+        )
+
+
+def _remove(metric: MetricWrapperBase, labels: Iterable[str]) -> None:
+    try:
+        metric.remove(*labels)
+    except KeyError:  # nothing was counted under it
+        return
