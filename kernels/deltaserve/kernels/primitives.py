@@ -18,7 +18,7 @@ change of its bias.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -143,6 +143,7 @@ class PrefixKV:
 Sparse: TypeAlias = SparseCsr | SparseRows | SparseCols | SparseBlocks
 Primitive: TypeAlias = LowRank | Bit | Sparse | Scale | Bias | Replace | ReplaceRows
 Prefix: TypeAlias = PromptEmbeddings | PrefixKV
+P = TypeVar("P", Primitive, Prefix)
 
 
 def tensors(primitive: Primitive | Prefix) -> tuple[Tensor, ...]:
@@ -155,6 +156,17 @@ def tensors(primitive: Primitive | Prefix) -> tuple[Tensor, ...]:
         elif isinstance(value, tuple):
             found.extend(value)
     return tuple(found)
+
+
+def without_content(primitive: P) -> P:
+    """The same primitive with its tensors on the meta device: kind and shapes, no memory."""
+
+    def emptied(value: object) -> object:
+        if isinstance(value, Tensor):
+            return value.to("meta")
+        return tuple(emptied(v) for v in value) if isinstance(value, tuple) else value
+
+    return type(primitive)(*(emptied(getattr(primitive, f.name)) for f in fields(primitive)))
 
 
 def nbytes(primitive: Primitive | Prefix) -> int:

@@ -1,0 +1,19 @@
+"""Base weights: dense, int8 or int4, each a linear that knows its own dequantized weight."""
+
+from deltaserve.kernels.base.dense import DenseLinear
+from deltaserve.kernels.base.int4 import Int4Linear
+from deltaserve.kernels.base.int8 import Int8Linear
+from deltaserve.kernels.base.linear import BaseLinear
+from deltaserve.kernels.base.make import concat, make_linear
+from deltaserve.kernels.base.quantize import dequantize, quantize
+
+__all__ = [
+    "BaseLinear",
+    "DenseLinear",
+    "Int4Linear",
+    "Int8Linear",
+    "concat",
+    "dequantize",
+    "make_linear",
+    "quantize",
+]

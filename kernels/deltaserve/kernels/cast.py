@@ -1,0 +1,46 @@
+"""Casting an adapter's tensors for serving, once for each tensor that modules share."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Key: TypeAlias = tuple[int, torch.Size, tuple[int, ...], torch.dtype, torch.dtype, bool]
+
+_lock = threading.Lock()
+_known: dict[Key, tuple[weakref.ref[Tensor], weakref.ref[Tensor]]] = {}
+
+
+def cast(source: Tensor, dtype: torch.dtype, *, transpose: bool = False) -> Tensor:
+    """The tensor in `dtype`, contiguous, transposed if asked for; itself if it is that already.
+
+    The same memory cast twice gives the same tensor while both live: VeRA's one pair of matrices
+    stays one pair over all modules, though each module may bring its own view of it.
+    """
+    if source.dtype == dtype and not transpose and source.is_contiguous():
+        return source
+    key = (source.data_ptr(), source.shape, source.stride(), source.dtype, dtype, transpose)
+    with _lock:
+        known = _known.get(key)
+        if known is not None:
+            # The address may have been given to another tensor, unless the first one still lives.
+            origin, made = known[0](), known[1]()
+            if origin is not None and made is not None:
+                return made
+    result = source.to(dtype)
+    result = result.T.contiguous() if transpose else result.contiguous()
+    with _lock:
+        _known[key] = (weakref.ref(source), weakref.ref(result))
+        weakref.finalize(result, _forget, key)
+    return result
+
+
+def _forget(key: Key) -> None:
+    with _lock:
+        known = _known.get(key)
+        if known is not None and known[1]() is None:
+            del _known[key]

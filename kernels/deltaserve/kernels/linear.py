@@ -1,0 +1,127 @@
+"""LinearDeltas: what a step's adapters do to one group of linears that share their input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltaserve.kernels.base.linear import BaseLinear
+from deltaserve.kernels.bit import cpu as bit_cpu
+from deltaserve.kernels.check import check_linear
+from deltaserve.kernels.lowrank import cpu as lowrank_cpu
+from deltaserve.kernels.primitives import (
+    Bias,
+    Bit,
+    LowRank,
+    Primitive,
+    Replace,
+    ReplaceRows,
+    Scale,
+)
+from deltaserve.kernels.product import product
+from deltaserve.kernels.replace import cpu as replace_cpu
+from deltaserve.kernels.scale import cpu as scale_cpu
+from deltaserve.kernels.segments import Segments
+from deltaserve.kernels.sparse import cpu as sparse_cpu
+from deltaserve.kernels.table import Group, Packed, unique_bytes
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PreparedLinear:
+    """One adapter's primitives on one group, ready to be installed."""
+
+    lowrank: tuple[lowrank_cpu.PackedLowRank, ...] = ()
+    bit: tuple[bit_cpu.PackedBit, ...] = ()
+    sparse: tuple[sparse_cpu.PackedSparse, ...] = ()
+    scale: tuple[scale_cpu.PackedScale, ...] = ()
+    bias: tuple[scale_cpu.PackedBias, ...] = ()
+    replace: tuple[replace_cpu.PackedReplace, ...] = ()
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor it keeps in memory, those that parts share only once."""
+        items: tuple[Packed, ...] = (
+            *self.lowrank, *self.bit, *self.sparse, *self.scale, *self.bias, *self.replace
+        )  # fmt: skip
+        return tuple({id(t): t for item in items for t in item.tensors()}.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Exact bytes, shared memory counted once."""
+        return unique_bytes(self.tensors())
+
+
+class LinearDeltas:
+    """in_features; out_features of each part; dtype: of x and y, float32 or bfloat16."""
+
+    def __init__(self, in_features: int, out_features: Sequence[int], dtype: torch.dtype) -> None:
+        self.group = Group(in_features, tuple(out_features), dtype)
+        self._prepared: dict[int, PreparedLinear] = {}
+        self._lowrank = lowrank_cpu.LowRankTable(self.group)
+        self._bit = bit_cpu.BitTable(self.group)
+        self._sparse = sparse_cpu.SparseTable(self.group)
+        self._bias = scale_cpu.BiasTable(self.group)
+        self._scale = scale_cpu.ScaleTable(self.group)
+        self._replace = replace_cpu.ReplaceTable(self.group)
+        self._additive = (self._lowrank, self._bit, self._sparse, self._bias)
+
+    def prepare(self, parts: Mapping[int, tuple[Primitive, ...]]) -> PreparedLinear:
+        """Casts and packs the primitives of each part for serving. Safe from any thread.
+
+        Raises ValueError for a primitive that linears do not take, or of the wrong shape.
+        """
+        for part, primitives in parts.items():
+            check_linear(part, primitives, self.group)
+        dtype = self.group.dtype
+        flat = [(part, p) for part, primitives in parts.items() for p in primitives]
+        kinds = (LowRank, Bit, Scale, Bias, Replace, ReplaceRows)
+        return PreparedLinear(
+            lowrank=tuple(lowrank_cpu.pack(i, p, dtype) for i, p in flat if isinstance(p, LowRank)),
+            bit=tuple(bit_cpu.pack(i, p) for i, p in flat if isinstance(p, Bit)),
+            sparse=tuple(sparse_cpu.pack(i, p, dtype) for i, p in flat if not isinstance(p, kinds)),
+            scale=scale_cpu.pack_scales([(i, p) for i, p in flat if isinstance(p, Scale)]),
+            bias=tuple(scale_cpu.pack_bias(i, p) for i, p in flat if isinstance(p, Bias)),
+            replace=tuple(
+                replace_cpu.pack(i, p, dtype)
+                for i, p in flat
+                if isinstance(p, Replace | ReplaceRows)
+            ),
+        )
+
+    def install(self, slot: int, prepared: PreparedLinear) -> None:
+        """Publishes an adapter in a slot, in place of what the slot held. Engine thread."""
+        self._prepared[slot] = prepared
+        self._lowrank.install(slot, prepared.lowrank)
+        self._bit.install(slot, prepared.bit)
+        self._sparse.install(slot, prepared.sparse)
+        self._bias.install(slot, prepared.bias)
+        self._scale.install(slot, prepared.scale)
+        self._replace.install(slot, prepared.replace)
+
+    def remove(self, slot: int) -> None:
+        """Empties a slot; an empty one may be removed again."""
+        self._prepared.pop(slot, None)
+        for table in (*self._additive, self._scale, self._replace):
+            table.remove(slot)
+
+    @property
+    def nbytes(self) -> int:
+        """Exact bytes installed, memory shared between slots counted once."""
+        return unique_bytes([t for p in self._prepared.values() for t in p.tensors()])
+
+    def forward(self, x: Tensor, base: BaseLinear, segments: Segments) -> Tensor:
+        """x: [T, in]. Returns [T, sum of out_features] of x's dtype.
+
+        Tokens without an adapter get exactly what ``base(x)`` gives.
+        """
+        if segments.slots.isdisjoint(self._prepared):
+            return base(x)
+        y = product(x, base, segments, self._scale, self._replace)
+        adding = [table for table in self._additive if table.touches(segments)]
+        # Several families add up in float32 and are rounded once; base rows survive the round trip.
+        total = y.float()
+        for table in adding:
+            table.add(x, total, segments)
+        return total.to(x.dtype)

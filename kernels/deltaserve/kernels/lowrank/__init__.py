@@ -1,0 +1,1 @@
+"""LowRank: ``y += scale * b (a x)``."""

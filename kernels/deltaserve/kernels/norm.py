@@ -1,0 +1,122 @@
+"""NormDeltas: what a step's adapters do to one norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltaserve.kernels.cast import cast
+from deltaserve.kernels.primitives import Bias, Primitive, Replace
+from deltaserve.kernels.segments import Mix, Segments
+from deltaserve.kernels.table import unique_bytes
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PreparedNorm:
+    """gain, bias: float32 [hidden], or None where the adapter leaves the base's."""
+
+    gain: Tensor | None
+    bias: Tensor | None
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(t for t in (self.gain, self.bias) if t is not None)
+
+    @property
+    def nbytes(self) -> int:
+        return unique_bytes(self.tensors())
+
+
+class NormDeltas:
+    """hidden: size of the gain; dtype: of x and y."""
+
+    def __init__(self, hidden: int, dtype: torch.dtype) -> None:
+        self.hidden = hidden
+        self.dtype = dtype
+        self._prepared: dict[int, PreparedNorm] = {}
+
+    def prepare(self, primitives: tuple[Primitive, ...]) -> PreparedNorm:
+        """Safe from any thread. Raises ValueError for other primitives than one Replace and one
+        Bias, or of the wrong size."""
+        gain: Tensor | None = None
+        bias: Tensor | None = None
+        for p in primitives:
+            match p:
+                case Replace(weight) if gain is None:
+                    gain = self._checked("Replace.weight", weight)
+                case Bias(values) if bias is None:
+                    bias = self._checked("Bias.bias", values)
+                case _:
+                    raise ValueError(
+                        f"{type(p).__name__} on a norm: it takes one Replace and one Bias at most"
+                    )
+        return PreparedNorm(gain, bias)
+
+    def install(self, slot: int, prepared: PreparedNorm) -> None:
+        """Publishes an adapter in a slot, in place of what the slot held. Engine thread."""
+        self._prepared[slot] = prepared
+
+    def remove(self, slot: int) -> None:
+        """Empties a slot; an empty one may be removed again."""
+        self._prepared.pop(slot, None)
+
+    @property
+    def nbytes(self) -> int:
+        """Exact bytes installed, memory shared between slots counted once."""
+        return unique_bytes([t for p in self._prepared.values() for t in p.tensors()])
+
+    def forward(
+        self,
+        x: Tensor,
+        norm: Callable[[Tensor, Tensor | None], Tensor],
+        gain: Tensor,
+        segments: Segments,
+    ) -> Tensor:
+        """x: [T, hidden]. Returns ``norm(x, None)`` with the runs redone whose mix changes it.
+
+        norm: the module's own function of some tokens [t, hidden] and a gain [hidden] in place of
+        its own (None: its own). gain: the base's gain as `norm` would use it; `Replace` holds a
+        gain of the same convention. A mix's gain is ``gain + sum of w (gain_a - gain)``.
+        """
+        y = norm(x, None)
+        if segments.slots.isdisjoint(self._prepared):
+            return y
+        for mix, rows in self._by_mix(segments).items():
+            new_gain, bias = self._mixed(mix, gain)
+            index = torch.tensor(rows)
+            changed = y[index] if new_gain is None else norm(x[index], new_gain)
+            if bias is not None:
+                changed = (changed.float() + bias).to(y.dtype)
+            y[index] = changed
+        return y
+
+    def _by_mix(self, segments: Segments) -> dict[Mix, list[int]]:
+        """Tokens of the mixes that change this norm: equal mixes share one call."""
+        found: dict[Mix, list[int]] = {}
+        for start, end, mix in segments.runs:
+            if any(slot in self._prepared for slot, _ in mix):
+                found.setdefault(mix, []).extend(range(start, end))
+        return found
+
+    def _mixed(self, mix: Mix, base: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        changes = [(self._prepared[slot], w) for slot, w in mix if slot in self._prepared]
+        gains = [(p.gain, w) for p, w in changes if p.gain is not None]
+        biases = [p.bias * w for p, w in changes if p.bias is not None]
+        bias = torch.stack(biases).sum(0) if biases else None
+        if not gains:
+            return None, bias
+        if len(gains) == 1 and gains[0][1] == 1:
+            return gains[0][0].to(base.dtype), bias
+        total = base.float().clone()
+        for own, strength in gains:
+            total.add_(own - base.float(), alpha=strength)
+        return total.to(base.dtype), bias
+
+    def _checked(self, name: str, tensor: Tensor) -> Tensor:
+        if tuple(tensor.shape) != (self.hidden,):
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; the norm needs ({self.hidden},)"
+            )
+        return cast(tensor, torch.float32)

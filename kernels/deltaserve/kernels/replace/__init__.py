@@ -1,0 +1,1 @@
+"""Replace and ReplaceRows: another weight, or other rows of it."""

@@ -1,0 +1,1 @@
+"""Scale and Bias: factors on the base product, and a vector added to it."""

@@ -1,0 +1,1 @@
+"""Sparse deltas: CSR, whole rows, whole columns, blocks."""
