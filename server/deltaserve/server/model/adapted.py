@@ -1,0 +1,143 @@
+"""What becomes of an adapter on this base: its primitives prepared for the modules they act on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from deltaserve.adapters.adapter import Adapter
+from deltaserve.adapters.errors import UnsupportedAdapter
+from deltaserve.kernels.embedding import PreparedEmbedding
+from deltaserve.kernels.linear import PreparedLinear
+from deltaserve.kernels.norm import PreparedNorm
+from deltaserve.kernels.primitives import Prefix, Primitive, nbytes
+from deltaserve.server.model.embedding import DeltaEmbedding
+from deltaserve.server.model.linear import LinearGroup
+from deltaserve.server.model.norm import DeltaNorm
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedAdapter:
+    """Ready to be installed in a slot. linears: by the group's first module. norms: by module.
+    prefix: in the dtype it is served in."""
+
+    digest: str
+    linears: Mapping[str, PreparedLinear]
+    norms: Mapping[str, PreparedNorm]
+    embedding: PreparedEmbedding | None
+    prefix: Prefix | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes while installed."""
+        held = sum(part.nbytes for part in self.linears.values())
+        held += sum(part.nbytes for part in self.norms.values())
+        if self.embedding is not None:
+            held += self.embedding.nbytes
+        return held + (nbytes(self.prefix) if self.prefix is not None else 0)
+
+
+class Modules:
+    """The replaced modules of one model, and adapters on them.
+
+    groups: all linears. experts: paths of fused experts, which take no adapters.
+    """
+
+    def __init__(
+        self,
+        groups: tuple[LinearGroup, ...],
+        embedding: tuple[str, DeltaEmbedding],
+        norms: Mapping[str, DeltaNorm],
+        experts: tuple[str, ...],
+    ) -> None:
+        self.groups = {group.names[0]: group for group in groups}
+        self.group_of = {name: group for group in groups for name in group.names}
+        self.embedding_name, self.embedding = embedding
+        self.norms = norms
+        self.experts = experts
+        self._installed: dict[int, PreparedAdapter] = {}
+
+    def prepare(self, adapter: Adapter, prefix: Prefix | None) -> PreparedAdapter:
+        """Casts and packs; any thread. Raises UnsupportedAdapter for what a module cannot take."""
+        linears: dict[str, dict[int, tuple[Primitive, ...]]] = {}
+        norms: dict[str, PreparedNorm] = {}
+        embedding: PreparedEmbedding | None = None
+        for name, primitives in adapter.modules.items():
+            self._check(name)
+            if not primitives:
+                continue
+            try:
+                if name == self.embedding_name:
+                    embedding = self.embedding.deltas.prepare(primitives)
+                elif name in self.norms:
+                    norms[name] = self.norms[name].deltas.prepare(primitives)
+                else:
+                    group = self.group_of[name]
+                    part = linears.setdefault(group.names[0], {})
+                    part[group.names.index(name)] = primitives
+            except (TypeError, ValueError) as error:
+                raise UnsupportedAdapter(f"{name}: {error}", field=name) from error
+        return PreparedAdapter(
+            digest=adapter.digest,
+            linears={lead: self._prepare_group(lead, parts) for lead, parts in linears.items()},
+            norms=norms,
+            embedding=embedding,
+            prefix=prefix,
+        )
+
+    def install(self, slot: int, prepared: PreparedAdapter) -> None:
+        """Engine thread. The slot must be free."""
+        assert slot not in self._installed, f"slot {slot} is taken"
+        for lead, linear in prepared.linears.items():
+            deltas = self.groups[lead].deltas
+            assert deltas is not None
+            deltas.install(slot, linear)
+        for name, norm in prepared.norms.items():
+            self.norms[name].install(slot, norm)
+        if prepared.embedding is not None:
+            self.embedding.deltas.install(slot, prepared.embedding)
+        self._installed[slot] = prepared
+
+    def remove(self, slot: int) -> None:
+        """Engine thread. Frees what `install` took."""
+        prepared = self._installed.pop(slot)
+        for lead in prepared.linears:
+            deltas = self.groups[lead].deltas
+            assert deltas is not None
+            deltas.remove(slot)
+        for name in prepared.norms:
+            self.norms[name].remove(slot)
+        if prepared.embedding is not None:
+            self.embedding.deltas.remove(slot)
+
+    def _prepare_group(
+        self, lead: str, parts: Mapping[int, tuple[Primitive, ...]]
+    ) -> PreparedLinear:
+        group = self.groups[lead]
+        assert group.deltas is not None
+        try:
+            return group.deltas.prepare(parts)
+        except (TypeError, ValueError) as error:
+            names = ", ".join(group.names[i] for i in sorted(parts))
+            raise UnsupportedAdapter(f"{names}: {error}", field=names) from error
+
+    def _check(self, name: str) -> None:
+        """Raises UnsupportedAdapter if no adapter can act on the module."""
+        reason = self._refusal(name)
+        if reason:
+            raise UnsupportedAdapter(f"{name}: {reason}", field=name)
+
+    def _refusal(self, name: str) -> str:
+        for path in self.experts:
+            if name == path or name.startswith(f"{path}."):
+                return "fused experts take no adapters"
+        if name == self.embedding_name:
+            exact = self.embedding.multiplier is not None
+            return "" if exact else "this kind of embedding takes no adapters"
+        if name in self.norms:
+            by_token = self.norms[name].by_token
+        elif name in self.group_of:
+            by_token = self.group_of[name].deltas is not None
+        else:
+            return "the base has no such linear, embedding or norm, or never calls it"
+        return "" if by_token else "its inputs are not one row per token, so it takes no adapters"

@@ -1,0 +1,40 @@
+"""Which architectures are served without asking: those that the test matrix compares with plain
+transformers, request by request (tests/archs.py has a small configuration of each)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from deltaserve.server.model.errors import UnsupportedModel
+
+TESTED = frozenset(["llama", "mistral", "qwen2", "qwen3"])
+"""Values of `model_type`."""
+
+ATTENTIONS = frozenset({"full_attention", "sliding_attention"})
+"""Layer types whose only state is keys and values per token."""
+
+
+def check(config: PreTrainedConfig, *, allow_untested: bool = False) -> None:
+    """Raises UnsupportedModel for what config.json alone rules out."""
+    text = config.get_text_config()
+    if not allow_untested and config.model_type not in TESTED:
+        raise UnsupportedModel(
+            f"model_type {config.model_type!r} is not among the tested architectures: "
+            f"{', '.join(sorted(TESTED))}; it can be tried with allow_untested"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{config.model_type!r} is an encoder-decoder model")
+    quantization: Any = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else ""
+        raise UnsupportedModel(
+            f"config.json: quantization_config ({method or 'unnamed'}): pre-quantized checkpoints "
+            "are not read; load the original weights and let them be quantized"
+        )
+    odd = sorted(set(getattr(text, "layer_types", None) or ()) - ATTENTIONS)
+    if odd:
+        raise UnsupportedModel(
+            f"config.json: layer_types has {odd}; only layers of {sorted(ATTENTIONS)} are served"
+        )

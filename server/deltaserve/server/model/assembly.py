@@ -1,0 +1,110 @@
+"""Takes a loaded transformers model apart: its linears, norms and input embedding are replaced in
+place, one group at a time, so that no weight is held twice for longer than its group takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from deltaserve.kernels.base import BaseLinear, DenseLinear, concat
+from deltaserve.server.model.adapted import Modules
+from deltaserve.server.model.context import ForwardContext
+from deltaserve.server.model.embedding import DeltaEmbedding
+from deltaserve.server.model.linear import LinearGroup, replacements
+from deltaserve.server.model.norm import DeltaNorm
+from deltaserve.server.model.probe import ArchReport
+from deltaserve.server.model.quantizer import Scheme
+
+
+def assemble(
+    model: nn.Module,
+    report: ArchReport,
+    schemes: Mapping[str, Scheme],
+    quantized: dict[str, BaseLinear],
+    ctx: ForwardContext,
+    dtype: torch.dtype,
+    on_group: Callable[[float], None],
+) -> Modules:
+    """quantized: linears whose weights were quantized while loading; emptied. schemes: also of
+    those that are not in it (a tied lm_head is quantized here)."""
+    groups = []
+    split = [part for names in report.groups for part in _split(names, schemes)]
+    for done, names in enumerate(split):
+        base = _base(model, names, schemes, quantized)
+        sizes = [_sizes(model.get_submodule(name))[1] for name in names]
+        by_token = all(name in report.by_token for name in names)
+        group = LinearGroup(
+            names, base, sizes, ctx, by_token=by_token, logits=names[0] == report.head
+        )
+        groups.append(group)
+        for name, new in replacements(group).items():
+            _replace(model, name, new)
+        on_group((done + 1) / len(split))
+    norms = {}
+    for name in report.norms:
+        by_token = name in report.by_token
+        norms[name] = DeltaNorm(model.get_submodule(name), ctx, dtype, by_token=by_token)
+        _replace(model, name, norms[name])
+    embedding = DeltaEmbedding(model.get_submodule(report.embedding), ctx, dtype)
+    _replace(model, report.embedding, embedding)
+    for name in report.attention_modules:
+        attention: Any = model.get_submodule(name)
+        attention.ctx = ctx
+    return Modules(tuple(groups), (report.embedding, embedding), norms, report.experts)
+
+
+def _split(names: tuple[str, ...], schemes: Mapping[str, Scheme]) -> list[tuple[str, ...]]:
+    """A group's members that are held alike stay together."""
+    alike: dict[Scheme | None, list[str]] = {}
+    for name in names:
+        alike.setdefault(schemes.get(name), []).append(name)
+    return [tuple(part) for part in alike.values()]
+
+
+def _base(
+    model: nn.Module,
+    names: tuple[str, ...],
+    schemes: Mapping[str, Scheme],
+    quantized: dict[str, BaseLinear],
+) -> BaseLinear:
+    modules: list[Any] = [model.get_submodule(name) for name in names]
+    biases: list[Tensor | None] = [module.bias for module in modules]
+    bias = _joined_bias(biases, [_sizes(module)[1] for module in modules])
+    if names[0] not in schemes:
+        weights = [m.weight.T if isinstance(m, Conv1D) else m.weight for m in modules]
+        weight = weights[0] if len(weights) == 1 else torch.cat([w.detach() for w in weights])
+        return DenseLinear(weight.detach(), bias, weight.dtype)
+    parts = []
+    for name, module in zip(names, modules, strict=True):
+        made = quantized.pop(name, None)
+        parts.append(schemes[name].linear(module.weight.detach()) if made is None else made)
+    base = concat(parts)
+    if bias is not None:
+        base.bias = bias.to(base.dtype).contiguous()
+        base.nbytes += base.bias.numel() * base.bias.element_size()
+    return base
+
+
+def _joined_bias(biases: list[Tensor | None], sizes: list[int]) -> Tensor | None:
+    given = next((bias for bias in biases if bias is not None), None)
+    if given is None:
+        return None
+    zeros = [given.new_zeros(size) for size in sizes]
+    whole = [z if bias is None else bias.detach() for bias, z in zip(biases, zeros, strict=True)]
+    return torch.cat(whole)
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    """(in, out)."""
+    if isinstance(module, Conv1D):
+        return int(module.nx), int(module.nf)
+    return int(module.in_features), int(module.out_features)
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)

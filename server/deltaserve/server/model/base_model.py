@@ -1,0 +1,89 @@
+"""BaseModel: the one copy of the base that all adapters share, ready to run steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaserve.adapters.adapter import Adapter
+from deltaserve.adapters.base import BaseSpec
+from deltaserve.kernels.check import composable
+from deltaserve.server.model import prefix
+from deltaserve.server.model.adapted import Modules, PreparedAdapter
+from deltaserve.server.model.context import ForwardContext
+from deltaserve.server.model.probe import LayerAttention
+
+
+@dataclass(eq=False)
+class BaseModel:
+    """An unmodified transformers model with its linears, norms, input embedding and attention
+    replaced by ones that read `ctx`.
+
+    attention: per layer, in order. max_length: tokens of one sequence, virtual ones included.
+    generation: the checkpoint's own sampling defaults (generation_config.json). folder: where the
+    checkpoint and its tokenizer are. nbytes: held by the base, adapters not included.
+    """
+
+    spec: BaseSpec
+    attention: tuple[LayerAttention, ...]
+    max_length: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    generation: Mapping[str, Any]
+    folder: Path
+    dtype: torch.dtype
+    ctx: ForwardContext
+    nbytes: int
+    model: nn.Module
+    modules: Modules
+
+    @torch.inference_mode()
+    def forward(self, input_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
+        """One step; `ctx` must have been filled for it.
+
+        input_ids, positions: int64 [T]. logit_rows: int64 [n], rows whose logits are wanted.
+        Returns float32 [n, vocabulary].
+        """
+        out = self.model(
+            input_ids=input_ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            attention_mask=None,
+            use_cache=False,
+            logits_to_keep=logit_rows,
+        )
+        logits: Tensor = out.logits
+        return logits[0].float()
+
+    def prepare(self, adapter: Adapter) -> PreparedAdapter:
+        """Casts and packs an adapter for this base; heavy, any thread. Raises UnsupportedAdapter
+        for what a module cannot take, InvalidAdapter for a prefix of other shapes."""
+        fitted = prefix.fit(adapter.prefix, self.attention, self.spec.hidden_size, self.dtype)
+        return self.modules.prepare(adapter, fitted)
+
+    def install(self, slot: int, prepared: PreparedAdapter) -> None:
+        """Engine thread, between steps. slot: >= 1 and free."""
+        self.modules.install(slot, prepared)
+
+    def remove(self, slot: int) -> None:
+        """Engine thread, between steps. Frees what `install` took."""
+        self.modules.remove(slot)
+
+    def composable(self, adapters: Sequence[tuple[Adapter, float]]) -> str | None:
+        """Why the weighted list cannot be served as one; None if it can."""
+        prefixed = [(a, w) for a, w in adapters if a.prefix is not None]
+        if len(prefixed) > 1:
+            return f"{len(prefixed)} adapters have virtual tokens; at most one can"
+        if prefixed and prefixed[0][1] != 1.0:
+            return f"an adapter with virtual tokens has strength {prefixed[0][1]}; it must be 1"
+        names = {name for adapter, _ in adapters for name in adapter.modules}
+        for name in sorted(names):
+            parts = [(a.modules[name], w) for a, w in adapters if name in a.modules]
+            reason = composable(parts)
+            if reason is not None:
+                return f"{name}: {reason}"
+        return None

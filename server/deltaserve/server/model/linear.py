@@ -1,0 +1,137 @@
+"""Linears as the modeling code sees them: the base's product with the adapters' deltas, several
+sibling linears that share their input computed as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from deltaserve.kernels.base import BaseLinear
+from deltaserve.kernels.linear import LinearDeltas
+from deltaserve.kernels.segments import Segments
+from deltaserve.server.model.context import ForwardContext
+
+
+class LinearGroup:
+    """One base linear over the outputs of one or more modules, and the deltas on it.
+
+    names: the modules, in the order of their outputs. deltas: None if the rows of the modules'
+    input are not the step's tokens. logits: its rows are the ones logits are asked of.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        base: BaseLinear,
+        sizes: Sequence[int],
+        ctx: ForwardContext,
+        *,
+        by_token: bool,
+        logits: bool = False,
+    ) -> None:
+        self.names = tuple(names)
+        self.base = base
+        self.sizes = list(sizes)
+        self.ctx = ctx
+        self.logits = logits
+        self.deltas = LinearDeltas(base.in_features, self.sizes, base.dtype) if by_token else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [rows, out]."""
+        rows = x.view(-1, x.shape[-1])
+        segments: Segments = self.ctx.logit_segments if self.logits else self.ctx.segments
+        if segments and self.deltas is not None:
+            return self.deltas.forward(rows, self.base, segments)
+        return self.base(rows)
+
+    def weight(self, name: str) -> Tensor:
+        """float32 [out, in] of one module, as served."""
+        start, end = self._span(name)
+        return self.base.weight()[start:end]
+
+    def bias(self, name: str) -> Tensor | None:
+        """float32 [out] of one module."""
+        start, end = self._span(name)
+        return None if self.base.bias is None else self.base.bias[start:end].float()
+
+    def _span(self, name: str) -> tuple[int, int]:
+        i = self.names.index(name)
+        start = sum(self.sizes[:i])
+        return start, start + self.sizes[i]
+
+
+class _Linear(nn.Module):
+    """What modeling code may read of a linear beside calling it. `weight` has the shape, dtype and
+    device of the base's but no content: whatever were computed from it would be NaN."""
+
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = torch.full((), float("nan"), dtype=dtype).expand(out_features, in_features)
+        self.bias = None
+
+
+class DeltaLinear(_Linear):
+    """A linear of its own."""
+
+    def __init__(self, group: LinearGroup) -> None:
+        super().__init__(group.base.in_features, group.base.out_features, group.base.dtype)
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        return self.group(x).view(*x.shape[:-1], self.out_features)
+
+
+class Leader(_Linear):
+    """The first of its group to be called: computes all of it, returns its part."""
+
+    def __init__(self, group: LinearGroup) -> None:
+        super().__init__(group.base.in_features, group.sizes[0], group.base.dtype)
+        self.group = group
+        self.x: Tensor | None = None
+        self.parts: tuple[Tensor, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [1, T, in] -> [1, T, out]."""
+        y = self.group(x)
+        y = y.unsqueeze(0) if x.dim() == 3 else y
+        self.parts = torch.split(y, self.group.sizes, -1)
+        self.x = x
+        return self.parts[0]
+
+
+class Follower(_Linear):
+    """Another of the group: returns its part of what the leader computed of the same input."""
+
+    def __init__(self, leader: Leader, index: int) -> None:
+        group = leader.group
+        super().__init__(group.base.in_features, group.sizes[index], group.base.dtype)
+        self.shared = [leader]  # in a list: a child module of one parent only
+        self.index = index
+        self.last = index == len(group.sizes) - 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [1, T, in] -> [1, T, out]."""
+        leader = self.shared[0]
+        if leader.x is not x:
+            raise RuntimeError(
+                f"{leader.group.names[self.index]} is not given the input of "
+                f"{leader.group.names[0]}, with which it is computed"
+            )
+        part = leader.parts[self.index]
+        if self.last:
+            leader.x, leader.parts = None, ()
+        return part
+
+
+def replacements(group: LinearGroup) -> dict[str, nn.Module]:
+    """Module path -> what stands there instead of the linear."""
+    if len(group.names) == 1:
+        return {group.names[0]: DeltaLinear(group)}
+    leader = Leader(group)
+    followers = {n: Follower(leader, i) for i, n in enumerate(group.names) if i > 0}
+    return {group.names[0]: leader, **followers}
