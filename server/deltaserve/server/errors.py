@@ -8,6 +8,7 @@
   x Overloaded               the queue or a budget is full; try again later
   x Cancelled                the client went away
   x DeadlineExceeded         the request's deadline passed
+  x SlowReader               the client does not read its stream
   x ShuttingDown             the server drains
   x EngineFailure            a bug or an exhausted machine; the details are in the log
 """
@@ -50,6 +51,10 @@ class Cancelled(RequestError):
 
 class DeadlineExceeded(RequestError):
     """The request's deadline passed."""
+
+
+class SlowReader(RequestError):
+    """The client does not read its stream."""
 
 
 class ShuttingDown(RequestError):

@@ -1,0 +1,147 @@
+"""AdapterService: adapters in, out, and watched."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import grpc.aio
+
+from deltaserve.server.config import RpcConfig
+from deltaserve.server.engine.core import AdapterInfo
+from deltaserve.server.errors import ShuttingDown, SlowReader
+from deltaserve.server.rpc import answer, convert
+from deltaserve.v1 import adapter_pb2 as pb
+from deltaserve.v1 import adapter_pb2_grpc
+
+if TYPE_CHECKING:
+    from deltaserve.server.engine.engine import Engine
+
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+T = TypeVar("T")
+
+MAX_PAGE = 1000
+
+
+class Watcher:
+    """The latest state of each adapter that a client has not been told of."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._changed: dict[str, AdapterInfo] = {}
+        self._news = asyncio.Event()
+        self._closed = False
+
+    def tell(self, info: AdapterInfo) -> None:
+        """From any thread."""
+        self._call(lambda: self._changed.update({info.name: info}))
+
+    def close(self) -> None:
+        """The server shuts down."""
+        self._closed = True
+        self._news.set()
+
+    async def take(self) -> list[AdapterInfo]:
+        """Wait for changes; ShuttingDown at the end."""
+        await self._news.wait()
+        self._news.clear()
+        if self._closed:
+            raise ShuttingDown("the server is shutting down; watch another")
+        changed, self._changed = self._changed, {}
+        return list(changed.values())
+
+    def _call(self, change: Callable[[], None]) -> None:
+        def apply() -> None:
+            change()
+            self._news.set()
+
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(apply)
+
+
+class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
+    """A call that goes away does not undo what it began."""
+
+    def __init__(self, engine: Engine, config: RpcConfig) -> None:
+        self._adapters = engine.adapters
+        self._base = engine.info().base
+        self._config = config
+        self._watchers: set[Watcher] = set()
+
+    def close(self) -> None:
+        """End every watch."""
+        for watcher in list(self._watchers):
+            watcher.close()
+
+    async def LoadAdapter(
+        self, request: pb.LoadAdapterRequest, context: Context
+    ) -> pb.LoadAdapterResponse:
+        name = convert.adapter_name(request.name, self._base)
+        future = self._adapters.load(name, convert.uri(request.uri), pinned=request.pinned)
+        if request.return_early and not future.done():
+            return pb.LoadAdapterResponse(adapter=answer.adapter(self._adapters.get(name)))
+        return pb.LoadAdapterResponse(adapter=answer.adapter(await _result(future)))
+
+    async def UnloadAdapter(
+        self, request: pb.UnloadAdapterRequest, context: Context
+    ) -> pb.UnloadAdapterResponse:
+        freed = await _result(self._adapters.unload(request.name))
+        return pb.UnloadAdapterResponse(freed_bytes=freed)
+
+    async def GetAdapter(
+        self, request: pb.GetAdapterRequest, context: Context
+    ) -> pb.GetAdapterResponse:
+        return pb.GetAdapterResponse(adapter=answer.adapter(self._adapters.get(request.name)))
+
+    async def ListAdapters(
+        self, request: pb.ListAdaptersRequest, context: Context
+    ) -> pb.ListAdaptersResponse:
+        if request.page_size > MAX_PAGE:
+            convert.refuse("page_size", str(request.page_size), f"at most {MAX_PAGE}")
+        after = request.page_token
+        found = [a for a in self._adapters.list() if a.name > after]
+        size = request.page_size or MAX_PAGE
+        page = found[:size]
+        return pb.ListAdaptersResponse(
+            adapters=[answer.adapter(a) for a in page],
+            next_page_token=page[-1].name if len(found) > size else "",
+        )
+
+    async def WatchAdapters(  # type: ignore[override]  # it writes instead of yielding
+        self, request: pb.WatchAdaptersRequest, context: Context
+    ) -> None:
+        watcher = Watcher(asyncio.get_running_loop())
+        self._watchers.add(watcher)
+        unsubscribe = self._adapters.subscribe(watcher.tell)
+        try:
+            adapters, snapshot = self._adapters.list(), True
+            while True:
+                message = pb.WatchAdaptersResponse(
+                    snapshot=snapshot, adapters=[answer.adapter(a) for a in adapters]
+                )
+                await self._write(context, message)
+                adapters, snapshot = await watcher.take(), False
+        finally:
+            unsubscribe()
+            self._watchers.discard(watcher)
+
+    async def PinAdapter(
+        self, request: pb.PinAdapterRequest, context: Context
+    ) -> pb.PinAdapterResponse:
+        self._adapters.pin(request.name, request.pinned)
+        return pb.PinAdapterResponse(adapter=answer.adapter(self._adapters.get(request.name)))
+
+    async def _write(self, context: Context, message: pb.WatchAdaptersResponse) -> None:
+        limit = self._config.write_seconds
+        try:
+            async with asyncio.timeout(limit):
+                await context.write(message)
+        except TimeoutError:
+            raise SlowReader(f"the watch was not read for {limit:g} s") from None
+
+
+async def _result(future: Future[T]) -> T:
+    """Its result. A client that goes away must not cancel what the engine is to fulfil."""
+    return await asyncio.shield(asyncio.wrap_future(future))

@@ -1,0 +1,162 @@
+"""What the engine gives -> messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from deltaserve.server.engine.core import (
+    AdapterInfo,
+    AdapterState,
+    FinishReason,
+    Output,
+    ServedAdapter,
+    Tier,
+    Timings,
+    TokenLogprob,
+    Usage,
+)
+from deltaserve.server.engine.stats import EngineInfo
+from deltaserve.v1 import adapter_pb2, generation_pb2
+
+_REASONS = {
+    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: generation_pb2.FINISH_REASON_CANCELLED,
+    FinishReason.ERROR: generation_pb2.FINISH_REASON_UNSPECIFIED,
+}
+_STATES: dict[AdapterState, Any] = {
+    state: adapter_pb2.AdapterState.Value(f"ADAPTER_STATE_{state.name}") for state in AdapterState
+}
+_TIERS: dict[Tier, Any] = {
+    tier: adapter_pb2.AdapterTier.Value(f"ADAPTER_TIER_{tier.name}") for tier in Tier
+}
+
+
+def logprob(entry: TokenLogprob) -> generation_pb2.TokenLogprob:
+    """One place."""
+    top = [generation_pb2.TopLogprob(token_id=i, logprob=p) for i, p in entry.top]
+    return generation_pb2.TokenLogprob(token_id=entry.token_id, logprob=entry.logprob, top=top)
+
+
+def usage(entries: Iterable[Usage], *, one_prompt: bool = False) -> generation_pb2.Usage:
+    """The sum. one_prompt: they are choices of one prompt, which is counted once."""
+    all_of = list(entries)
+    prompts = all_of[:1] if one_prompt else all_of
+    return generation_pb2.Usage(
+        prompt_tokens=sum(u.prompt_tokens for u in prompts),
+        completion_tokens=sum(u.completion_tokens for u in all_of),
+        cached_tokens=sum(u.cached_tokens for u in prompts),
+        prefix_tokens=sum(u.prefix_tokens for u in prompts),
+    )
+
+
+def timings(entries: Iterable[Timings]) -> generation_pb2.Timings:
+    """The longest of each."""
+    all_of = list(entries)
+    return generation_pb2.Timings(
+        queue_seconds=max(t.queue for t in all_of),
+        adapter_load_seconds=max(t.adapter_load for t in all_of),
+        time_to_first_token_seconds=max(t.time_to_first_token for t in all_of),
+        total_seconds=max(t.total for t in all_of),
+    )
+
+
+def served_by(adapters: Sequence[ServedAdapter], info: EngineInfo) -> generation_pb2.ServedBy:
+    """The base and the adapters."""
+    return generation_pb2.ServedBy(
+        base=info.base,
+        base_fingerprint=info.held_fingerprint,
+        adapters=[
+            generation_pb2.ServedAdapter(name=a.name, digest=a.digest, strength=a.strength)
+            for a in adapters
+        ],
+    )
+
+
+def delta(index: int, outputs: Sequence[Output]) -> generation_pb2.StreamDelta:
+    """Neighbouring outputs of one choice as one piece."""
+    return generation_pb2.StreamDelta(
+        index=index,
+        text="".join(o.text for o in outputs),
+        token_ids=[i for o in outputs for i in o.token_ids],
+        logprobs=[logprob(p) for o in outputs for p in o.logprobs],
+    )
+
+
+def finish(index: int, last: Output) -> generation_pb2.StreamFinish:
+    """The end of one choice."""
+    assert last.finish_reason is not None
+    return generation_pb2.StreamFinish(
+        index=index,
+        finish_reason=_REASONS[last.finish_reason],
+        stop_reason=last.stop_reason,
+        usage=usage([last.usage]) if last.usage is not None else None,
+        timings=timings([last.timings]) if last.timings is not None else None,
+    )
+
+
+def choice(index: int, outputs: Sequence[Output]) -> generation_pb2.Choice:
+    """All outputs of one choice."""
+    whole, last = delta(index, outputs), outputs[-1]
+    assert last.finish_reason is not None
+    return generation_pb2.Choice(
+        index=index,
+        text=whole.text,
+        token_ids=whole.token_ids,
+        logprobs=whole.logprobs,
+        finish_reason=_REASONS[last.finish_reason],
+        stop_reason=last.stop_reason,
+    )
+
+
+def score(last: Output) -> generation_pb2.ContinuationScore:
+    """From an output with the log-probabilities of prompt tokens."""
+    tokens = last.prompt_logprobs
+    return generation_pb2.ContinuationScore(
+        logprob=sum(t.logprob for t in tokens),
+        tokens=[logprob(t) for t in tokens],
+        greedy=all(t.top and t.top[0][0] == t.token_id for t in tokens),
+    )
+
+
+def adapter(info: AdapterInfo) -> adapter_pb2.Adapter:
+    """One adapter."""
+    return adapter_pb2.Adapter(
+        name=info.name,
+        digest=info.digest,
+        uri=info.uri,
+        state=_STATES[info.state],
+        tier=_TIERS[info.tier],
+        format=info.format,
+        primitives=info.primitives,
+        resident_bytes=info.resident_bytes,
+        source_bytes=info.source_bytes,
+        pinned=info.pinned,
+        in_flight=info.in_flight,
+        loads=info.loads,
+        last_used_time=_timestamp(info.last_used),
+        loaded_time=_timestamp(info.loaded_at),
+        load_duration=_duration(info.load_seconds),
+        error=info.error,
+        notes=info.notes,
+    )
+
+
+def _timestamp(seconds: float) -> Timestamp | None:
+    if not seconds:
+        return None
+    made = Timestamp()
+    made.FromNanoseconds(int(seconds * 1e9))
+    return made
+
+
+def _duration(seconds: float) -> Duration | None:
+    if not seconds:
+        return None
+    made = Duration()
+    made.FromNanoseconds(int(seconds * 1e9))
+    return made

@@ -1,0 +1,180 @@
+"""Messages -> what the engine takes. Every refusal names the field, what it holds, and what would
+be right; what concerns the model (vocabulary, lengths, ranges) the engine checks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NoReturn, TypeAlias, TypeVar
+
+from google.protobuf.message import Message
+
+from deltaserve.server.config import ADAPTER_NAME, NAME_RULE
+from deltaserve.server.engine.core import AdapterRef, SamplingParams
+from deltaserve.server.errors import InvalidRequest
+from deltaserve.v1 import generation_pb2 as pb
+
+GenerateRequest: TypeAlias = pb.GenerateRequest | pb.GenerateStreamRequest
+Targeted: TypeAlias = GenerateRequest | pb.ScoreRequest
+Number = TypeVar("Number", int, float)
+
+MAX_CHOICES = 64
+MAX_CONTINUATIONS = 256
+MAX_PRIORITY = 1000
+MAX_LABEL = 256
+MAX_MESSAGES = 4096
+MAX_STOPS = 64
+MAX_STOP_TOKENS = 1024
+
+_PATHS = {
+    **{name: f"sampling.{name}" for name in pb.SamplingParams.DESCRIPTOR.fields_by_name},
+    "max_tokens": "stop.max_tokens",
+    "min_tokens": "stop.min_tokens",
+    "stop": "stop.strings",
+    "stop_token_ids": "stop.token_ids",
+    "messages": "chat.messages",
+}
+"""The engine's names of fields -> paths in the request."""
+
+
+def refuse(field: str, found: str, right: str) -> NoReturn:
+    """Raise InvalidRequest."""
+    raise InvalidRequest(f"{field}: {found} is not possible; it must be {right}", field=field)
+
+
+def in_request(error: InvalidRequest) -> InvalidRequest:
+    """The same error with the path that the field has in a request."""
+    error.field = _PATHS.get(error.field, error.field)
+    return error
+
+
+def adapters(request: Targeted, base: str) -> tuple[AdapterRef, ...]:
+    """The adapters that the request names; none for the base."""
+    model = "" if request.model == base else request.model
+    if model and request.adapters:
+        refuse("adapters", f"a list beside model {_shown(model)}", "empty, or `model` must be")
+    if model:
+        return (AdapterRef(_text("model", model, MAX_LABEL)),)
+    found = []
+    for item in request.adapters:
+        strength = item.strength if item.HasField("strength") else 1.0
+        if not math.isfinite(strength):
+            refuse("adapters.strength", str(strength), "a finite number")
+        if not item.name:
+            refuse("adapters.name", "''", "the name of a registered adapter")
+        found.append(AdapterRef(_text("adapters.name", item.name, MAX_LABEL), strength))
+    return tuple(found)
+
+
+def sampling(request: GenerateRequest, choice: int = 0) -> SamplingParams:
+    """The parameters of one of the n choices: each has a seed of its own."""
+    given, stop = request.sampling, request.stop
+    if len(stop.strings) > MAX_STOPS:
+        refuse("stop.strings", f"{len(stop.strings)} strings", f"at most {MAX_STOPS}")
+    if len(stop.token_ids) > MAX_STOP_TOKENS:
+        refuse("stop.token_ids", f"{len(stop.token_ids)} tokens", f"at most {MAX_STOP_TOKENS}")
+    default = SamplingParams()
+    return SamplingParams(
+        max_tokens=_set(stop, "max_tokens", default.max_tokens),
+        min_tokens=_set(stop, "min_tokens", default.min_tokens),
+        temperature=_set(given, "temperature", default.temperature),
+        top_p=_set(given, "top_p", default.top_p),
+        top_k=_set(given, "top_k", default.top_k),
+        min_p=_set(given, "min_p", default.min_p),
+        repetition_penalty=_set(given, "repetition_penalty", default.repetition_penalty),
+        presence_penalty=_set(given, "presence_penalty", default.presence_penalty),
+        frequency_penalty=_set(given, "frequency_penalty", default.frequency_penalty),
+        logit_bias=tuple(sorted(given.logit_bias.items())),
+        seed=given.seed + choice if given.HasField("seed") else None,
+        stop=tuple(stop.strings),
+        stop_token_ids=tuple(stop.token_ids),
+        ignore_eos=stop.ignore_eos,
+        logprobs=request.logprobs if request.HasField("logprobs") else None,
+        skip_special_tokens=not request.keep_special_tokens,
+    )
+
+
+def choices(request: GenerateRequest) -> int:
+    """n, checked."""
+    n = request.n if request.HasField("n") else 1
+    if not 1 <= n <= MAX_CHOICES:
+        refuse("n", str(n), f"from 1 to {MAX_CHOICES}")
+    return n
+
+
+def check_labels(request: Targeted) -> None:
+    """The fields that are only passed on."""
+    for name in ("user", "cache_salt", "request_id"):
+        _text(name, getattr(request, name), MAX_LABEL)
+    if abs(request.priority) > MAX_PRIORITY:
+        refuse("priority", str(request.priority), f"from {-MAX_PRIORITY} to {MAX_PRIORITY}")
+
+
+def prompt_text(text: str, field: str = "text") -> str:
+    """Text to encode: there is some, and no NUL in it."""
+    if not text:
+        refuse(field, "''", "text that is not empty")
+    if "\0" in text:
+        refuse(field, f"NUL at character {text.index(chr(0))}", "text without NUL")
+    return text
+
+
+def messages(chat: pb.ChatPrompt) -> list[dict[str, str]]:
+    """The turns of a conversation."""
+    if not 1 <= len(chat.messages) <= MAX_MESSAGES:
+        refuse("chat.messages", f"{len(chat.messages)} messages", f"1 to {MAX_MESSAGES}")
+    found = []
+    for turn in chat.messages:
+        if not turn.role:
+            refuse("chat.messages.role", "''", "a role, e.g. 'user'")
+        _text("chat.messages.role", turn.role, MAX_LABEL)
+        content = turn.content and prompt_text(turn.content, "chat.messages.content")
+        found.append({"role": turn.role, "content": content})
+    return found
+
+
+def continuations(request: pb.ScoreRequest) -> Sequence[pb.Continuation]:
+    """What is to be scored; each has content."""
+    found = request.continuations
+    if not 1 <= len(found) <= MAX_CONTINUATIONS:
+        refuse("continuations", f"{len(found)} of them", f"1 to {MAX_CONTINUATIONS}")
+    for item in found:
+        kind = item.WhichOneof("content")
+        if kind == "text":
+            prompt_text(item.text, "continuations.text")
+        elif not item.token_ids.ids:
+            refuse("continuations", "an empty one", "text or token ids")
+    return found
+
+
+def adapter_name(name: str, base: str) -> str:
+    """A name for a new adapter."""
+    if not ADAPTER_NAME.fullmatch(name):
+        raise InvalidRequest(f"name: {_shown(name)} is not possible; {NAME_RULE}", field="name")
+    if name == base:
+        refuse("name", _shown(name), "another than the base model's")
+    return name
+
+
+def uri(text: str) -> str:
+    """Where a new adapter is."""
+    if not text:
+        refuse("uri", "''", "a folder inside an adapter root of the server")
+    return _text("uri", text, 4096)
+
+
+def _set(message: Message, field: str, default: Number) -> Number:
+    value: Number = getattr(message, field) if message.HasField(field) else default
+    return value
+
+
+def _text(field: str, text: str, most: int) -> str:
+    if len(text) > most:
+        refuse(field, f"text of {len(text)} characters", f"at most {most} characters")
+    if any(ord(c) < 32 for c in text):
+        refuse(field, _shown(text), "text without control characters")
+    return text
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 64 else text[:63] + "…")

@@ -1,0 +1,217 @@
+"""GenerationService: requests in, outputs out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import grpc.aio
+
+from deltaserve.server.config import RpcConfig
+from deltaserve.server.engine.core import Output, Request, SamplingParams
+from deltaserve.server.errors import InvalidRequest, SlowReader
+from deltaserve.server.rpc import answer, convert
+from deltaserve.server.rpc.encode import Encoder
+from deltaserve.server.rpc.outbox import LoopOutbox, Stream
+from deltaserve.v1 import generation_pb2 as pb
+from deltaserve.v1 import generation_pb2_grpc
+
+if TYPE_CHECKING:
+    from deltaserve.server.engine.engine import Engine
+
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+log = logging.getLogger(__name__)
+
+
+class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
+    """Whatever ends a call (its answer, an error, a cancelled or vanished client, a deadline, a
+    blocked write), its requests are taken from the engine."""
+
+    def __init__(
+        self, engine: Engine, encoder: Encoder, outbox: LoopOutbox, config: RpcConfig
+    ) -> None:
+        self._engine = engine
+        self._info = engine.info()
+        self._encoder = encoder
+        self._outbox = outbox
+        self._config = config
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
+        requests = await self._requests(request, context)
+        outputs: dict[str, list[Output]] = defaultdict(list)
+        async with self._submitted(requests) as stream:
+            while not stream.done:
+                for output in _checked(await stream.take()):
+                    outputs[output.request_id].append(output)
+        lasts = [outputs[r.request_id][-1] for r in requests]
+        name = _name(requests[0])
+        _log(name, lasts)
+        return pb.GenerateResponse(
+            request_id=name,
+            choices=[answer.choice(i, outputs[r.request_id]) for i, r in enumerate(requests)],
+            served_by=answer.served_by(lasts[0].served_by or (), self._info),
+            usage=answer.usage((o.usage for o in lasts if o.usage), one_prompt=True),
+            timings=answer.timings(o.timings for o in lasts if o.timings),
+        )
+
+    async def GenerateStream(  # type: ignore[override]  # it writes instead of yielding
+        self, request: pb.GenerateStreamRequest, context: Context
+    ) -> None:
+        requests = await self._requests(request, context)
+        indices = {r.request_id: i for i, r in enumerate(requests)}
+        name = _name(requests[0])
+        started = False
+        async with self._submitted(requests) as stream:
+            while not stream.done:
+                outputs = _checked(await stream.take())
+                message = _message(outputs, indices)
+                if not started and outputs[0].served_by is not None:
+                    started = True
+                    message.start.request_id = name
+                    message.start.served_by.CopyFrom(
+                        answer.served_by(outputs[0].served_by, self._info)
+                    )
+                await self._write(context, message)
+                _log(name, [o for o in outputs if o.finish_reason is not None])
+
+    async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
+        convert.check_labels(request)
+        name = request.request_id or uuid.uuid4().hex
+        adapters = convert.adapters(request, self._info.base)
+        deadline = self._deadline(context)
+        requests = [
+            Request(
+                request_id=_engine_id(name, i),
+                prompt_ids=tuple(ids),
+                sampling=SamplingParams(max_tokens=0, logprobs=1, score_from=start),
+                adapters=adapters,
+                priority=request.priority,
+                deadline=deadline,
+                salt=request.cache_salt,
+            )
+            for i, (ids, start) in enumerate(await self._encoder.continued(request))
+        ]
+        lasts: dict[str, Output] = {}
+        async with self._submitted(requests) as stream:
+            while not stream.done:
+                for output in _checked(await stream.take()):
+                    lasts[output.request_id] = output
+        ordered = [lasts[r.request_id] for r in requests]
+        _log(name, ordered)
+        return pb.ScoreResponse(
+            request_id=name,
+            scores=[answer.score(o) for o in ordered],
+            served_by=answer.served_by(ordered[0].served_by or (), self._info),
+            usage=answer.usage(o.usage for o in ordered if o.usage),
+        )
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        ids = await self._encoder.prompt(request)
+        return pb.TokenizeResponse(token_ids=ids, max_length=self._info.max_length)
+
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, context: Context
+    ) -> pb.DetokenizeResponse:
+        return pb.DetokenizeResponse(text=self._encoder.detokenize(list(request.token_ids)))
+
+    async def _requests(self, request: convert.GenerateRequest, context: Context) -> list[Request]:
+        """One for each choice."""
+        convert.check_labels(request)
+        adapters = convert.adapters(request, self._info.base)
+        samplings = [convert.sampling(request, i) for i in range(convert.choices(request))]
+        prompt = tuple(await self._encoder.prompt(request))
+        name = request.request_id or uuid.uuid4().hex
+        deadline = self._deadline(context)
+        return [
+            Request(
+                request_id=_engine_id(name, i),
+                prompt_ids=prompt,
+                sampling=sampling,
+                adapters=adapters,
+                priority=request.priority,
+                deadline=deadline,
+                salt=request.cache_salt,
+            )
+            for i, sampling in enumerate(samplings)
+        ]
+
+    def _deadline(self, context: Context) -> float:
+        """By the monotonic clock: the client's, or the server's maximum."""
+        left = context.time_remaining()
+        most = self._config.max_seconds
+        return time.monotonic() + (most if left is None else min(left, most))
+
+    @asynccontextmanager
+    async def _submitted(self, requests: Sequence[Request]) -> AsyncIterator[Stream]:
+        stream = self._outbox.open([r.request_id for r in requests])
+        try:
+            for request in requests:
+                self._engine.submit(request, self._outbox)
+            yield stream
+        except InvalidRequest as error:
+            raise convert.in_request(error) from None
+        finally:
+            for request_id in stream.unfinished:
+                self._engine.cancel(request_id)
+            self._outbox.close(stream)
+
+    async def _write(self, context: Context, message: pb.GenerateStreamResponse) -> None:
+        limit = self._config.write_seconds
+        try:
+            async with asyncio.timeout(limit):
+                await context.write(message)
+        except TimeoutError:
+            raise SlowReader(f"the stream was not read for {limit:g} s") from None
+
+
+def _checked(outputs: list[Output]) -> list[Output]:
+    """The same, unless one of them is a failure."""
+    for output in outputs:
+        if output.error is not None:
+            raise output.error
+    return outputs
+
+
+def _message(outputs: list[Output], indices: dict[str, int]) -> pb.GenerateStreamResponse:
+    by_choice: dict[int, list[Output]] = defaultdict(list)
+    for output in outputs:
+        by_choice[indices[output.request_id]].append(output)
+    return pb.GenerateStreamResponse(
+        deltas=[answer.delta(i, found) for i, found in sorted(by_choice.items())],
+        finishes=[
+            answer.finish(i, found[-1])
+            for i, found in sorted(by_choice.items())
+            if found[-1].finish_reason is not None
+        ],
+    )
+
+
+def _engine_id(name: str, index: int) -> str:
+    """A client may repeat its names; the engine's ids are unique."""
+    return f"{name}#{index}#{uuid.uuid4().hex[:8]}"
+
+
+def _name(request: Request) -> str:
+    return request.request_id.rsplit("#", 2)[0]
+
+
+def _log(name: str, lasts: list[Output]) -> None:
+    for last in lasts:
+        used = last.usage
+        log.info(
+            "request=%s adapters=%s finish=%s prompt=%d completion=%d cached=%d seconds=%.3f",
+            name,
+            ",".join(f"{a.name}@{a.digest[:12]}*{a.strength:g}" for a in last.served_by or ())
+            or "-",
+            last.finish_reason,
+            used.prompt_tokens if used else 0,
+            used.completion_tokens if used else 0,
+            used.cached_tokens if used else 0,
+            last.timings.total if last.timings else 0.0,
+        )
