@@ -1,0 +1,241 @@
+"""The commands that talk to a running server; `deltaserve` has them too."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from deltaserve.clients import errors, types
+from deltaserve.clients.client import Client
+from deltaserve.clients.requests import Options, Prompt
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+adapters_app = typer.Typer(no_args_is_help=True, help="The adapters that the server knows.")
+app.add_typer(adapters_app, name="adapters")
+
+Address = Annotated[str, typer.Option(envvar="DELTASERVE_ADDRESS", help="HOST:PORT of the server.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+Timeout = Annotated[float | None, typer.Option(help="Seconds to wait at most.")]
+LOCAL = "127.0.0.1:50051"
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[Client]:
+    """A client; its errors end the command with a sentence and exit code 1."""
+    try:
+        with Client(address) as client:
+            yield client
+    except errors.DeltaserveError as error:
+        Console(stderr=True).print(f"{error.code.name}: {error}", style="red", markup=False)
+        raise typer.Exit(1) from None
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(dataclasses.asdict(value), ensure_ascii=False), flush=True)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from stdin.")],
+    model: Annotated[str, typer.Option(help="An adapter; the base if left out.")] = "",
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="NAME or NAME=STRENGTH; several add up.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(help="In (0, 1].")] = None,
+    top_k: Annotated[int | None, typer.Option(help="0 is off.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")] = None,
+    ignore_eos: Annotated[bool, typer.Option(help="Go on after the end of text.")] = False,
+    chat: Annotated[bool, typer.Option(help="The prompt is the user's turn of a chat.")] = False,
+    stream: Annotated[bool, typer.Option(help="Print pieces as they come.")] = True,
+    timeout: Timeout = None,
+    as_json: AsJson = False,
+    address: Address = LOCAL,
+) -> None:
+    """Continue a prompt."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    asked: Prompt = [{"role": "user", "content": text}] if chat else text
+    adapters = [_weighted(item) for item in adapter or ()]
+    given = {"top_p": top_p, "top_k": top_k, "seed": seed, "stop": stop, "timeout": timeout}
+    options = Options(**{k: v for k, v in given.items() if v is not None})  # type: ignore[typeddict-item]
+    with _connected(address) as client:
+        if as_json or not stream:
+            answer = client.generate(
+                asked,
+                model,
+                adapters,
+                max_tokens,
+                temperature,
+                ignore_eos=ignore_eos,
+                **options,
+            )
+            if as_json:
+                _print_json(answer)
+            else:
+                print(answer.text)
+            return
+        for piece in client.stream(
+            asked, model, adapters, max_tokens, temperature, ignore_eos=ignore_eos, **options
+        ):
+            print(piece.text, end="", flush=True)
+        print()
+
+
+def _weighted(item: str) -> tuple[str, float]:
+    name, sign, strength = item.partition("=")
+    try:
+        return name, float(strength) if sign else 1.0
+    except ValueError:
+        raise typer.BadParameter(
+            f"{item}: write NAME or NAME=STRENGTH", param_hint="--adapter"
+        ) from None
+
+
+@app.command()
+def info(as_json: AsJson = False, address: Address = LOCAL) -> None:
+    """What the server serves, and how full it is."""
+    with _connected(address) as client:
+        found = client.server_info()
+    if as_json:
+        _print_json(found)
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in dataclasses.asdict(found).items():
+        shown = ", ".join(value) if isinstance(value, tuple) else str(value)
+        if name.endswith("_bytes"):
+            shown = _bytes(value)
+        table.add_row(name.replace("_", " "), shown)
+    Console().print(table)
+
+
+@app.command()
+def health(
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 5.0,
+    wait: Annotated[float, typer.Option(help="Seconds to wait until it is ready.")] = 0.0,
+    address: Address = LOCAL,
+) -> None:
+    """Exit code 0 if the server takes requests, else 1."""
+    with _connected(address) as client:
+        if wait > 0:
+            client.wait_ready(wait)
+        elif not client.ready(timeout=timeout):
+            print("not serving")
+            raise typer.Exit(1)
+    print("serving")
+
+
+@adapters_app.command("list")
+def list_adapters(as_json: AsJson = False, address: Address = LOCAL) -> None:
+    """All adapters."""
+    with _connected(address) as client:
+        found = client.list_adapters()
+    if as_json:
+        for adapter in found:
+            _print_json(adapter)
+        return
+    table = Table("name", "state", "format", "primitives", "memory", "requests", "last use")
+    for a in found:
+        table.add_row(
+            a.name + (" (pinned)" if a.pinned else ""),
+            a.state,
+            a.format,
+            ", ".join(a.primitives),
+            _bytes(a.resident_bytes),
+            str(a.in_flight),
+            _time(a.last_used),
+        )
+    Console().print(table)
+
+
+@adapters_app.command("load")
+def load_adapter(
+    name: Annotated[str, typer.Argument(help="What requests will call it.")],
+    uri: Annotated[str, typer.Argument(help="A folder on the server.")],
+    pinned: Annotated[bool, typer.Option(help="Never evict it.")] = False,
+    timeout: Timeout = None,
+    as_json: AsJson = False,
+    address: Address = LOCAL,
+) -> None:
+    """Register and load an adapter."""
+    with _connected(address) as client:
+        _show(client.load_adapter(name, uri, pinned, timeout=timeout), as_json)
+
+
+@adapters_app.command("unload")
+def unload_adapter(
+    name: Annotated[str, typer.Argument(help="Its name.")],
+    timeout: Timeout = None,
+    as_json: AsJson = False,
+    address: Address = LOCAL,
+) -> None:
+    """Wait for an adapter's requests and free it."""
+    with _connected(address) as client:
+        freed = client.unload_adapter(name, timeout=timeout)
+    print(json.dumps({"name": name, "freed_bytes": freed}) if as_json else f"{_bytes(freed)} freed")
+
+
+@adapters_app.command("pin")
+def pin_adapter(
+    name: Annotated[str, typer.Argument(help="Its name.")],
+    off: Annotated[bool, typer.Option("--off", help="Let it be evicted again.")] = False,
+    as_json: AsJson = False,
+    address: Address = LOCAL,
+) -> None:
+    """Keep an adapter in memory."""
+    with _connected(address) as client:
+        _show(client.pin_adapter(name, not off), as_json)
+
+
+@adapters_app.command("watch")
+def watch_adapters(
+    timeout: Timeout = None, as_json: AsJson = False, address: Address = LOCAL
+) -> None:
+    """Print every change of state, until interrupted."""
+    with _connected(address) as client:
+        try:
+            for change in client.watch_adapters(timeout=timeout):
+                for adapter in change.adapters:
+                    _show(adapter, as_json)
+        except errors.DeadlineExceeded:
+            return
+        except KeyboardInterrupt:
+            return
+
+
+def _show(adapter: types.Adapter, as_json: bool) -> None:
+    if as_json:
+        _print_json(adapter)
+        return
+    facts = [adapter.name, adapter.state, adapter.format, _bytes(adapter.resident_bytes)]
+    facts += [adapter.digest[:12], adapter.error]
+    print("  ".join(fact for fact in facts if fact), flush=True)
+    for note in adapter.notes:
+        print(f"  {note}", flush=True)
+
+
+def _bytes(count: float) -> str:
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while count >= 1024 and len(units) > 1:
+        count /= 1024
+        units.pop(0)
+    return f"{count:.0f} B" if units[0] == "B" else f"{count:.1f} {units[0]}"
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).strftime("%H:%M:%S") if seconds else "never"
+
+
+def main() -> None:
+    """Entry point of ``python -m deltaserve.clients``."""
+    app()

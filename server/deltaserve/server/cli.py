@@ -1,0 +1,153 @@
+"""The command `deltaserve`: arguments -> Config -> serve, and the client's commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from deltaserve.clients.cli import AsJson
+from deltaserve.clients.cli import app as clients_app
+from deltaserve.server import config as c
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Serve every fine-tune of a base model from one copy of that base, in one mixed batch.",
+)
+
+_BYTES = "Bytes, e.g. 512MiB; auto for a share of what is free."
+
+
+@app.command()
+def serve(
+    base: Annotated[Path, typer.Option(help="Checkpoint folder of the base model.")],
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="Load before serving; repeatable.")
+    ] = None,
+    adapter_root: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder that adapters may be loaded from over the wire; repeatable."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    quantize: Annotated[str, typer.Option(help="The base's weights: none, int8, int4.")] = "none",
+    group_size: Annotated[int, typer.Option(help="Inputs that share an int4 scale.")] = 64,
+    activations: Annotated[
+        str, typer.Option(help="float, or int8: faster, slightly less exact.")
+    ] = "float",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="Threads that compute.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 picks a free one.")] = 50051,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="HTTP port of /metrics; off if left out, 0 picks one.")
+    ] = None,
+    adapter_bytes: Annotated[str, typer.Option(help=f"For all adapters. {_BYTES}")] = "auto",
+    kv_cache_bytes: Annotated[str, typer.Option(help=f"For keys and values. {_BYTES}")] = "auto",
+    block_size: Annotated[int, typer.Option(help="Tokens in a block of the KV cache.")] = 16,
+    prefix_cache: Annotated[bool, typer.Option(help="Reuse keys and values of prompts.")] = True,
+    max_batch_tokens: Annotated[int, typer.Option(help="Tokens of one step.")] = 512,
+    max_sequences: Annotated[int, typer.Option(help="Requests in one step.")] = 256,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens of a request; the model's limit if left out.")
+    ] = None,
+    max_queue: Annotated[int, typer.Option(help="Requests in flight; more are refused.")] = 4096,
+    max_seconds: Annotated[float, typer.Option(help="Longest life of a request.")] = 3600.0,
+    write_seconds: Annotated[
+        float, typer.Option(help="A stream that nobody reads for so long is ended.")
+    ] = 30.0,
+    grace_seconds: Annotated[
+        float, typer.Option(help="Running requests may go on for so long after SIGTERM.")
+    ] = 30.0,
+    allow_base_mismatch: Annotated[
+        bool, typer.Option(help="Take adapters made for another base of the same shapes.")
+    ] = False,
+    tls_certificate: Annotated[Path | None, typer.Option(help="PEM file.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file.")] = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning, error.")] = "info",
+) -> None:
+    """Serve a base model and its adapters over gRPC.
+
+    Prints `listening on HOST:PORT` on stdout when it is ready; everything else goes to stderr.
+    """
+    try:
+        config = c.Config(
+            model=c.ModelConfig(base, dtype, quantize, group_size, activations, device, threads),
+            adapters=c.AdapterConfig(
+                preload=tuple(c.name_and_path(item) for item in adapter or ()),
+                roots=tuple(adapter_root or ()),
+                bytes=c.size("--adapter-bytes", adapter_bytes),
+                allow_base_mismatch=allow_base_mismatch,
+            ),
+            engine=c.EngineConfig(
+                max_batch_tokens=max_batch_tokens,
+                max_sequences=max_sequences,
+                kv_cache_bytes=c.size("--kv-cache-bytes", kv_cache_bytes),
+                block_size=block_size,
+                prefix_cache=prefix_cache,
+                max_length=max_length,
+                max_queue=max_queue,
+            ),
+            rpc=c.RpcConfig(
+                host=host,
+                port=port,
+                metrics_port=metrics_port,
+                max_seconds=max_seconds,
+                write_seconds=write_seconds,
+                grace_seconds=grace_seconds,
+                tls_certificate=tls_certificate,
+                tls_key=tls_key,
+            ),
+            log_level=log_level,
+        )
+    except c.ConfigError as error:
+        _fail(str(error))
+    from deltaserve.server.run import StartError, run  # imports torch: not for `--help`
+
+    try:
+        code = run(config)
+    except (StartError, c.ConfigError) as error:
+        _fail(str(error))
+    raise typer.Exit(code)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Folder or safetensors file of an adapter.")],
+    as_json: AsJson = False,
+) -> None:
+    """What an adapter's files say of themselves; no server is needed."""
+    from deltaserve.adapters.errors import AdapterError
+    from deltaserve.adapters.load import describe
+
+    try:
+        found = describe(path)
+    except AdapterError as error:
+        _fail(str(error))
+    if as_json:
+        print(json.dumps(found, default=str))
+        return
+    console = Console()
+    console.print(f"{found['format']}, {found['bytes']} bytes", highlight=False)
+    console.print_json(data=found["config"], default=str)
+    for name, tensor in found["tensors"].items():
+        console.print(f"{name}  {tensor['dtype']} {tensor['shape']}", highlight=False, markup=False)
+
+
+def _fail(message: str) -> NoReturn:
+    """Say what is wrong and exit with code 2."""
+    print(f"deltaserve: {message}", file=sys.stderr)
+    raise typer.Exit(2)
+
+
+app.add_typer(clients_app)
+
+
+def main() -> None:
+    """Entry point."""
+    app()

@@ -1,0 +1,120 @@
+"""From a Config to a running server, and to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Coroutine
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+import prometheus_client
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from deltaserve.adapters.errors import AdapterError
+from deltaserve.server import log as logs
+from deltaserve.server.config import Config, ConfigError
+from deltaserve.server.engine.build import build_engine
+from deltaserve.server.engine.engine import Engine
+from deltaserve.server.engine.text import Text
+from deltaserve.server.engine_metrics import EngineCollector
+from deltaserve.server.errors import RequestError
+from deltaserve.server.metrics import Metrics
+from deltaserve.server.model.errors import ModelError
+from deltaserve.server.rpc.server import Server, serve_until_signal
+
+log = logging.getLogger(__name__)
+
+
+class StartError(Exception):
+    """The server cannot start; the message says why."""
+
+
+class LoadingBar(AbstractContextManager["LoadingBar"]):
+    """Progress on stderr; silent where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+        self._progress = Progress(
+            *columns,
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("loading", total=1.0)
+
+    def __enter__(self) -> LoadingBar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, fraction: float, text: str) -> None:
+        self._progress.update(self._task, completed=fraction, description=text)
+
+
+def run(config: Config) -> int:
+    """Load, serve until a signal, drain. -> exit code. Raises StartError or ConfigError."""
+    logs.set_up(config.log_level)
+    metrics = Metrics()
+    with LoadingBar() as bar:
+        try:
+            engine, text = build_engine(config, metrics, bar)
+        except (ModelError, OSError) as error:
+            raise StartError(f"--base {config.model.base}: {error}") from error
+    engine.start()
+    try:
+        _preload(engine, config)
+        _expose(metrics, engine, config)
+        return _run_loop(_serve(engine, text, config, metrics))
+    finally:
+        engine.shutdown()
+
+
+def _preload(engine: Engine, config: Config) -> None:
+    """The adapters of the command line, all at once; the first failure ends the start."""
+    loads = [(n, p, engine.adapters.load(n, str(p))) for n, p in config.adapters.preload]
+    for name, path, future in loads:
+        try:
+            info = future.result()
+        except (AdapterError, RequestError) as error:
+            raise StartError(f"--adapter {name}={path}: {error}") from error
+        log.info("adapter %s: %s, %d bytes", name, info.format, info.resident_bytes)
+        for note in info.notes:
+            log.info("adapter %s: %s", name, note)
+
+
+def _expose(metrics: Metrics, engine: Engine, config: Config) -> None:
+    metrics.registry.register(EngineCollector(engine))
+    port = config.rpc.metrics_port
+    if port is None:
+        return
+    try:
+        http, _ = prometheus_client.start_http_server(port, config.rpc.host, metrics.registry)
+    except OSError as error:
+        raise ConfigError(f"--metrics-port {port}: cannot listen: {error}") from error
+    log.info("metrics on http://%s:%d/metrics", config.rpc.host, http.server_port)
+
+
+async def _serve(engine: Engine, text: Text, config: Config, metrics: Metrics) -> int:
+    server = Server(engine, text, config.rpc, metrics, config.engine.max_queue)
+    return await serve_until_signal(server, lambda a: print(f"listening on {a}", flush=True))
+
+
+def _run_loop(serving: Coroutine[Any, Any, int]) -> int:
+    if sys.platform == "win32":
+        return asyncio.run(serving)
+    import uvloop
+
+    return uvloop.run(serving)
