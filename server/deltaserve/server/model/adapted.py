@@ -123,11 +123,12 @@ class Modules:
 
     def _check(self, name: str) -> None:
         """Raises UnsupportedAdapter if no adapter can act on the module."""
-        reason = self._refusal(name)
+        reason = self.refusal(name)
         if reason:
             raise UnsupportedAdapter(f"{name}: {reason}", field=name)
 
-    def _refusal(self, name: str) -> str:
+    def refusal(self, name: str) -> str:
+        """Why no adapter can act on the module; empty if one can."""
         for path in self.experts:
             if name == path or name.startswith(f"{path}."):
                 return "fused experts take no adapters"

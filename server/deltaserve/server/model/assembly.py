@@ -54,7 +54,7 @@ def assemble(
     for name in report.attention_modules:
         attention: Any = model.get_submodule(name)
         attention.ctx = ctx
-    return Modules(tuple(groups), (report.embedding, embedding), norms, report.experts)
+    return Modules(tuple(groups), (report.embedding, embedding), norms, tuple(report.experts))
 
 
 def _split(names: tuple[str, ...], schemes: Mapping[str, Scheme]) -> list[tuple[str, ...]]:

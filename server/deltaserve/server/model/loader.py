@@ -71,7 +71,7 @@ def load(
     """Reads, quantizes and fuses a checkpoint folder (config.json and safetensors).
 
     dtype: float32 or bfloat16, of activations and of all weights that are not quantized. quantize:
-    of all linears but the ones beside fused experts. group_size: inputs that share a scale in
+    of all linears but routers, and of no fused experts. group_size: inputs that share a scale in
     int4. quantize_head: lm_head in int8 whenever the rest is quantized. max_length: at most the
     model's own limit, which is the default. progress: is called with the share done (0 to 1) and
     what is being done. allow_untested: also architectures that the test matrix does not cover.
@@ -167,8 +167,10 @@ def _skeleton(
             model = _AUTO.from_config(
                 copy.deepcopy(config), dtype=dtype, attn_implementation=PROBE
             ).eval()
-    except (ValueError, ImportError, TypeError, AttributeError) as error:
-        raise UnsupportedModel(f"{config.model_type}: {error}") from error
+    except Exception as error:  # each architecture fails in its own way
+        what = f"{type(error).__name__}: {error}"
+        raise UnsupportedModel(f"{config.model_type}: cannot be built: {what}") from error
+    model.config.pad_token_id = None  # with it some models look for padding in the ids' values
     rope.pin(model, config, length)
     if hasattr(model, "set_experts_implementation") and _has_experts(model):
         model.set_experts_implementation(PROBE)
@@ -191,16 +193,17 @@ def _schemes(
     activations: str,
     quantize_head: bool,
 ) -> dict[str, Scheme]:
-    """How the linears' weights are held; the dense ones are left out. Linears right beside fused
-    experts (routers, gates of shared experts) are small and decide much: they stay dense."""
+    """How the linears' weights are held; the dense ones are left out. Routers and the gates of
+    shared experts are small and decide much: they stay dense."""
     if quantize == "none":
         return {}
     report = skeleton.report
     bits = 8 if quantize == "int8" else 4
     each = Scheme(bits, group_size or INT4_GROUP, activations, dtype)
-    beside = {name.rpartition(".")[0] for name in report.experts}
+    blocks = tuple(name.rpartition(".")[0] + "." for name in report.experts)
     names = [name for group in report.groups for name in group if name != report.head]
-    schemes = {name: each for name in names if name.rpartition(".")[0] not in beside}
+    narrow = {n for n in names if skeleton.modules[n].out_features in (1, *report.experts.values())}
+    schemes = {n: each for n in names if not (n in narrow and n.startswith(blocks))}
     if quantize_head:
         schemes[report.head] = Scheme(8, INT4_GROUP, activations, dtype)
     return schemes
@@ -243,6 +246,7 @@ def _read(
     if unread:
         raise MalformedModel(f"{folder}: no weights for {', '.join(unread[:8])}")
     model.eval().requires_grad_(False)
+    model.config.pad_token_id = None  # with it some models look for padding on every call
     if skeleton.report.experts:
         model.set_experts_implementation("eager")
     return model, plan

@@ -7,7 +7,7 @@ rows are the step's tokens (only there can an adapter of one request be kept apa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,14 +66,14 @@ class ArchReport:
     function. groups: linears that are fed the very same tensor by one parent, in order of calls;
     every linear that is called is in exactly one. by_token: linears and norms whose input rows are
     the step's tokens (of `head`: the rows that logits are asked of). experts: paths of fused
-    experts. head, embedding: lm_head's and the input embedding's path."""
+    experts, and how many each has. head, embedding: lm_head's and the input embedding's path."""
 
     attention: tuple[LayerAttention, ...]
     attention_modules: tuple[str, ...]
     groups: tuple[tuple[str, ...], ...]
     by_token: frozenset[str]
     norms: tuple[str, ...]
-    experts: tuple[str, ...]
+    experts: Mapping[str, int]
     head: str
     embedding: str
 
@@ -185,7 +185,7 @@ def probe(model: PreTrainedModel) -> ArchReport:
         groups=tuple(_groups(recorder, names, head)),
         by_token=frozenset(_by_token(recorder, names, head)),
         norms=tuple(dict.fromkeys(names[m] for m, _ in recorder.norms)),
-        experts=tuple(names[m] for m in recorder.experts),
+        experts={names[m]: _experts(m) for m in recorder.experts},
         head=names[head],
         embedding=names[model.get_input_embeddings()],
     )
@@ -238,6 +238,10 @@ def _groups(
         if name not in members:
             members.append(name)
     yield from (tuple(members) for members in found.values())
+
+
+def _experts(module: nn.Module) -> int:
+    return max(p.shape[0] for p in module.parameters() if p.dim() == 3)
 
 
 def _by_token(recorder: _Recorder, names: dict[nn.Module, str], head: nn.Module) -> Iterator[str]:

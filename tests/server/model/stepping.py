@@ -1,0 +1,81 @@
+"""Runs given sequences through a BaseModel step by step: chunks of prompts and decodes mixed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from deltaserve.kernels.segments import Mix, Segments
+from deltaserve.server.model import BaseModel
+from deltaserve.server.model.context import AttentionStep, KVStore, PrefillChunk
+
+BLOCK_SIZE = 4
+
+
+@dataclass
+class Sequence:
+    ids: Tensor
+    mix: Mix = ()
+    done: int = 0
+    blocks: list[int] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+
+    @property
+    def left(self) -> int:
+        return len(self.ids) - self.done
+
+
+class Stepper:
+    """Owns the cache. Blocks are handed out interleaved, so that no sequence's are contiguous."""
+
+    def __init__(self, model: BaseModel, blocks: int = 64) -> None:
+        self.model = model
+        cells = blocks * BLOCK_SIZE
+        keys, values = {}, {}
+        for layer in model.attention:
+            keys[layer.layer_idx] = torch.zeros(
+                cells, layer.kv_heads, layer.key_dim, dtype=model.dtype
+            )
+            values[layer.layer_idx] = torch.zeros(
+                cells, layer.kv_heads, layer.value_dim, dtype=model.dtype
+            )
+        model.ctx.kv = KVStore(keys, values, BLOCK_SIZE, blocks)
+        self.free = torch.randperm(blocks, generator=torch.Generator().manual_seed(1)).tolist()
+
+    def step(self, plan: list[tuple[Sequence, int]]) -> None:
+        """Computes the next `count` tokens of each sequence; their logits go to the sequence."""
+        decodes = [(s, n) for s, n in plan if n == 1 and s.done]
+        chunked = [(s, n) for s, n in plan if not (n == 1 and s.done)]
+        order = decodes + chunked
+        for s, n in order:
+            while len(s.blocks) * BLOCK_SIZE < s.done + n:
+                s.blocks.append(self.free.pop())
+        positions = torch.cat([torch.arange(s.done, s.done + n) for s, n in order])
+        ids = torch.cat([s.ids[s.done : s.done + n] for s, n in order])
+        cells = torch.cat([_cells(s, n) for s, n in order])
+        lengths = [s.done + 1 for s, _ in decodes]
+        width = max((len(s.blocks) for s, _ in decodes), default=0)
+        tables = torch.zeros(len(decodes), width, dtype=torch.long)
+        for row, (s, _) in enumerate(decodes):
+            tables[row, : len(s.blocks)] = torch.tensor(s.blocks)
+        chunks, start = [], len(decodes)
+        for s, n in chunked:
+            chunks.append(PrefillChunk(start, start + n, s.done, torch.tensor(s.blocks)))
+            start += n
+        segments = Segments.of([s.mix for s, n in order for _ in range(n)])
+        ctx = self.model.ctx
+        ctx.attention = AttentionStep(
+            cells, len(decodes), lengths, torch.tensor(lengths, dtype=torch.long), tables, chunks
+        )
+        ctx.segments = ctx.logit_segments = segments
+        logits = self.model.forward(ids, positions, torch.arange(len(ids)))
+        for (s, n), rows in zip(order, logits.split([n for _, n in order]), strict=True):
+            s.logits.append(rows)
+            s.done += n
+
+
+def _cells(s: Sequence, n: int) -> Tensor:
+    at = torch.arange(s.done, s.done + n)
+    return torch.tensor(s.blocks)[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE
