@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from deltaserve.adapters.errors import (
     SourceForbidden,
 )
 from deltaserve.adapters.json_file import read_object
+from deltaserve.adapters.plain_file import open_plain
 from deltaserve.adapters.safetensors_header import TensorEntry, read_header
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -111,7 +111,7 @@ def open_files(path: Path) -> Iterator[dict[str, int]]:
     fds: dict[str, int] = {}
     try:
         for file in _tensor_files(path):
-            fds[str(file)] = _open_plain(file)
+            fds[str(file)] = open_plain(file)
         yield fds
     finally:
         for fd in fds.values():
@@ -121,15 +121,6 @@ def open_files(path: Path) -> Iterator[dict[str, int]]:
 def _canonical(value: Any) -> bytes:
     text = json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
     return len(text).to_bytes(8, "little") + text
-
-
-def _open_plain(file: Path) -> int:
-    """A descriptor of a plain file; a FIFO or device is never opened for waiting on."""
-    fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise SourceForbidden(f"{file}: not a plain file")
-    return fd
 
 
 def _tensor_files(path: Path) -> list[Path]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from deltaserve.adapters.checkpoint import open_files
 from deltaserve.adapters.safetensors_header import TensorEntry, read_header
@@ -31,9 +34,20 @@ def tensor_digests(folder: str | Path) -> dict[str, str]:
     return digests
 
 
+def tensor_digest(value: Tensor) -> str:
+    """What `tensor_digests` gives for a tensor of this dtype, shape and content."""
+    found = _start(value.dtype, value.shape)
+    found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _start(dtype: torch.dtype, shape: Sequence[int]) -> hashlib.blake2b:
+    what = json.dumps([str(dtype).removeprefix("torch."), list(shape)]).encode()
+    return hashlib.blake2b(what, digest_size=16)
+
+
 def _digest(data: mmap.mmap, entry: TensorEntry) -> str:
-    what = json.dumps([str(entry.dtype).removeprefix("torch."), list(entry.shape)]).encode()
-    found = hashlib.blake2b(what, digest_size=16)
+    found = _start(entry.dtype, entry.shape)
     with memoryview(data) as view:
         for start in range(entry.offset, entry.offset + entry.nbytes, CHUNK):
             end = min(start + CHUNK, entry.offset + entry.nbytes)

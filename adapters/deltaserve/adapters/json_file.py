@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from deltaserve.adapters.errors import MalformedAdapter
+from deltaserve.adapters.plain_file import open_plain
 
 MAX_BYTES = 16 << 20
 """Large enough for the index of a checkpoint of 100,000 tensors."""
@@ -56,7 +57,7 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file of at most `MAX_BYTES`."""
-    with path.open("rb") as file:
+    with open(open_plain(path), "rb") as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise MalformedAdapter(f"{path}: JSON larger than {MAX_BYTES} bytes")

@@ -24,7 +24,7 @@ def load(path: str | Path, base: BaseSpec, *, allow_base_mismatch: bool = False)
         form, config = detect(checkpoint)
         work = Lowering(checkpoint, config, base, allow_base_mismatch)
         form.lower(work)
-        modules = {name: tuple(group) for name, group in work.modules.items() if group}
+        modules = work.result()
         check_modules(modules, base)
         if work.prefix is not None:
             check_prefix(work.prefix, base)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from deltaserve.adapters.base import BaseSpec, ModuleSpec
 from deltaserve.adapters.checkpoint import Checkpoint
-from deltaserve.adapters.errors import BaseMismatch, UnsupportedAdapter
-from deltaserve.kernels.primitives import Prefix, Primitive
+from deltaserve.adapters.errors import BaseMismatch, InvalidAdapter, UnsupportedAdapter
+from deltaserve.kernels.primitives import Bias, Prefix, Primitive
 
 
 @dataclass
@@ -29,6 +31,19 @@ class Lowering:
     prefix: Prefix | None = None
     base_fingerprint: str = ""
     notes: list[str] = field(default_factory=list)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+
+    def result(self) -> dict[str, tuple[Primitive, ...]]:
+        """Module -> its primitives, at most one `Bias` among them."""
+        found = {name: list(group) for name, group in self.modules.items()}
+        for name, bias in self.biases.items():
+            found.setdefault(name, []).append(Bias(bias))
+        return {name: tuple(group) for name, group in found.items() if group}
+
+    def add_bias(self, module: str, bias: Tensor) -> None:
+        """Give ``module`` one more addend of its bias, [out]."""
+        bias = bias.float()
+        self.biases[module] = self.biases[module] + bias if module in self.biases else bias
 
     def add(self, module: str, *primitives: Primitive) -> None:
         """Give ``module`` more primitives."""
@@ -50,6 +65,18 @@ class Lowering:
             f"{self.base.name!r} does not have{hint}",
             field=tensor,
         )
+
+    def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
+        """A tensor of the checkpoint that must be floating point and have this shape."""
+        entry = self.checkpoint.entries[name]
+        if entry.shape != tuple(shape) or not entry.dtype.is_floating_point:
+            dtype = str(entry.dtype).removeprefix("torch.")
+            raise InvalidAdapter(
+                f"{self.checkpoint.path}: tensor {name!r} is {dtype} {list(entry.shape)}; the base "
+                f"{self.base.name!r} and the config need a float {list(shape)}",
+                field=name,
+            )
+        return self.checkpoint.tensor(name)
 
     def unknown_tensor(self, tensor: str) -> UnsupportedAdapter:
         """The refusal of a tensor that the format does not know."""

@@ -21,6 +21,7 @@ from deltaserve.adapters.json_file import parse_object
 MAX_HEADER_BYTES = 8 << 20
 MAX_TENSORS = 100_000
 MAX_DIMENSIONS = 8
+MAX_NAME = 1000
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -87,6 +88,8 @@ def _entry(name: str, value: Any, base: int, where: str) -> TensorEntry:
 
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise bad("needs exactly dtype, shape and data_offsets")
+    if len(name) > MAX_NAME:
+        raise bad(f"name of {len(name)} characters; at most {MAX_NAME} are read")
     shape, offsets = value["shape"], value["data_offsets"]
     if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
         raise bad(f"shape must be at most {MAX_DIMENSIONS} integers >= 0")

@@ -148,7 +148,7 @@ def _check_blocks(module: ModuleSpec, p: SparseBlocks) -> None:
     limits = torch.tensor([module.out_features // h, module.in_features // w])
     if bool(((p.index < 0) | (p.index >= limits)).any()):
         raise _error(module, p, "index", f"must lie below {limits.tolist()}")
-    if p.index.unique(dim=0).shape[0] != n:
+    if torch.unique(p.index, dim=0).shape[0] != n:
         raise _error(module, p, "index", "must be unique")
 
 
@@ -156,7 +156,7 @@ def _index(module: ModuleSpec, primitive: Primitive, index: Tensor, limit: int) 
     _shape(module, primitive, "index", index, (index.numel(),), torch.int64)
     if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < limit:
         raise _error(module, primitive, "index", f"must lie in [0, {limit})")
-    if index.unique().numel() != index.numel():
+    if torch.unique(index).numel() != index.numel():
         raise _error(module, primitive, "index", "must be unique")
 
 

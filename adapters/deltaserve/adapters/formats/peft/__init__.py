@@ -1,0 +1,1 @@
+"""Hugging Face PEFT's save format: adapter_config.json and adapter_model.safetensors."""

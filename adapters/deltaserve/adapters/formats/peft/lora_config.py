@@ -1,0 +1,156 @@
+"""Every field of peft.LoraConfig, and what is made of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from deltaserve.adapters.errors import UnsupportedAdapter
+from deltaserve.adapters.formats.peft.fields import (
+    BOOL,
+    COMMON,
+    NAME_LIST,
+    NAMES,
+    NATURAL,
+    NUMBER,
+    Honoured,
+    Irrelevant,
+    Only,
+    Rules,
+    check_fields,
+    is_indices,
+    is_natural,
+    is_number,
+    mapping_of,
+)
+from deltaserve.adapters.formats.peft.targets import Patterns, Targets
+
+HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica")
+"""Initializations that leave the base weight as it is (peft/tuners/lora/layer.py)."""
+
+CONVERTED_INITS = ("pissa", "olora")
+"""They take a part out of the base weight that can be computed again from the base weight."""
+
+REFUSED_INITS = {
+    "pissa_niter_": "its randomized SVD took a part out of the base that cannot be found again",
+    "corda": "it took a part out of the base that depends on calibration data",
+    "lora_ga": "it took a part out of the base that depends on gradients",
+    "loftq": "it replaced the base weight by a quantized one",
+}
+CONVERT_HINT = (
+    "; save it with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+)
+
+RULES: Rules = {
+    **COMMON,
+    "r": NATURAL,
+    "lora_alpha": NUMBER,
+    "target_modules": NAMES,
+    "exclude_modules": NAMES,
+    "lora_dropout": Irrelevant("training only"),
+    "fan_in_fan_out": Irrelevant("PEFT sets it by the module's class; A and B do not depend on it"),
+    "bias": Honoured("none, all or lora_only", lambda v: v in ("none", "all", "lora_only")),
+    "use_rslora": BOOL,
+    "modules_to_save": NAME_LIST,
+    "init_lora_weights": Honoured(
+        "null, true, false or a name", lambda v: v is None or isinstance(v, bool | str)
+    ),
+    "layers_to_transform": Honoured(
+        "null, a layer number or a list of them",
+        lambda v: v is None or type(v) is int or is_indices(v),
+    ),
+    "layers_pattern": NAMES,
+    "rank_pattern": Honoured("an object of ranks", mapping_of(is_natural)),
+    "alpha_pattern": Honoured("an object of numbers", mapping_of(is_number)),
+    "megatron_config": Only((None,), "Megatron's parallel layers"),
+    "megatron_core": Irrelevant("module name that only megatron_config uses"),
+    "trainable_token_indices": Honoured(
+        "null, a list of token ids or an object of such lists",
+        lambda v: v is None or is_indices(v) or (bool(v) and mapping_of(is_indices)(v)),
+    ),
+    "loftq_config": Irrelevant("used by init_lora_weights 'loftq' only, which is refused"),
+    "eva_config": Irrelevant("initialization; the ranks it found are in rank_pattern"),
+    "corda_config": Irrelevant("used by init_lora_weights 'corda' only, which is refused"),
+    "lora_ga_config": Irrelevant("used by init_lora_weights 'lora_ga' only, which is refused"),
+    "use_dora": BOOL,
+    "velora_config": Irrelevant("compresses activations for the backward pass only"),
+    "alora_invocation_tokens": Only((None, []), "activated LoRA switches on inside a sequence"),
+    "use_qalora": Only((False, None), "QA-LoRA pools its input by quantization group"),
+    "qalora_group_size": Irrelevant("used by use_qalora only, which is refused"),
+    "monteclora_config": Only((None,), "Monte Carlo sampling of the weights"),
+    "layer_replication": Only((None, []), "it changes the number of layers"),
+    "runtime_config": Irrelevant("where DoRA is initialized"),
+    "lora_bias": BOOL,
+    "target_parameters": Only((None, []), "LoRA on bare parameters, such as fused experts"),
+    "use_bdlora": Only((None, False), "block-diagonal factors"),
+    "arrow_config": Only((None,), "routing between experts"),
+    "kasa_config": Only((None,), "it truncates the base weight"),
+    "ensure_weight_tying": BOOL,
+}
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The fields that matter; the defaults are PEFT's own."""
+
+    targets: Targets
+    r: int
+    alpha: float
+    rslora: bool
+    dora: bool
+    lora_bias: bool
+    bias: str
+    init: str
+    ensure_weight_tying: bool
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    token_indices: list[int] | dict[str, list[int]] | None
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any], where: str) -> LoraConfig:
+        """From ``adapter_config.json``; refuses what `RULES` does not allow."""
+        check_fields(config, RULES, where)
+        patterns = Patterns()
+        return cls(
+            targets=Targets.of(dict(config), patterns),
+            r=config.get("r", 8),
+            alpha=config.get("lora_alpha", 8),
+            rslora=config.get("use_rslora", False),
+            dora=config.get("use_dora", False),
+            lora_bias=config.get("lora_bias", False),
+            bias=config.get("bias", "none"),
+            init=_init(config.get("init_lora_weights", True), where),
+            ensure_weight_tying=config.get("ensure_weight_tying", False),
+            rank_pattern=config.get("rank_pattern") or {},
+            alpha_pattern=config.get("alpha_pattern") or {},
+            token_indices=config.get("trainable_token_indices"),
+        )
+
+    def rank(self, module: str) -> int:
+        """The rank that the config gives to a module."""
+        key = self.targets.patterns.key_of(self.rank_pattern, module)
+        return self.r if key is None else self.rank_pattern[key]
+
+    def scaling(self, module: str) -> float:
+        """alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023)."""
+        key = self.targets.patterns.key_of(self.alpha_pattern, module)
+        alpha = self.alpha if key is None else self.alpha_pattern[key]
+        rank = self.rank(module)
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+
+def _init(value: bool | str | None, where: str) -> str:
+    """ "" if the base weight stays as it is, else the initialization to convert."""
+    name = value.lower() if isinstance(value, str) else ""
+    if name in ("", *HARMLESS_INITS):
+        return ""
+    if name in CONVERTED_INITS:
+        return name
+    why = next((w for start, w in REFUSED_INITS.items() if name.startswith(start)), "not known")
+    raise UnsupportedAdapter(
+        f"{where}: config field 'init_lora_weights' = {value!r} is not served: {why}"
+        + CONVERT_HINT * (why != "not known"),
+        field="init_lora_weights",
+    )

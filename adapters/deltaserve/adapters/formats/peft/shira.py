@@ -1,0 +1,88 @@
+"""PEFT SHiRA (Bhardwaj et al. 2024): a few elements of each weight, trained in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deltaserve.adapters.base import ModuleSpec
+from deltaserve.adapters.errors import InvalidAdapter
+from deltaserve.adapters.formats.peft import names
+from deltaserve.adapters.formats.peft.fields import (
+    COMMON,
+    NAME_LIST,
+    NAMES,
+    NATURAL,
+    Irrelevant,
+    Rules,
+    check_fields,
+)
+from deltaserve.adapters.formats.peft.targets import Patterns, Targets
+from deltaserve.adapters.formats.peft.whole import Whole, lower_whole
+from deltaserve.adapters.lowering import Lowering
+from deltaserve.kernels.primitives import SparseCsr
+
+NAME = "peft-shira"
+
+RULES: Rules = {
+    **COMMON,
+    "r": NATURAL,
+    "mask_type": Irrelevant("the chosen elements are in the file"),
+    "random_seed": Irrelevant("the chosen elements are in the file"),
+    "target_modules": NAMES,
+    "fan_in_fan_out": Irrelevant("PEFT serves SHiRA on nn.Linear only and turns it off there"),
+    "init_weights": Irrelevant("initialization"),
+    "modules_to_save": NAME_LIST,
+}
+
+
+def lower(work: Lowering) -> None:
+    """Fill ``work`` from a PEFT SHiRA folder: element (row, column) += value, scale 1."""
+    check_fields(work.config, RULES, str(work.checkpoint.path))
+    targets = Targets.of(dict(work.config), Patterns())
+    parts = {
+        "shira_weight": r"shira_weight(\.[^.]+)?",
+        "shira_indices": r"shira_indices(\.[^.]+)?",
+    }
+    found, rest = names.split(work, parts)
+    lower_whole(work, rest, Whole(targets))
+    for module, tensors in found.items():
+        names.need(work, module, tensors, set(parts))
+        spec = work.module(module, tensors["shira_weight"])
+        if not targets.contains(module):
+            raise InvalidAdapter(
+                f"{work.checkpoint.path}: has tensors for module {module!r}, which target_modules "
+                "do not choose",
+                field="target_modules",
+            )
+        work.add(module, _csr(work, spec, tensors["shira_weight"], tensors["shira_indices"]))
+
+
+def _csr(work: Lowering, spec: ModuleSpec, weight: str, indices: str) -> SparseCsr:
+    count = work.checkpoint.entries[weight].shape[:1]
+    values = work.tensor(weight, count)
+    # float32 is what PEFT writes on Windows
+    place = work.checkpoint.tensor(indices)
+    if tuple(place.shape) != (2, *count):
+        raise InvalidAdapter(
+            f"{work.checkpoint.path}: tensor {indices!r} has shape {list(place.shape)}; "
+            f"{weight!r} needs {[2, *count]}",
+            field=indices,
+        )
+    rows, columns = place.to(torch.int64)
+    sizes = torch.tensor([[spec.out_features], [spec.in_features]])
+    if bool(((place < 0) | (place >= sizes) | (place != place.to(torch.int64))).any()):
+        raise InvalidAdapter(
+            f"{work.checkpoint.path}: tensor {indices!r} must hold whole numbers below "
+            f"{sizes.flatten().tolist()}",
+            field=indices,
+        )
+    return _sorted_csr(rows, columns, values, spec)
+
+
+def _sorted_csr(rows: Tensor, columns: Tensor, values: Tensor, spec: ModuleSpec) -> SparseCsr:
+    """Elements twice in the file stay twice, for the common check to refuse."""
+    order = torch.argsort(rows * spec.in_features + columns)
+    counts = torch.bincount(rows, minlength=spec.out_features)
+    indptr = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    return SparseCsr(indptr, columns[order].to(torch.int32), values[order])

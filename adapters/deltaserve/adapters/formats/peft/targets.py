@@ -1,0 +1,120 @@
+"""Which modules a PEFT config means: its own matching rules, with a time limit on the patterns.
+
+The rules are those of ``peft.tuners.tuners_utils.check_target_module_exists`` and
+``peft.utils.other.get_pattern_key``. Patterns come from strangers and may backtrack for years, so
+they run in the `regex` package, which knows a timeout, under one budget per adapter.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import regex
+
+from deltaserve.adapters.errors import InvalidAdapter
+
+BUDGET_S = 5.0
+MAX_PATTERN = 10_000
+
+
+class Patterns:
+    """Pattern matching for one adapter; `InvalidAdapter` once the time budget is used up."""
+
+    def __init__(self, budget_s: float = BUDGET_S) -> None:
+        self._deadline = time.monotonic() + budget_s
+
+    def match(self, pattern: str, text: str) -> regex.Match[str] | None:
+        """Like `re.match`."""
+        return self._run(pattern, text, full=False)
+
+    def fullmatch(self, pattern: str, text: str) -> regex.Match[str] | None:
+        """Like `re.fullmatch`."""
+        return self._run(pattern, text, full=True)
+
+    def _run(self, pattern: str, text: str, full: bool) -> regex.Match[str] | None:
+        left = self._deadline - time.monotonic()
+        shown = repr(pattern[:200])
+        if len(pattern) > MAX_PATTERN:
+            raise InvalidAdapter(f"pattern {shown} is longer than {MAX_PATTERN} characters")
+        try:
+            if left <= 0:
+                raise TimeoutError
+            function = regex.fullmatch if full else regex.match
+            return function(pattern, text, timeout=left)
+        except TimeoutError:
+            raise InvalidAdapter(f"pattern {shown} takes too long to match") from None
+        except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+            raise InvalidAdapter(f"pattern {shown} is not valid: {error}") from None
+
+    def key_of(self, keys: Iterable[str], module: str) -> str | None:
+        """The first key of a ``rank_pattern`` or ``alpha_pattern`` that is meant for ``module``."""
+        for key in keys:
+            if self.match(rf"(.*\.)?({key})$", module):
+                return key
+        return None
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The fields of a config that choose modules, with PEFT's meaning."""
+
+    patterns: Patterns
+    target_modules: str | list[str] | None
+    exclude_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+
+    @classmethod
+    def of(cls, config: dict[str, Any], patterns: Patterns) -> Targets:
+        """From the fields of a config that has them."""
+        names = [name for name in cls.__dataclass_fields__ if name != "patterns"]
+        return cls(patterns, **{name: config.get(name) for name in names})
+
+    def contains(self, module: str) -> bool:
+        """Does the adapter act on this module? ``all-linear`` must be resolved by the caller."""
+        if self._excluded(module):
+            return False
+        targets = self.target_modules or []
+        if isinstance(targets, str):
+            return bool(self.patterns.fullmatch(targets, module))
+        if module in targets:
+            return True
+        return any(module.endswith(f".{t}") for t in targets) and self._layer_chosen(module)
+
+    def saves_whole(self, module: str) -> bool:
+        """Is the module, or one that it is a part of, named in ``modules_to_save``?"""
+        names = tuple(self.modules_to_save or ())
+        parts = module.split(".")
+        return any(".".join(parts[:n]).endswith(names) for n in range(1, len(parts) + 1))
+
+    def _excluded(self, module: str) -> bool:
+        out = self.exclude_modules or []
+        if isinstance(out, str):
+            if self.patterns.fullmatch(out, module):
+                return True
+        elif module in out or any(module.endswith(f".{name}") for name in out):
+            return True
+        saved = self.modules_to_save or []
+        return any(self.patterns.match(rf"(^|.*\.){m}($|\..*)", module) for m in saved)
+
+    def _layer_chosen(self, module: str) -> bool:
+        chosen = self.layers_to_transform
+        if chosen is None or chosen == []:
+            return True
+        found = None
+        if not self.layers_pattern:
+            found = self.patterns.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", module)
+        else:
+            names = self.layers_pattern
+            for name in [names] if isinstance(names, str) else names:
+                found = self.patterns.match(rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\.", module)
+                if found:
+                    break
+        if not found:
+            return False
+        index = int(found.group("idx"))
+        return index == chosen if isinstance(chosen, int) else index in chosen

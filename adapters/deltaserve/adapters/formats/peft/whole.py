@@ -1,0 +1,124 @@
+"""Tensors that PEFT files hold beside the method's own: whole weights, biases, token rows.
+
+* ``modules_to_save``: weight and bias of the named modules.
+* ``bias = "all"`` or ``"lora_only"``: biases of the base after training.
+* ``trainable_token_indices``: new rows of the embedding, and of a head tied to it.
+* embeddings saved along (``save_embedding_layers``): the base's own, or changed ones.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltaserve.adapters.errors import InvalidAdapter
+from deltaserve.adapters.formats.peft.names import PREFIX
+from deltaserve.adapters.formats.peft.targets import Targets
+from deltaserve.adapters.formats.whole_weight import equals_base, is_vocabulary, weight_of
+from deltaserve.adapters.lowering import Lowering
+from deltaserve.kernels.primitives import Replace, ReplaceRows
+
+PARAMETER = re.compile(
+    r"(?P<module>.+?)(?P<inner>(\.token_adapter)?(\.base_layer)?)\.(?P<what>weight|bias)"
+)
+COPY = re.compile(r".+\.(original_module|modules_to_save)(\..+)?\.bias")
+TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What the config says of such tensors. ``bias``: none, all, or lora_only (the method's)."""
+
+    targets: Targets
+    bias: str = "none"
+    token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
+
+
+def lower_whole(work: Lowering, names: list[str], whole: Whole) -> dict[str, Tensor]:
+    """Lower the tensors ``names``; returns module -> base weight [out, in] or [vocabulary,
+    hidden] for targeted modules whose own base weight was saved changed."""
+    changed: dict[str, Tensor] = {}
+    for name in names:
+        short = name.removeprefix(PREFIX)
+        if match := TOKENS.fullmatch(short):
+            _tokens(work, name, match.group("module"), whole)
+            continue
+        if whole.bias == "all" and COPY.fullmatch(short):
+            work.note("biases inside modules_to_save wrappers are copies and were not used")
+            continue
+        parameter = PARAMETER.fullmatch(short)
+        if parameter is None:
+            raise work.unknown_tensor(name)
+        module, inner, what = parameter.group("module", "inner", "what")
+        if what == "bias":
+            _bias(work, name, module, inner, whole)
+        elif inner:
+            if (weight := _saved_base(work, name, module)) is not None:
+                changed[module] = weight
+        else:
+            _weight(work, name, module, whole)
+    return changed
+
+
+def _saved_base(work: Lowering, name: str, module: str) -> Tensor | None:
+    spec = work.module(module, name)
+    weight = weight_of(work, name, spec)
+    return None if equals_base(work, spec, weight) else weight
+
+
+def _weight(work: Lowering, name: str, module: str, whole: Whole) -> None:
+    spec = work.module(module, name)
+    saved = whole.targets.saves_whole(module)
+    tied = [m for m, owner in work.base.tied.items() if owner == module]
+    if not saved and not is_vocabulary(spec, work.base):
+        owner_saved = whole.ensure_weight_tying and module in work.base.tied
+        if not owner_saved:
+            raise work.unknown_tensor(name)
+    weight = weight_of(work, name, spec)
+    if not saved and equals_base(work, spec, weight):
+        return
+    work.add(module, Replace(weight))
+    for other in tied if saved and whole.ensure_weight_tying else ():
+        if f"{PREFIX}{other}.weight" not in work.checkpoint.entries:
+            work.add(other, Replace(weight))
+
+
+def _bias(work: Lowering, name: str, module: str, inner: str, whole: Whole) -> None:
+    announced = {"all": True, "lora_only": bool(inner), "none": False}[whole.bias]
+    if not announced and not whole.targets.saves_whole(module):
+        raise work.unknown_tensor(name)
+    spec = work.module(module, name)
+    own = work.base.bias(module)
+    if own is None:
+        raise InvalidAdapter(
+            f"{work.checkpoint.path}: tensor {name!r}: module {module!r} of the base has no bias",
+            field=name,
+        )
+    change = work.tensor(name, [spec.out_features]).float() - own
+    if bool(change.any()):
+        work.add_bias(module, change)
+
+
+def _tokens(work: Lowering, name: str, module: str, whole: Whole) -> None:
+    spec = work.module(module, name)
+    indices = whole.token_indices
+    if isinstance(indices, dict):
+        indices = next((v for k, v in indices.items() if module.endswith(k)), None)
+    if indices is None:
+        raise work.unknown_tensor(name)
+    if not is_vocabulary(spec, work.base):
+        raise InvalidAdapter(
+            f"{work.checkpoint.path}: trainable tokens of {module!r}, which has no vocabulary",
+            field=name,
+        )
+    values = work.tensor(name, [len(indices), work.base.hidden_size])
+    rows = ReplaceRows(torch.tensor(indices, dtype=torch.int64), values)
+    work.add(module, rows)
+    for other, owner in work.base.tied.items():
+        own = f"{PREFIX}{other}.token_adapter.trainable_tokens_delta"
+        if owner == module and own not in work.checkpoint.entries:
+            work.add(other, rows)
