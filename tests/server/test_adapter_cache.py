@@ -19,6 +19,7 @@ from deltaserve.server.errors import AdapterConflict, AdapterUnavailable, Adapte
 class Packed:
     digest: str
     nbytes: int
+    prefix: None = None
 
 
 class Host:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from deltaserve.kernels.primitives import Prefix, Primitive, nbytes, tensors
+from deltaserve.kernels.primitives import Prefix, Primitive, nbytes, tensors, without_content
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +34,17 @@ class Adapter:
         if self.prefix is not None:
             names.add(type(self.prefix).__name__)
         return tuple(sorted(names))
+
+    def without_content(self) -> Adapter:
+        """What it is made of, with no memory held: enough to decide what it can be combined with."""
+        return replace(
+            self,
+            modules={
+                name: tuple(without_content(p) for p in group)
+                for name, group in self.modules.items()
+            },
+            prefix=None if self.prefix is None else without_content(self.prefix),
+        )
 
     @property
     def nbytes(self) -> int:

@@ -55,9 +55,9 @@ def read_header(fd: int, where: str) -> tuple[dict[str, TensorEntry], dict[str, 
     size = os.fstat(fd).st_size
     if size < 8:
         raise MalformedAdapter(f"{where}: {size} bytes is too short for a safetensors file")
-    start = os.pread(fd, 8, 0)
+    start = os.pread(fd, 9, 0)
     _refuse_pickle(start, where)
-    length = int.from_bytes(start, "little")
+    length = int.from_bytes(start[:8], "little")
     if length > MAX_HEADER_BYTES:
         raise MalformedAdapter(
             f"{where}: header of {length} bytes; at most {MAX_HEADER_BYTES} are read"
@@ -76,6 +76,9 @@ def read_header(fd: int, where: str) -> tuple[dict[str, TensorEntry], dict[str, 
 
 
 def _refuse_pickle(start: bytes, where: str) -> None:
+    """The first nine bytes. A header of 0x0380 bytes begins like a pickle, but opens a brace."""
+    if start[8:] == b"{":
+        return
     if start[:4] == b"PK\x03\x04" or (start[0] == 0x80 and start[1] in (2, 3, 4, 5)):
         raise MalformedAdapter(
             f"{where}: a pickle or zip archive, which can run code; store it as safetensors"

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.errors import AdapterError
-from deltaserve.kernels.primitives import Prefix, nbytes
+from deltaserve.kernels.primitives import Prefix
 from deltaserve.server.engine.core import AdapterInfo, AdapterRef, AdapterState, Tier
 from deltaserve.server.errors import (
     AdapterConflict,
@@ -36,6 +36,8 @@ class Prepared(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+    @property
+    def prefix(self) -> Prefix | None: ...
 
 
 class Host(Protocol):
@@ -64,8 +66,7 @@ class Residency:
     pinned: bool = False
     digest: str = ""
     state: AdapterState = AdapterState.LOADING
-    adapter: Adapter | None = None
-    prepared: Prepared | None = None
+    structure: Adapter | None = None  # without content
     prefix: Prefix | None = None
     slot: int = 0
     nbytes: int = 0
@@ -334,7 +335,8 @@ class AdapterCache:
                     f"{adapter.digest[:16]}, registered {residency.digest[:16]}",
                     field="uri",
                 )
-            arrival.adapter, arrival.prepared = adapter, self._host.prepare(adapter)
+            arrival.prepared = self._host.prepare(adapter)
+            arrival.adapter = adapter.without_content()
         except Exception as error:
             if not isinstance(error, AdapterError | RequestError):
                 log.exception("loading adapter %r from %s failed", residency.name, residency.uri)
@@ -373,20 +375,25 @@ class AdapterCache:
             return True
         adapter, prepared = arrival.adapter, arrival.prepared
         assert adapter is not None and prepared is not None
-        need = prepared.nbytes + (nbytes(adapter.prefix) if adapter.prefix is not None else 0)
+        need = prepared.nbytes
         if need > self.budget:
             message = f"needs {need} bytes, the adapter memory is {self.budget} bytes in all"
             self._fail(residency, AdapterUnavailable(f"adapter {residency.name!r} {message}"))
             return True
         if not self._make_room(need, protected):
             return False
+        slot = self._free_slots.pop() if self._free_slots else self._next_slot
+        self._next_slot = max(self._next_slot, slot + 1)
+        try:
+            self._host.install(slot, prepared)
+        except Exception as error:  # a bug, but one adapter's: the others are served on
+            log.exception("installing adapter %r failed", residency.name)
+            self._fail(residency, error)
+            return True
         residency.digest, residency.format = adapter.digest, adapter.format
         residency.primitives, residency.notes = adapter.primitives, adapter.notes
         residency.source_bytes, residency.nbytes = adapter.source_bytes, need
-        residency.adapter, residency.prepared, residency.prefix = adapter, prepared, adapter.prefix
-        slot = self._free_slots.pop() if self._free_slots else self._next_slot
-        self._next_slot = max(self._next_slot, slot + 1)
-        self._host.install(slot, prepared)
+        residency.structure, residency.prefix = adapter, prepared.prefix
         residency.slot = slot
         residency.loads += 1
         self.loads += 1
@@ -443,7 +450,7 @@ class AdapterCache:
         self._host.remove(residency.slot)
         self._free_slots.append(residency.slot)
         residency.slot = 0
-        residency.adapter = residency.prepared = residency.prefix = None
+        residency.structure = residency.prefix = None
 
     def _finish_unload(self, residency: Residency) -> None:
         freed = residency.nbytes if residency.ready else 0

@@ -244,7 +244,11 @@ class Engine:
         prefixes = [a.prefix for a in held if a.prefix is not None]
         try:
             if held and not sequence.admitted:
-                weighted = [(a.prepared, r.strength) for a, r in zip(held, refs, strict=True)]
+                weighted = [
+                    (a.structure, r.strength)
+                    for a, r in zip(held, refs, strict=True)
+                    if a.structure is not None
+                ]
                 reason = self._model.composable(weighted)
                 if reason is not None:
                     raise InvalidRequest(f"adapters: {reason}", field="adapters")

@@ -93,8 +93,10 @@ class ModelRunner:
         if ctx.embedding_override is not None:
             input_ids.clamp_(min=0)
         ctx.attention = self._attention(batch)
-        logits = self.model.forward(input_ids, torch.tensor(positions), torch.tensor(logit_rows))
-        return rows, logits
+        # a step of prompt chunks may want no logits; the head is not made for zero rows
+        wanted = torch.tensor(logit_rows or [0])
+        logits = self.model.forward(input_ids, torch.tensor(positions), wanted)
+        return rows, logits[: len(rows)]
 
     def scrub(self, blocks: list[int]) -> None:
         """Zero what a failed sequence left behind: a NaN would pass through masked attention."""

@@ -1,0 +1,151 @@
+"""From a Config to an engine: load the base, plan the memory, wire the parts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import psutil
+import torch
+from tokenizers import Tokenizer
+
+from deltaserve.adapters.adapter import Adapter
+from deltaserve.adapters.formats.detect import NAMES
+from deltaserve.adapters.load import load as load_adapter
+from deltaserve.adapters.source import resolve
+from deltaserve.server.config import AdapterConfig, Config, EngineConfig
+from deltaserve.server.engine.adapter_cache import AdapterCache
+from deltaserve.server.engine.engine import Engine
+from deltaserve.server.engine.kv_cache import BlockManager
+from deltaserve.server.engine.observer import NullObserver, Observer
+from deltaserve.server.engine.runner import ModelRunner, kv_token_bytes, make_kv_store
+from deltaserve.server.engine.scheduler import Scheduler
+from deltaserve.server.engine.stats import EngineInfo
+from deltaserve.server.engine.text import Text
+from deltaserve.server.model import BaseModel
+from deltaserve.server.model import load as load_base
+
+log = logging.getLogger(__name__)
+
+KV_SHARE = 0.25
+"""Of the memory that is free once the base is loaded, unless the operator gives a number."""
+KV_MOST = 4 << 30
+ADAPTER_SHARE = 0.5
+
+
+def build_engine(
+    config: Config,
+    observer: Observer,
+    progress: Callable[[float, str], None] | None = None,
+) -> tuple[Engine, Text]:
+    """Load the base and return an engine that is ready to be started. Slow."""
+    m = config.model
+    if m.threads is not None:
+        torch.set_num_threads(m.threads)
+    model = load_base(
+        m.base,
+        dtype=getattr(torch, m.dtype),
+        quantize=m.quantize,
+        group_size=m.group_size,
+        activations=m.activations,
+        progress=progress,
+    )
+    text = Text(m.base)
+    engine = make_engine(
+        model,
+        config.engine,
+        config.adapters,
+        observer=observer,
+        tokenizer=text.backend,
+        device=m.device,
+    )
+    return engine, text
+
+
+def make_engine(
+    model: BaseModel,
+    config: EngineConfig,
+    adapters: AdapterConfig,
+    *,
+    observer: Observer | None = None,
+    tokenizer: Tokenizer | None = None,
+    device: str = "cpu",
+) -> Engine:
+    """An engine over a loaded base, not started yet."""
+    observer = observer if observer is not None else NullObserver()
+    if config.max_length is not None:
+        model.max_length = min(model.max_length, config.max_length)
+    free = psutil.virtual_memory().available
+    token_bytes = kv_token_bytes(model.attention, model.dtype)
+    blocks = plan_blocks(config, token_bytes, model.max_length, free) + 1  # and one that pads
+    kv = make_kv_store(model.attention, blocks, config.block_size, model.dtype)
+    budget = adapters.bytes or int((free - kv.nbytes) * ADAPTER_SHARE)
+    manager = BlockManager(blocks, config.block_size, prefix_cache=config.prefix_cache)
+    made: list[Engine] = []
+    cache = AdapterCache(
+        model,
+        reader(adapters, model),
+        budget=budget,
+        wake=lambda: made[0].wake(),
+        observer=observer,
+    )
+    spec = model.spec
+    info = EngineInfo(
+        base=spec.name,
+        architecture=str((spec.config.get("architectures") or ["unknown"])[0]),
+        fingerprint=spec.fingerprint,
+        held_fingerprint=spec.held_fingerprint,
+        quantization=spec.quantization,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=device,
+        max_length=model.max_length,
+        vocab_size=model.vocab_size,
+        formats=NAMES,
+        weights_bytes=model.nbytes,
+        kv_cache_bytes=kv.nbytes,
+        adapter_budget_bytes=budget,
+    )
+    scheduler = Scheduler(manager, config.max_batch_tokens, config.max_sequences)
+    made.append(
+        Engine(
+            model,
+            ModelRunner(model, kv),
+            scheduler,
+            cache,
+            observer,
+            info,
+            tokenizer=tokenizer,
+            max_queue=config.max_queue,
+        )
+    )
+    log.info(
+        "base %s: %.1f MiB; KV cache: %d tokens, %.1f MiB; adapters: up to %.1f MiB",
+        info.base,
+        model.nbytes / 2**20,
+        manager.total * config.block_size,
+        kv.nbytes / 2**20,
+        budget / 2**20,
+    )
+    return made[0]
+
+
+def plan_blocks(config: EngineConfig, token_bytes: int, max_length: int, free: int) -> int:
+    """Cache blocks to allocate: as many bytes as asked for, else a share of what is free, but no
+    more than all sequences of a full batch can use."""
+    size = config.block_size
+    useful = -(-max_length // size) * config.max_sequences
+    given = config.kv_cache_bytes
+    room = given if given is not None else min(int(free * KV_SHARE), KV_MOST)
+    return max(1, min(room // (token_bytes * size), useful))
+
+
+def reader(config: AdapterConfig, model: BaseModel) -> Callable[[str], Adapter]:
+    """uri -> Adapter lowered for this base; only from the folders given as roots and the paths
+    given by name on the command line."""
+    named = {str(path): path for _, path in config.preload}
+
+    def read(uri: str) -> Adapter:
+        path = named[uri] if uri in named else resolve(uri, config.roots)
+        return load_adapter(path, model.spec, allow_base_mismatch=config.allow_base_mismatch)
+
+    return read
