@@ -12,6 +12,8 @@ from deltaserve.kernels.linear import LinearDeltas
 from deltaserve.kernels.primitives import Primitive, Replace
 from deltaserve.kernels.segments import EMPTY, Segments
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 DTYPES = (torch.float32, torch.bfloat16)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
 

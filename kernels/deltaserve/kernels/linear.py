@@ -121,7 +121,7 @@ class LinearDeltas:
         y = product(x, base, segments, self._scale, self._replace)
         adding = [table for table in self._additive if table.touches(segments)]
         # Several families add up in float32 and are rounded once; base rows survive the round trip.
-        total = y.float()
+        total = y if len(adding) == 1 and adding[0].rounds_once else y.float()
         for table in adding:
             table.add(x, total, segments)
         return total.to(x.dtype)

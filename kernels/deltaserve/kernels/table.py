@@ -44,6 +44,11 @@ P = TypeVar("P", bound=Packed)
 class Table(Generic[P]):
     """slot -> items of one family. Used by the engine thread alone."""
 
+    @property
+    def rounds_once(self) -> bool:
+        """Whether `add` takes a bfloat16 y and rounds it once, after all adapters of a run."""
+        return False
+
     def __init__(self, group: Group) -> None:
         self.group = group
         self.items: dict[int, tuple[P, ...]] = {}
@@ -52,13 +57,13 @@ class Table(Generic[P]):
         """Replaces what the slot held; no items empties it."""
         if items:
             self.items[slot] = tuple(items)
-            self._changed()
+            self._changed(slot)
         else:
             self.remove(slot)
 
     def remove(self, slot: int) -> None:
         if self.items.pop(slot, None) is not None:
-            self._changed()
+            self._changed(slot)
 
     def touches(self, segments: Segments) -> bool:
         """Whether a slot of the step holds items of this family."""
@@ -70,8 +75,8 @@ class Table(Generic[P]):
             for item in self.items.get(slot, ()):
                 yield slice(start, end), strength, item
 
-    def _changed(self) -> None:
-        """Called after each change of `items`."""
+    def _changed(self, slot: int) -> None:
+        """Called after each change of a slot's items."""
 
 
 def unique_bytes(tensors: Sequence[Tensor]) -> int:

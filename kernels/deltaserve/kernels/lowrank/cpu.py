@@ -8,9 +8,22 @@ import torch
 from torch import Tensor
 
 from deltaserve.kernels.cast import cast
+from deltaserve.kernels.native import library
+from deltaserve.kernels.native.pointers import PointerTable, entries
 from deltaserve.kernels.primitives import LowRank
 from deltaserve.kernels.segments import Segments
-from deltaserve.kernels.table import Table
+from deltaserve.kernels.table import Group, Table
+
+# lowrank_item of native/lowrank.c
+ITEM = (
+    ("a", "u8"),
+    ("b", "u8"),
+    ("column", "i8"),
+    ("rank", "i4"),
+    ("out", "i4"),
+    ("scale", "f4"),
+    ("bf16", "i4"),
+)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -35,9 +48,48 @@ def pack(part: int, primitive: LowRank, dtype: torch.dtype) -> PackedLowRank:
 
 
 class LowRankTable(Table[PackedLowRank]):
+    """One native call serves every entry of the step, every part and any mix of ranks."""
+
+    def __init__(self, group: Group) -> None:
+        super().__init__(group)
+        self._pointers = PointerTable(ITEM)
+
+    @property
+    def rounds_once(self) -> bool:
+        return library() is not None
+
     def add(self, x: Tensor, y: Tensor, segments: Segments) -> None:
-        """Adds the step's deltas to y [T, out], float32, in place. x: [T, in]."""
+        """Adds the step's deltas to y [T, out] in place, in float32 inside. x: [T, in]."""
+        lib = library()
+        if lib is None:
+            self._add_torch(x, y, segments)
+            return
+        failed = lib.ds_lowrank(
+            x.data_ptr(),
+            x.dtype == torch.bfloat16,
+            x.shape[1],
+            y.data_ptr(),
+            y.dtype == torch.bfloat16,
+            y.shape[1],
+            entries(segments),
+            *self._pointers.arguments,
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError("no memory for the intermediate values of the step's LowRank deltas")
+
+    def _add_torch(self, x: Tensor, y: Tensor, segments: Segments) -> None:
         for tokens, strength, item in self.entries(segments):
             h = x[tokens].float() @ item.a.float().T
             h.mul_(item.scale * strength)
             y[tokens, self.group.columns(item.part)] += h @ item.b.float()
+
+    def _changed(self, slot: int) -> None:
+        rows = [self._row(item) for item in self.items.get(slot, ())]
+        self._pointers.put(slot, rows)
+
+    def _row(self, item: PackedLowRank) -> tuple[float, ...]:
+        rank, out = item.b.shape
+        column = self.group.columns(item.part).start
+        is_bf16 = item.a.dtype == torch.bfloat16
+        return item.a.data_ptr(), item.b.data_ptr(), column, rank, out, item.scale, is_bf16

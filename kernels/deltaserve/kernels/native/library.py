@@ -1,0 +1,87 @@
+"""Loading the compiled kernels into torch's own OpenMP thread pool."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from deltaserve.kernels.native.build import BuildError, build
+
+logger = logging.getLogger(__name__)
+
+POINTER, INT, LONG, FLOAT = c_void_p, c_int, c_int64, c_float
+
+SIGNATURES = {
+    "ds_lowrank": (POINTER, INT, LONG, POINTER, INT, LONG, *[POINTER] * 4, INT, INT),
+}
+
+
+class Entries(ctypes.Structure):
+    """`entries_t` of common.h: the flat arrays of a step's Segments."""
+
+    _fields_ = (
+        ("count", c_int32),
+        ("start", c_void_p),
+        ("end", c_void_p),
+        ("slot", c_void_p),
+        ("strength", c_void_p),
+    )
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The native kernels, compiled on the first call; None where torch operations must do.
+
+    ``DELTASERVE_NATIVE=0`` turns them off. Without a compiler one line is logged.
+    """
+    if os.environ.get("DELTASERVE_NATIVE", "1") == "0":
+        return None
+    try:
+        _share_openmp()
+        loaded = ctypes.CDLL(str(build()))
+    except (BuildError, OSError) as error:
+        logger.warning("native CPU kernels are off, slower torch operations are used: %s", error)
+        return None
+    for name, arguments in SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.argtypes = arguments
+        function.restype = c_int
+    return loaded
+
+
+def _share_openmp() -> None:
+    """Makes the OpenMP runtime that torch has loaded visible to the library.
+
+    A second runtime would bring a second pool of threads that spin against the first.
+    """
+    torch.get_num_threads()
+    for path in _loaded_openmp() or sorted(_bundled_openmp()):
+        ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+        return
+    raise OSError("torch's OpenMP runtime was not found")
+
+
+def _loaded_openmp() -> list[str]:
+    try:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    paths = {line.split(maxsplit=5)[5] for line in maps if line.count("/")}
+    names = ("libgomp", "libiomp5", "libomp")
+    return sorted(p for p in paths if Path(p).name.startswith(names))
+
+
+def _bundled_openmp() -> list[str]:
+    root = Path(torch.__file__).parent
+    return [
+        str(p)
+        for folder in (root / "lib", root.parent / "torch.libs")
+        for pattern in ("libgomp*", "libiomp5*", "libomp*")
+        for p in folder.glob(pattern)
+    ]

@@ -1,0 +1,72 @@
+"""Tables of raw pointers that native kernels read: slot -> rows of C structures."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+
+from deltaserve.kernels.native.library import Entries
+from deltaserve.kernels.segments import Segments
+
+_entries: WeakKeyDictionary[Segments, Entries] = WeakKeyDictionary()
+
+
+def entries(segments: Segments) -> Any:
+    """A pointer to the step's `entries_t`; valid while the segments live."""
+    found = _entries.get(segments)
+    if found is None:
+        found = _entries[segments] = Entries(
+            len(segments),
+            segments.start.ctypes.data,
+            segments.end.ctypes.data,
+            segments.slot.ctypes.data,
+            segments.strength.ctypes.data,
+        )
+    return ctypes.byref(found)
+
+
+class PointerTable:
+    """Rows of one C structure, those of a slot side by side. `fields`: the numpy dtype's."""
+
+    def __init__(self, fields: Sequence[tuple[str, str]]) -> None:
+        self._dtype = np.dtype(list(fields), align=True)
+        self._rows: npt.NDArray[Any] = np.zeros(8, self._dtype)
+        self._used = 0
+        self._first: npt.NDArray[np.int32] = np.zeros(8, np.int32)
+        self._count: npt.NDArray[np.int32] = np.zeros(8, np.int32)
+        self._locate()
+
+    def put(self, slot: int, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Sets the rows of a slot, none to empty it."""
+        while slot >= len(self._count):
+            self._first = np.concatenate((self._first, np.zeros_like(self._first)))
+            self._count = np.concatenate((self._count, np.zeros_like(self._count)))
+        self._count[slot] = 0
+        if self._used + len(rows) > len(self._rows):
+            self._make_room(len(rows))
+        self._rows[self._used : self._used + len(rows)] = np.array(list(rows), self._dtype)
+        self._first[slot], self._count[slot] = self._used, len(rows)
+        self._used += len(rows)
+        self._locate()
+
+    def _make_room(self, more: int) -> None:
+        """Drops the rows of emptied slots, in an array twice as large as what is left."""
+        slots = np.flatnonzero(self._count).tolist()
+        kept = [self._rows[self._first[s] : self._first[s] + self._count[s]] for s in slots]
+        needed = sum(len(k) for k in kept) + more
+        self._rows = np.zeros(max(8, 2 * needed), self._dtype)
+        self._used = 0
+        for slot, rows in zip(slots, kept, strict=True):
+            self._rows[self._used : self._used + len(rows)] = rows
+            self._first[slot] = self._used
+            self._used += len(rows)
+
+    def _locate(self) -> None:
+        arrays = (self._rows, self._first, self._count)
+        self.arguments = (*(a.ctypes.data for a in arrays), len(self._count))
+        """Addresses of the rows, of each slot's first row and of its row count; slots."""
