@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from deltaserve.adapters.errors import InvalidAdapter, UnsupportedAdapter
-from deltaserve.adapters.load import load
-from deltaserve.kernels.primitives import PrefixKV, PromptEmbeddings, SparseCsr
 from peft import (
     IA3Config,
     LNTuningConfig,
@@ -25,6 +22,10 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
+
+from deltaserve.adapters.errors import InvalidAdapter, UnsupportedAdapter
+from deltaserve.adapters.load import load
+from deltaserve.kernels.primitives import PrefixKV, PromptEmbeddings, SparseCsr
 
 from . import tiny
 

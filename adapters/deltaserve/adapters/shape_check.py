@@ -28,11 +28,12 @@ from deltaserve.kernels.primitives import (
 
 
 def check_modules(modules: Mapping[str, tuple[Primitive, ...]], base: BaseSpec) -> None:
-    """`InvalidAdapter` for the first primitive that does not fit its module. Every name must be
-    a module of the base already."""
+    """`InvalidAdapter` for the first primitive that does not fit its module, or that cannot stand
+    beside another. Every name must be a module of the base already."""
     for name, group in modules.items():
         for primitive in group:
             check_primitive(primitive, base.modules[name])
+        _check_together(base.modules[name], group)
 
 
 def check_primitive(primitive: Primitive, module: ModuleSpec) -> None:
@@ -79,6 +80,17 @@ def check_primitive(primitive: Primitive, module: ModuleSpec) -> None:
             _index(module, primitive, index, rows)
             _shape(module, primitive, "values", values, (index.shape[0], size))
     _check_finite(primitive, module)
+
+
+def _check_together(module: ModuleSpec, group: tuple[Primitive, ...]) -> None:
+    """Whether a delta is of the old weight or of the new one would be a guess."""
+    new = [p for p in group if isinstance(p, Replace | ReplaceRows)]
+    others = [p for p in group if not isinstance(p, Bias)]
+    if new and len(others) > 1:
+        names = ", ".join(sorted(type(p).__name__ for p in others))
+        raise _error(module, new[0], "", f"stands alone or with a Bias; found {names}")
+    if sum(isinstance(p, Scale) for p in group) > 1:
+        raise _error(module, Scale(), "", "two of them in one module")
 
 
 def check_prefix(prefix: Prefix, base: BaseSpec) -> None:
