@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from deltaserve.clients import types
 from deltaserve.v1 import adapter_pb2, generation_pb2, server_pb2
 
@@ -19,6 +22,10 @@ _TIERS = {
     value: name.removeprefix("ADAPTER_TIER_").lower()
     for name, value in adapter_pb2.AdapterTier.items()
 }
+
+
+def _seconds(m: Timestamp | Duration) -> float:
+    return m.seconds + m.nanos / 1e9
 
 
 def usage(m: generation_pb2.Usage) -> types.Usage:
@@ -124,9 +131,9 @@ def adapter(m: adapter_pb2.Adapter) -> types.Adapter:
         pinned=m.pinned,
         in_flight=m.in_flight,
         loads=m.loads,
-        last_used=m.last_used_time.ToNanoseconds() / 1e9,
-        loaded_at=m.loaded_time.ToNanoseconds() / 1e9,
-        load_seconds=m.load_duration.ToNanoseconds() / 1e9,
+        last_used=_seconds(m.last_used_time),
+        loaded_at=_seconds(m.loaded_time),
+        load_seconds=_seconds(m.load_duration),
         error=m.error,
         notes=tuple(m.notes),
     )

@@ -147,16 +147,8 @@ def adapter(info: AdapterInfo) -> adapter_pb2.Adapter:
 
 
 def _timestamp(seconds: float) -> Timestamp | None:
-    if not seconds:
-        return None
-    made = Timestamp()
-    made.FromNanoseconds(int(seconds * 1e9))
-    return made
+    return Timestamp(seconds=int(seconds), nanos=int(seconds % 1 * 1e9)) if seconds else None
 
 
 def _duration(seconds: float) -> Duration | None:
-    if not seconds:
-        return None
-    made = Duration()
-    made.FromNanoseconds(int(seconds * 1e9))
-    return made
+    return Duration(seconds=int(seconds), nanos=int(seconds % 1 * 1e9)) if seconds else None

@@ -1,0 +1,34 @@
+"""A fake engine behind a real gRPC server, in the event loop of the test."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fake_engine import FakeEngine, FakeText
+
+from deltaserve.server.config import RpcConfig
+from deltaserve.server.metrics import Metrics
+from deltaserve.server.rpc.server import Server
+
+
+class Served:
+    def __init__(self, engine: FakeEngine, server: Server, metrics: Metrics, address: str) -> None:
+        self.engine = engine
+        self.server = server
+        self.metrics = metrics
+        self.address = address
+
+
+@asynccontextmanager
+async def served(engine: FakeEngine | None = None, **config: Any) -> AsyncIterator[Served]:
+    engine = engine or FakeEngine()
+    metrics = Metrics()
+    server = Server(engine, FakeText(), RpcConfig(port=0, **config), metrics, engine.max_queue)
+    engine.start()
+    try:
+        yield Served(engine, server, metrics, await server.start())
+    finally:
+        await server.stop(0)
+        engine.shutdown()
