@@ -1,0 +1,151 @@
+"""The blocking client, the commands, and what importing them brings in."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+from fake_engine import FakeText, token_id
+from served import served
+from typer.testing import CliRunner
+
+from deltaserve.clients import Client, errors
+from deltaserve.clients.cli import app
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A server in a thread of its own."""
+    found: list[str] = []
+    up = threading.Event()
+    loop = asyncio.new_event_loop()
+    down = asyncio.Event()
+
+    async def serve() -> None:
+        async with served() as s:
+            found.append(s.address)
+            up.set()
+            await down.wait()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()), daemon=True)
+    thread.start()
+    assert up.wait(10)
+    yield found[0]
+    loop.call_soon_threadsafe(down.set)
+    thread.join(10)
+
+
+def run(address: str, *arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [*arguments, "--address", address])
+    assert result.exit_code == code, result.output
+    return result.stdout
+
+
+def test_the_blocking_client(address: str) -> None:
+    with Client(address) as client:
+        client.wait_ready(5)
+        assert client.server_info().base == "fake-base"
+        assert client.load_adapter("a", "/a", pinned=True).state == "ready"
+        answer = client.generate([4, 5], "a", max_tokens=7, logprobs=True)
+        assert answer.token_ids == [token_id((4, 5), i) for i in range(7)]
+        assert answer.logprobs == [pytest.approx(-t / 128) for t in answer.token_ids]
+        assert answer.served_by.adapters[0].name == "a"
+        pieces = list(client.stream([4, 5], adapters=["a", ("b", 0.5)][:1], max_tokens=7))
+        assert "".join(map(str, pieces)) == str(answer)
+        assert client.score("x", ["!"])[0].token_ids == [ord("!") + 3]
+        assert client.detokenize(client.tokenize("hé")) == "<s>hé"
+        assert next(client.watch_adapters()).adapters[0].name == "a"
+        assert not client.pin_adapter("a", False).pinned
+        assert [x.name for x in client.list_adapters()] == ["a"] == [client.get_adapter("a").name]
+        assert client.unload_adapter("a") == 1000
+
+
+def test_threads_share_a_client(address: str) -> None:
+    with Client(address) as client:
+        found: dict[int, list[int]] = {}
+
+        def ask(i: int) -> None:
+            found[i] = client.generate([i + 3], max_tokens=20).token_ids
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == {i: [token_id((i + 3,), k) for k in range(20)] for i in range(16)}
+
+
+def test_errors_are_typed(address: str) -> None:
+    with Client(address) as client:
+        with pytest.raises(errors.InvalidArgument) as caught:
+            client.generate("x", temperature=float("nan"))
+        assert caught.value.field == "sampling.temperature"
+        with pytest.raises(errors.NotFound):
+            client.generate("x", "nobody")
+        with pytest.raises(errors.DeadlineExceeded):
+            list(client.stream("x", max_tokens=4000, timeout=0.1))
+        with pytest.raises(TypeError, match="tempratur"):
+            client.generate("x", tempratur=1.0)  # type: ignore[call-arg]
+        with pytest.raises(TypeError, match="list of names"):
+            client.generate("x", adapters="a")
+    with Client("127.0.0.1:1") as client:
+        with pytest.raises(errors.Unavailable):
+            client.generate("x")
+        with pytest.raises(errors.Unavailable, match="not ready after"):
+            client.wait_ready(0.3)
+
+
+def test_generate_command(address: str) -> None:
+    ids = FakeText().encode("hello")
+    text = "".join(FakeText().decode([token_id(tuple(ids), i)]) for i in range(6))
+    assert run(address, "generate", "hello", "--max-tokens", "6") == text + "\n"
+    assert run(address, "generate", "hello", "--max-tokens", "6", "--no-stream") == text + "\n"
+    found = json.loads(run(address, "generate", "hello", "--max-tokens", "6", "--json"))
+    assert found["text"] == text and found["served_by"]["base"] == "fake-base"
+    refused = CliRunner().invoke(
+        app, ["generate", "hello", "--model", "nobody", "--address", address]
+    )
+    assert refused.exit_code == 1
+    assert "NOT_FOUND" in refused.stderr and "nobody" in refused.stderr and not refused.stdout
+
+
+def test_adapter_commands(address: str) -> None:
+    assert json.loads(run(address, "adapters", "load", "c", "/c", "--json"))["state"] == "ready"
+    assert run(address, "adapters", "pin", "c").startswith("c  ready")
+    assert json.loads(run(address, "adapters", "list", "--json"))["pinned"]
+    assert "c (pinned)" in run(address, "adapters", "list")
+    assert "c  ready" in run(address, "adapters", "watch", "--timeout", "0.3")
+    found = json.loads(run(address, "generate", "x", "--adapter", "c=0.25", "--json"))
+    assert found["served_by"]["adapters"][0]["strength"] == 0.25
+    assert run(address, "adapters", "unload", "c") == "1000 B freed\n"
+    run(address, "adapters", "unload", "c", code=1)
+
+
+def test_info_and_health_commands(address: str) -> None:
+    assert "fake-base" in run(address, "info")
+    assert json.loads(run(address, "info", "--json"))["vocab_size"] == 300
+    assert run(address, "health") == "serving\n"
+    run("127.0.0.1:1", "health", code=1)
+
+
+@pytest.mark.parametrize("module", ["deltaserve.clients", "deltaserve.clients.cli"])
+def test_the_client_brings_neither_torch_nor_the_server(module: str) -> None:
+    code = (
+        f"import sys, {module}; "
+        "bad = [m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers', 'triton') "
+        "or m.startswith(('deltaserve.server', 'deltaserve.adapters', 'deltaserve.kernels'))]; "
+        "assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_client_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "deltaserve.clients", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "adapters" in done.stdout

@@ -1,0 +1,66 @@
+"""Every refusal of a setting names its flag."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deltaserve.server.config import (
+    AdapterConfig,
+    ConfigError,
+    EngineConfig,
+    ModelConfig,
+    RpcConfig,
+    name_and_path,
+    size,
+)
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize(
+    ("make", "flag"),
+    [
+        (lambda: ModelConfig(HERE / "nowhere"), "--base"),
+        (lambda: ModelConfig(HERE, dtype="float64"), "--dtype"),
+        (lambda: ModelConfig(HERE, quantize="int3"), "--quantize"),
+        (lambda: ModelConfig(HERE, activations="int8"), "--activations"),
+        (lambda: ModelConfig(HERE, group_size=12), "--group-size"),
+        (lambda: ModelConfig(HERE, device="cuda"), "--device"),
+        (lambda: ModelConfig(HERE, threads=0), "--threads"),
+        (lambda: AdapterConfig(preload=(("a", HERE / "nowhere"),)), "--adapter"),
+        (lambda: AdapterConfig(preload=(("a@b", HERE),)), "--adapter"),
+        (lambda: AdapterConfig(preload=(("a", HERE), ("a", HERE))), "--adapter"),
+        (lambda: AdapterConfig(roots=(HERE / "nowhere",)), "--adapter-root"),
+        (lambda: AdapterConfig(bytes=0), "--adapter-bytes"),
+        (lambda: EngineConfig(max_batch_tokens=0), "--max-batch-tokens"),
+        (lambda: EngineConfig(block_size=0), "--block-size"),
+        (lambda: EngineConfig(max_length=1), "--max-length"),
+        (lambda: RpcConfig(port=70_000), "--port"),
+        (lambda: RpcConfig(metrics_port=-1), "--metrics-port"),
+        (lambda: RpcConfig(max_seconds=float("nan")), "--max-seconds"),
+        (lambda: RpcConfig(grace_seconds=-1), "--grace-seconds"),
+        (lambda: RpcConfig(tls_key=HERE), "--tls-certificate"),
+        (lambda: RpcConfig(tls_key=HERE, tls_certificate=HERE), "--tls-certificate"),
+        (lambda: name_and_path("=x"), "--adapter"),
+        (lambda: name_and_path("just-a-path"), "--adapter"),
+        (lambda: size("--kv-cache-bytes", "12 apples"), "--kv-cache-bytes"),
+    ],
+)
+def test_refusals(make, flag: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert str(caught.value).startswith(flag)
+
+
+def test_sizes_and_pairs() -> None:
+    assert size("--x", "auto") is size("--x", None) is None
+    assert [size("--x", t) for t in ("10", "2kB", "1.5MiB", "2 GB", "1gib")] == [
+        10,
+        2000,
+        3 * 2**19,
+        2 * 10**9,
+        2**30,
+    ]
+    assert name_and_path("a=b=c") == ("a", Path("b=c"))
