@@ -79,7 +79,7 @@ class LinearDeltas:
         kinds = (LowRank, Bit, Scale, Bias, Replace, ReplaceRows)
         return PreparedLinear(
             lowrank=tuple(lowrank_cpu.pack(i, p, dtype) for i, p in flat if isinstance(p, LowRank)),
-            bit=tuple(bit_cpu.pack(i, p) for i, p in flat if isinstance(p, Bit)),
+            bit=bit_cpu.pack([(i, p) for i, p in flat if isinstance(p, Bit)]),
             sparse=tuple(sparse_cpu.pack(i, p, dtype) for i, p in flat if not isinstance(p, kinds)),
             scale=scale_cpu.pack_scales([(i, p) for i, p in flat if isinstance(p, Scale)]),
             bias=tuple(scale_cpu.pack_bias(i, p) for i, p in flat if isinstance(p, Bias)),

@@ -18,7 +18,7 @@ change of its bias.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -161,7 +161,7 @@ def tensors(primitive: Primitive | Prefix) -> tuple[Tensor, ...]:
 def without_content(primitive: P) -> P:
     """The same primitive with its tensors on the meta device: kind and shapes, no memory."""
 
-    def emptied(value: object) -> object:
+    def emptied(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.to("meta")
         return tuple(emptied(v) for v in value) if isinstance(value, tuple) else value
@@ -179,7 +179,8 @@ def pack_signs(positive: Tensor) -> Tensor:
     pad = -positive.shape[-1] % 8
     bits = torch.nn.functional.pad(positive.to(torch.uint8), (0, pad))
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
-    return (bits.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+    grouped = bits.reshape(*bits.shape[:-1], -1, 8)
+    return (grouped * weights).sum(-1, dtype=torch.uint8)
 
 
 def unpack_signs(packed: Tensor, in_features: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deltaserve.kernels.cast import cast
 from deltaserve.kernels.native import library
-from deltaserve.kernels.native.pointers import PointerTable, entries
+from deltaserve.kernels.native.pointers import PointerTable, add_deltas
 from deltaserve.kernels.primitives import LowRank
 from deltaserve.kernels.segments import Segments
 from deltaserve.kernels.table import Group, Table
@@ -60,23 +60,8 @@ class LowRankTable(Table[PackedLowRank]):
 
     def add(self, x: Tensor, y: Tensor, segments: Segments) -> None:
         """Adds the step's deltas to y [T, out] in place, in float32 inside. x: [T, in]."""
-        lib = library()
-        if lib is None:
+        if not add_deltas("ds_lowrank", x, y, segments, self._pointers):
             self._add_torch(x, y, segments)
-            return
-        failed = lib.ds_lowrank(
-            x.data_ptr(),
-            x.dtype == torch.bfloat16,
-            x.shape[1],
-            y.data_ptr(),
-            y.dtype == torch.bfloat16,
-            y.shape[1],
-            entries(segments),
-            *self._pointers.arguments,
-            torch.get_num_threads(),
-        )
-        if failed:
-            raise MemoryError("no memory for the intermediate values of the step's LowRank deltas")
 
     def _add_torch(self, x: Tensor, y: Tensor, segments: Segments) -> None:
         for tokens, strength, item in self.entries(segments):

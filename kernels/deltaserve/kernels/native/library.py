@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+from collections.abc import Callable
 from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -17,8 +18,12 @@ logger = logging.getLogger(__name__)
 
 POINTER, INT, LONG, FLOAT = c_void_p, c_int, c_int64, c_float
 
+# x, its kind, in_features, y, its kind, its width, entries, items, first, count, slots, threads
+DELTAS = (POINTER, INT, LONG, POINTER, INT, LONG, *[POINTER] * 4, INT, INT)
+
 SIGNATURES = {
-    "ds_lowrank": (POINTER, INT, LONG, POINTER, INT, LONG, *[POINTER] * 4, INT, INT),
+    "ds_lowrank": DELTAS,
+    "ds_bit": DELTAS,
 }
 
 
@@ -35,8 +40,8 @@ class Entries(ctypes.Structure):
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The native kernels, compiled on the first call; None where torch operations must do.
+def library() -> dict[str, Callable[..., int]] | None:
+    """The native kernels by name, compiled on the first call; None where torch operations must do.
 
     ``DELTASERVE_NATIVE=0`` turns them off. Without a compiler one line is logged.
     """
@@ -48,11 +53,13 @@ def library() -> ctypes.CDLL | None:
     except (BuildError, OSError) as error:
         logger.warning("native CPU kernels are off, slower torch operations are used: %s", error)
         return None
+    functions: dict[str, Callable[..., int]] = {}
     for name, arguments in SIGNATURES.items():
         function = getattr(loaded, name)
         function.argtypes = arguments
         function.restype = c_int
-    return loaded
+        functions[name] = function
+    return functions
 
 
 def _share_openmp() -> None:

@@ -9,8 +9,10 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from deltaserve.kernels.native.library import Entries
+from deltaserve.kernels.native.library import Entries, library
 from deltaserve.kernels.segments import Segments
 
 _entries: WeakKeyDictionary[Segments, Entries] = WeakKeyDictionary()
@@ -28,6 +30,31 @@ def entries(segments: Segments) -> Any:
             segments.strength.ctypes.data,
         )
     return ctypes.byref(found)
+
+
+def add_deltas(name: str, x: Tensor, y: Tensor, segments: Segments, table: PointerTable) -> bool:
+    """Calls the native kernel `name`, which adds a step's deltas to y [T, width] in place.
+
+    x: [T, in]; both float32 or bfloat16. Returns False where there are no native kernels.
+    """
+    lib = library()
+    if lib is None:
+        return False
+    assert x.is_contiguous() and y.is_contiguous() and segments.tokens == x.shape[0] == y.shape[0]
+    failed = lib[name](
+        x.data_ptr(),
+        x.dtype == torch.bfloat16,
+        x.shape[1],
+        y.data_ptr(),
+        y.dtype == torch.bfloat16,
+        y.shape[1],
+        entries(segments),
+        *table.arguments,
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError(f"no memory for the intermediate values of {name}")
+    return True
 
 
 class PointerTable:
