@@ -83,55 +83,77 @@ class DeltaLinear(_Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        return self.group(x).view(*x.shape[:-1], self.out_features)
+        y = self.group(x)
+        return y.unsqueeze(0) if x.dim() == 3 and len(x) == 1 else y.view(*x.shape[:-1], -1)
+
+    __call__ = forward  # no hooks: nn.Module's own detour costs as much as a small kernel
+
+
+class _Shared:
+    """What the leader leaves for its followers. Not attributes of the leader: setting those on an
+    nn.Module is slow."""
+
+    __slots__ = ("group", "parts", "x")
+
+    def __init__(self, group: LinearGroup) -> None:
+        self.group = group
+        self.x: Tensor | None = None
+        self.parts: tuple[Tensor, ...] = ()
 
 
 class Leader(_Linear):
     """The first of its group to be called: computes all of it, returns its part."""
 
-    def __init__(self, group: LinearGroup) -> None:
+    def __init__(self, shared: _Shared) -> None:
+        group = shared.group
         super().__init__(group.base.in_features, group.sizes[0], group.base.dtype)
         self.group = group
-        self.x: Tensor | None = None
-        self.parts: tuple[Tensor, ...] = ()
+        self.shared = shared
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [1, T, in] -> [1, T, out]."""
+        """x [1, T, in] or [T, in] -> the same with out."""
         y = self.group(x)
-        y = y.unsqueeze(0) if x.dim() == 3 else y
-        self.parts = torch.split(y, self.group.sizes, -1)
-        self.x = x
-        return self.parts[0]
+        if x.dim() == 3:
+            y = y.unsqueeze(0)
+        parts: tuple[Tensor, ...] = y.split_with_sizes(self.group.sizes, -1)
+        shared = self.shared
+        shared.x, shared.parts = x, parts
+        return parts[0]
+
+    __call__ = forward
 
 
 class Follower(_Linear):
     """Another of the group: returns its part of what the leader computed of the same input."""
 
-    def __init__(self, leader: Leader, index: int) -> None:
-        group = leader.group
+    def __init__(self, shared: _Shared, index: int) -> None:
+        group = shared.group
         super().__init__(group.base.in_features, group.sizes[index], group.base.dtype)
-        self.shared = [leader]  # in a list: a child module of one parent only
+        self.shared = shared
         self.index = index
         self.last = index == len(group.sizes) - 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [1, T, in] -> [1, T, out]."""
-        leader = self.shared[0]
-        if leader.x is not x:
+        """x [1, T, in] or [T, in] -> the same with out."""
+        shared = self.shared
+        if shared.x is not x:
+            names = shared.group.names
             raise RuntimeError(
-                f"{leader.group.names[self.index]} is not given the input of "
-                f"{leader.group.names[0]}, with which it is computed"
+                f"{names[self.index]} is not given the input of {names[0]}, with which it is "
+                "computed"
             )
-        part = leader.parts[self.index]
+        part = shared.parts[self.index]
         if self.last:
-            leader.x, leader.parts = None, ()
+            shared.x, shared.parts = None, ()
         return part
+
+    __call__ = forward
 
 
 def replacements(group: LinearGroup) -> dict[str, nn.Module]:
     """Module path -> what stands there instead of the linear."""
     if len(group.names) == 1:
         return {group.names[0]: DeltaLinear(group)}
-    leader = Leader(group)
-    followers = {n: Follower(leader, i) for i, n in enumerate(group.names) if i > 0}
-    return {group.names[0]: leader, **followers}
+    shared = _Shared(group)
+    followers = {n: Follower(shared, i) for i, n in enumerate(group.names) if i > 0}
+    return {group.names[0]: Leader(shared), **followers}

@@ -45,7 +45,12 @@ class DeltaNorm(nn.Module):
             lead = x if x.shape[0] != 1 or x.dim() == 2 else x[0]
             y = self.deltas.forward(lead, self.apply_gain, self.weight, self.ctx.segments)
             return y.view(x.shape)
-        return self.base(x)
+        if self.offset is not None:
+            return torch.rms_norm(x, self.size, self.gain, self.eps)
+        found: Tensor = self.inner(x)
+        return found
+
+    __call__ = forward  # no hooks: nn.Module's own detour costs as much as a small kernel
 
     def install(self, slot: int, prepared: PreparedNorm) -> None:
         self.deltas.install(slot, prepared)
