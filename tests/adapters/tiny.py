@@ -86,11 +86,11 @@ def spec_of(model: nn.Module, **changes: Any) -> BaseSpec:
             continue
         kind, transposed = ModuleKind.LINEAR, isinstance(module, Conv1D)
         weight = weight.detach().clone().float()
-        if transposed:
-            weight = weight.T.contiguous()
         out, in_ = weight.shape[0], weight.shape[-1]
         if isinstance(module, nn.Embedding):
-            kind, out, in_ = ModuleKind.EMBEDDING, in_, out
+            kind = ModuleKind.EMBEDDING
+        if transposed or kind is ModuleKind.EMBEDDING:
+            out, in_ = in_, out
         elif weight.ndim == 1:
             kind = ModuleKind.NORM
         bias = getattr(module, "bias", None)
@@ -150,6 +150,7 @@ def effective(base: BaseSpec, name: str, group: tuple[Primitive, ...]) -> tuple[
     float64, written from the formula in `deltaserve.kernels.primitives` and nothing else."""
     module = base.modules[name]
     weight = base.weight(name).double()
+    weight = weight.T if module.transposed else weight
     own = base.bias(name)
     bias = torch.zeros(module.out_features).double() if own is None else own.double()
     embedding = module.kind is ModuleKind.EMBEDDING

@@ -54,8 +54,9 @@ class BaseSpec:
     `fingerprint`), before any cast or quantization; fingerprint: one digest over them all.
     held_fingerprint: digest of what is held in memory (dtype and quantization included).
     config: the model's ``config.json``.
-    weight: module name -> float32 weight as served, dequantized, in checkpoint layout ([out, in];
-    [vocabulary, hidden]; [hidden]); may be slow, safe to call from any thread.
+    weight: module name -> float32 weight as served, dequantized, in checkpoint layout ([out, in],
+    or [in, out] where transposed; [vocabulary, hidden]; [hidden]); may be slow, safe to call from
+    any thread.
     bias: module name -> float32 bias.
     """
 

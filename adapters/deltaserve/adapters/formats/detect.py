@@ -53,6 +53,9 @@ PEFT_TYPES = {
 }
 """What is read of peft.PeftType; every other value is refused by name."""
 
+NAMES = (delta.NAME, bitdelta.NAME, *(f.name for f in PEFT_TYPES.values()))
+"""Every format that is read."""
+
 NAMES = (delta.NAME, bitdelta.NAME, *(form.name for form in PEFT_TYPES.values()))
 """Every format that is read."""
 

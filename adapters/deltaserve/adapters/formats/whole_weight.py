@@ -17,6 +17,13 @@ def is_vocabulary(module: ModuleSpec, base: BaseSpec) -> bool:
     return module.kind is ModuleKind.EMBEDDING or head
 
 
+def base_weight(base: BaseSpec, module: ModuleSpec) -> Tensor:
+    """The base's weight, float32, in the layout of `Replace`: [out, in], [vocabulary, hidden],
+    [hidden]."""
+    weight = base.weight(module.name)
+    return weight.T if module.transposed else weight
+
+
 def weight_of(work: Lowering, name: str, module: ModuleSpec) -> Tensor:
     """A weight of the file in the layout of `Replace`: [out, in], [vocabulary, hidden], [hidden].
 
@@ -44,6 +51,6 @@ def equals_base(work: Lowering, module: ModuleSpec, weight: Tensor) -> bool:
     known = work.base.tensor_digests.get(f"{module.name}.weight")
     if known is not None and known == tensor_digest(stored):
         return True
-    own = work.base.weight(module.name)
+    own = base_weight(work.base, module)
     casts = (torch.float32, torch.bfloat16, torch.float16)
     return any(torch.equal(weight.to(dtype).float(), own) for dtype in casts)

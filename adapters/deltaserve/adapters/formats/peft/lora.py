@@ -15,6 +15,7 @@ from deltaserve.adapters.formats.peft.dora import magnitude_factor
 from deltaserve.adapters.formats.peft.lora_config import LoraConfig
 from deltaserve.adapters.formats.peft.mutated_init import initial_factors
 from deltaserve.adapters.formats.peft.whole import Whole, lower_whole
+from deltaserve.adapters.formats.whole_weight import base_weight
 from deltaserve.adapters.lowering import Lowering
 from deltaserve.kernels.primitives import LowRank, Replace, Scale
 
@@ -144,5 +145,5 @@ class _Module:
 
     def _weight(self, changed: Tensor | None) -> Tensor:
         """The weight it acts on, [out, in]; of an embedding the transpose, [hidden, vocab]."""
-        weight = self.work.base.weight(self.spec.name) if changed is None else changed
+        weight = base_weight(self.work.base, self.spec) if changed is None else changed
         return weight.T if self.spec.kind is ModuleKind.EMBEDDING else weight
