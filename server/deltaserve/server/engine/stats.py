@@ -39,7 +39,7 @@ class EngineInfo:
 
     base: the model's name. fingerprint, held_fingerprint: as in `BaseSpec`. quantization: ``none``,
     or e.g. ``int4-g64``. max_length: tokens that fit, prompt and answer together. formats: adapter
-    formats that can be loaded. chat: the tokenizer has a chat template. The sizes are bytes.
+    formats that can be loaded. The sizes are bytes.
     """
 
     base: str
@@ -51,7 +51,6 @@ class EngineInfo:
     device: str
     max_length: int
     vocab_size: int
-    chat: bool = False
     formats: tuple[str, ...] = ()
     weights_bytes: int = 0
     kv_cache_bytes: int = 0

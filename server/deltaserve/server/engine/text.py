@@ -21,6 +21,10 @@ class Text:
         self.vocab_size = len(self._tokenizer)
         self.eos_token_id: int | None = self._tokenizer.eos_token_id
 
+    @property
+    def has_chat_template(self) -> bool:
+        return self._tokenizer.chat_template is not None
+
     def encode(self, text: str) -> list[int]:
         """Token ids, with the special tokens that the tokenizer adds by itself."""
         ids: list[int] = self._tokenizer(text).input_ids

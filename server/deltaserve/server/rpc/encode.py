@@ -57,7 +57,12 @@ class Encoder:
         opened = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
         size = sum(len(turn["content"]) for turn in turns)
         self._check_size("chat.messages", size)
-        return await self._run(size, lambda: self._text.chat(turns, add_generation_prompt=opened))
+        try:
+            return await self._run(
+                size, lambda: self._text.chat(turns, add_generation_prompt=opened)
+            )
+        except InvalidRequest as error:
+            raise convert.in_request(error) from None
 
     async def continued(self, request: pb.ScoreRequest) -> list[tuple[list[int], int]]:
         """For each continuation the tokens of prompt and continuation, and where the latter

@@ -17,10 +17,11 @@ Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 
 class ServerService(server_pb2_grpc.ServerServiceServicer):
-    """Reads; changes nothing."""
+    """Reads; changes nothing. chat: the tokenizer has a chat template."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, chat: bool) -> None:
         self._engine = engine
+        self._chat = chat
 
     async def GetServerInfo(
         self, request: pb.GetServerInfoRequest, context: Context
@@ -37,7 +38,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
                 dtype=info.dtype,
                 max_length=info.max_length,
                 vocab_size=info.vocab_size,
-                chat=info.chat,
+                chat=self._chat,
             ),
             device=info.device,
             adapter_formats=info.formats,

@@ -85,7 +85,9 @@ class Server:
             GenerationService(engine, self._encoder, self._outbox, config), self._server
         )
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(self._adapters, self._server)
-        server_pb2_grpc.add_ServerServiceServicer_to_server(ServerService(engine), self._server)
+        server_pb2_grpc.add_ServerServiceServicer_to_server(
+            ServerService(engine, chat=text.has_chat_template), self._server
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
             (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
