@@ -33,7 +33,7 @@ from deltaserve.adapters.errors import (
 )
 from deltaserve.adapters.formats.detect import PEFT_TYPES
 from deltaserve.adapters.formats.peft import ia3, lora_config, prompts, shira
-from deltaserve.adapters.formats.peft.fields import Only, Rules
+from deltaserve.adapters.formats.peft.fields import Honoured, Irrelevant, Only, Rules
 from deltaserve.adapters.formats.peft.targets import Patterns
 from deltaserve.adapters.load import load
 
@@ -341,3 +341,21 @@ def test_trainable_tokens_twice_or_out_of_range(tmp_path: Path, base: BaseSpec) 
         with_config(tmp_path, {"trainable_token_indices": indices})
         with pytest.raises(InvalidAdapter, match=message):
             load(tmp_path, base)
+
+
+DOC = Path(__file__).parents[2] / "docs" / "formats.md"
+
+
+@pytest.mark.parametrize("config", RULES_OF, ids=lambda c: c.__name__)
+def test_the_documentation_says_what_the_rules_say(config: type[PeftConfig]) -> None:
+    lines = set(DOC.read_text().splitlines())
+    for name, rule in RULES_OF[config].items():
+        match rule:
+            case Only(values, why):
+                values_ = " or ".join(f"`{json.dumps(v)}`" for v in values)
+                row = f"| `{name}` | refused unless {values_} | {why} |"
+            case Irrelevant(why):
+                row = f"| `{name}` | any value | {why} |"
+            case Honoured(what):
+                row = f"| `{name}` | honoured | {what} |"
+        assert row in lines

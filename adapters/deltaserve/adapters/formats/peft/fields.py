@@ -83,7 +83,9 @@ NAME_LIST = Honoured("null or a list of names", optional(is_name_list))
 COMMON: Rules = {
     "peft_type": Honoured("the method's name", lambda v: isinstance(v, str)),
     "task_type": Only((None, "CAUSAL_LM"), "only causal language models are served"),
-    "base_model_name_or_path": Irrelevant("a name; the base is checked by the shapes"),
+    "base_model_name_or_path": Irrelevant(
+        "a name or a path of another machine; shapes are checked"
+    ),
     "revision": Irrelevant("revision of that name"),
     "inference_mode": Irrelevant("training state"),
     "auto_mapping": Irrelevant("class of the base in the training script"),

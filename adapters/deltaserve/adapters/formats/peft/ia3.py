@@ -27,7 +27,7 @@ RULES: Rules = {
     "target_modules": NAMES,
     "exclude_modules": NAMES,
     "feedforward_modules": NAMES,
-    "fan_in_fan_out": Irrelevant("PEFT sets it by the module's class; the vectors do not depend"),
+    "fan_in_fan_out": Irrelevant("PEFT sets it by the module's class"),
     "modules_to_save": NAME_LIST,
     "init_ia3_weights": Irrelevant("initialization"),
 }

@@ -50,7 +50,7 @@ RULES: Rules = {
     "target_modules": NAMES,
     "exclude_modules": NAMES,
     "lora_dropout": Irrelevant("training only"),
-    "fan_in_fan_out": Irrelevant("PEFT sets it by the module's class; A and B do not depend on it"),
+    "fan_in_fan_out": Irrelevant("PEFT sets it by the module's class"),
     "bias": Honoured("none, all or lora_only", lambda v: v in ("none", "all", "lora_only")),
     "use_rslora": BOOL,
     "modules_to_save": NAME_LIST,

@@ -32,7 +32,7 @@ VIRTUAL: Rules = {
     "num_attention_heads": NATURAL,
     "num_layers": NATURAL,
     "num_transformer_submodules": Only((1, None), "2 is for encoder-decoder models"),
-    "modules_to_save": Only((None, []), "PEFT does not save them with virtual tokens"),
+    "modules_to_save": Only((None, []), "not served beside virtual tokens"),
 }
 
 PROMPT_RULES: Rules = {
