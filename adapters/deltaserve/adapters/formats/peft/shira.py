@@ -24,6 +24,9 @@ from deltaserve.kernels.primitives import SparseCsr
 
 NAME = "peft-shira"
 
+INDEX_DTYPES = (torch.int32, torch.int64, torch.float32)
+"""PEFT writes int32, and float32 on Windows."""
+
 RULES: Rules = {
     **COMMON,
     "r": NATURAL,
@@ -61,14 +64,14 @@ def lower(work: Lowering) -> None:
 def _csr(work: Lowering, spec: ModuleSpec, weight: str, indices: str) -> SparseCsr:
     count = (work.config.get("r", 32) * (spec.in_features + spec.out_features),)
     values = work.tensor(weight, count)
-    # float32 is what PEFT writes on Windows
-    place = work.checkpoint.tensor(indices)
-    if tuple(place.shape) != (2, *count):
+    entry = work.checkpoint.entries[indices]
+    if entry.shape != (2, *count) or entry.dtype not in INDEX_DTYPES:
         raise InvalidAdapter(
-            f"{work.checkpoint.path}: tensor {indices!r} has shape {list(place.shape)}; "
-            f"{weight!r} needs {[2, *count]}",
+            f"{work.checkpoint.path}: tensor {indices!r} is {entry.dtype} {list(entry.shape)}; "
+            f"{weight!r} needs int32 {[2, *count]}",
             field=indices,
         )
+    place = work.checkpoint.tensor(indices)
     rows, columns = place.to(torch.int64)
     sizes = torch.tensor([[spec.out_features], [spec.in_features]])
     if bool(((place < 0) | (place >= sizes) | (place != place.to(torch.int64))).any()):
