@@ -42,7 +42,9 @@ def serve(
     ] = "float",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Threads that compute.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(envvar="DELTASERVE_HOST", help="Address to listen on.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 picks a free one.")] = 50051,
     metrics_port: Annotated[
         int | None, typer.Option(help="HTTP port of /metrics; off if left out, 0 picks one.")
