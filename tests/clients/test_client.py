@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from fake_engine import FakeText, token_id
@@ -131,6 +133,28 @@ def test_info_and_health_commands(address: str) -> None:
     assert json.loads(run(address, "info", "--json"))["vocab_size"] == 300
     assert run(address, "health") == "serving\n"
     run("127.0.0.1:1", "health", code=1)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+async def test_tls(tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+        + ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+        + ["-keyout", str(key), "-out", str(certificate)],
+        check=True,
+        capture_output=True,
+    )
+    async with served(tls_key=key, tls_certificate=certificate) as s:
+        arguments = ["health", "--address", s.address]
+        trusted = await asyncio.to_thread(
+            CliRunner().invoke, app, [*arguments, "--ca", str(certificate)]
+        )
+        assert (trusted.exit_code, trusted.stdout) == (0, "serving\n"), trusted.stderr
+        plain = await asyncio.to_thread(CliRunner().invoke, app, arguments)
+        assert plain.exit_code == 1 and "UNAVAILABLE" in plain.stderr
+        missing = CliRunner().invoke(app, [*arguments, "--ca", str(tmp_path / "no.pem")])
+        assert missing.exit_code == 2 and "--ca" in missing.stderr
 
 
 @pytest.mark.parametrize("module", ["deltaserve.clients", "deltaserve.clients.cli"])

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any
 
+import grpc
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -23,17 +25,25 @@ adapters_app = typer.Typer(no_args_is_help=True, help="The adapters that the ser
 app.add_typer(adapters_app, name="adapters")
 
 Address = Annotated[str, typer.Option(envvar="DELTASERVE_ADDRESS", help="HOST:PORT of the server.")]
+Ca = Annotated[
+    Path | None,
+    typer.Option(envvar="DELTASERVE_CA", help="PEM file: connect by TLS, trusting it."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 Timeout = Annotated[float | None, typer.Option(help="Seconds to wait at most.")]
 LOCAL = "127.0.0.1:50051"
 
 
 @contextmanager
-def _connected(address: str) -> Iterator[Client]:
+def _connected(address: str, ca: Path | None) -> Iterator[Client]:
     """A client; its errors end the command with a sentence and exit code 1."""
     try:
-        with Client(address) as client:
+        credentials = grpc.ssl_channel_credentials(ca.read_bytes()) if ca is not None else None
+        with Client(address, credentials=credentials) as client:
             yield client
+    except OSError as error:
+        Console(stderr=True).print(f"--ca {ca}: {error}", style="red", markup=False)
+        raise typer.Exit(2) from None
     except errors.DeltaserveError as error:
         Console(stderr=True).print(f"{error.code.name}: {error}", style="red", markup=False)
         raise typer.Exit(1) from None
@@ -62,6 +72,7 @@ def generate(
     timeout: Timeout = None,
     as_json: AsJson = False,
     address: Address = LOCAL,
+    ca: Ca = None,
 ) -> None:
     """Continue a prompt."""
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -69,7 +80,7 @@ def generate(
     adapters = [_weighted(item) for item in adapter or ()]
     given = {"top_p": top_p, "top_k": top_k, "seed": seed, "stop": stop, "timeout": timeout}
     options = Options(**{k: v for k, v in given.items() if v is not None})  # type: ignore[typeddict-item]
-    with _connected(address) as client:
+    with _connected(address, ca) as client:
         if as_json or not stream:
             answer = client.generate(
                 asked,
@@ -103,9 +114,9 @@ def _weighted(item: str) -> tuple[str, float]:
 
 
 @app.command()
-def info(as_json: AsJson = False, address: Address = LOCAL) -> None:
+def info(as_json: AsJson = False, address: Address = LOCAL, ca: Ca = None) -> None:
     """What the server serves, and how full it is."""
-    with _connected(address) as client:
+    with _connected(address, ca) as client:
         found = client.server_info()
     if as_json:
         _print_json(found)
@@ -124,9 +135,10 @@ def health(
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 5.0,
     wait: Annotated[float, typer.Option(help="Seconds to wait until it is ready.")] = 0.0,
     address: Address = LOCAL,
+    ca: Ca = None,
 ) -> None:
     """Exit code 0 if the server takes requests, else 1."""
-    with _connected(address) as client:
+    with _connected(address, ca) as client:
         if wait > 0:
             client.wait_ready(wait)
         elif not client.ready(timeout=timeout):
@@ -136,9 +148,9 @@ def health(
 
 
 @adapters_app.command("list")
-def list_adapters(as_json: AsJson = False, address: Address = LOCAL) -> None:
+def list_adapters(as_json: AsJson = False, address: Address = LOCAL, ca: Ca = None) -> None:
     """All adapters."""
-    with _connected(address) as client:
+    with _connected(address, ca) as client:
         found = client.list_adapters()
     if as_json:
         for adapter in found:
@@ -166,9 +178,10 @@ def load_adapter(
     timeout: Timeout = None,
     as_json: AsJson = False,
     address: Address = LOCAL,
+    ca: Ca = None,
 ) -> None:
     """Register and load an adapter."""
-    with _connected(address) as client:
+    with _connected(address, ca) as client:
         _show(client.load_adapter(name, uri, pinned, timeout=timeout), as_json)
 
 
@@ -178,9 +191,10 @@ def unload_adapter(
     timeout: Timeout = None,
     as_json: AsJson = False,
     address: Address = LOCAL,
+    ca: Ca = None,
 ) -> None:
     """Wait for an adapter's requests and free it."""
-    with _connected(address) as client:
+    with _connected(address, ca) as client:
         freed = client.unload_adapter(name, timeout=timeout)
     print(json.dumps({"name": name, "freed_bytes": freed}) if as_json else f"{_bytes(freed)} freed")
 
@@ -191,18 +205,19 @@ def pin_adapter(
     off: Annotated[bool, typer.Option("--off", help="Let it be evicted again.")] = False,
     as_json: AsJson = False,
     address: Address = LOCAL,
+    ca: Ca = None,
 ) -> None:
     """Keep an adapter in memory."""
-    with _connected(address) as client:
+    with _connected(address, ca) as client:
         _show(client.pin_adapter(name, not off), as_json)
 
 
 @adapters_app.command("watch")
 def watch_adapters(
-    timeout: Timeout = None, as_json: AsJson = False, address: Address = LOCAL
+    timeout: Timeout = None, as_json: AsJson = False, address: Address = LOCAL, ca: Ca = None
 ) -> None:
     """Print every change of state, until interrupted."""
-    with _connected(address) as client:
+    with _connected(address, ca) as client:
         try:
             for change in client.watch_adapters(timeout=timeout):
                 for adapter in change.adapters:

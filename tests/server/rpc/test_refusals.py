@@ -31,6 +31,7 @@ BAD = [
     ({"frequency_penalty": NAN}, "sampling.frequency_penalty"),
     ({"logit_bias": {300: 1.0}}, "sampling.logit_bias"),
     ({"logit_bias": {3: NAN}}, "sampling.logit_bias"),
+    ({"logit_bias": dict.fromkeys(range(20_000), 1.0)}, "sampling.logit_bias"),
     ({"max_tokens": 0}, "stop.max_tokens"),
     ({"max_tokens": 2**32 - 1}, "stop.max_tokens"),
     ({"max_tokens": 3, "min_tokens": 4}, "stop.min_tokens"),
@@ -47,7 +48,9 @@ BAD = [
     ({"prompt": "x" * 2_000_000}, "text"),
     ({"prompt": []}, "token_ids.ids"),
     ({"prompt": [300]}, "prompt"),
-    ({"prompt": [5] * 5000}, "prompt"),
+    ({"prompt": [5] * 5000}, "token_ids.ids"),
+    ({"prompt": [5] * 3_000_000}, "token_ids.ids"),
+    ({"prompt": [5] * 4096}, "prompt"),
     ({"prompt": [{"role": "", "content": "x"}]}, "chat.messages.role"),
     ({"prompt": [{"role": "user", "content": "\0"}]}, "chat.messages.content"),
     ({"adapters": {"a": NAN}}, "adapters.strength"),
@@ -59,6 +62,7 @@ BAD = [
     ({"user": "x" * 1000}, "user"),
     ({"cache_salt": "a\nb"}, "cache_salt"),
     ({"request_id": "a\nb"}, "request_id"),
+    ({"request_id": "a\u2028b"}, "request_id"),
     ({"priority": 2**31 - 1}, "priority"),
 ]
 

@@ -25,6 +25,7 @@ MAX_LABEL = 256
 MAX_MESSAGES = 4096
 MAX_STOPS = 64
 MAX_STOP_TOKENS = 1024
+MAX_LOGIT_BIAS = 16384
 
 _PATHS = {
     **{name: f"sampling.{name}" for name in pb.SamplingParams.DESCRIPTOR.fields_by_name},
@@ -73,6 +74,9 @@ def sampling(request: GenerateRequest, choice: int = 0) -> SamplingParams:
         refuse("stop.strings", f"{len(stop.strings)} strings", f"at most {MAX_STOPS}")
     if len(stop.token_ids) > MAX_STOP_TOKENS:
         refuse("stop.token_ids", f"{len(stop.token_ids)} tokens", f"at most {MAX_STOP_TOKENS}")
+    if len(given.logit_bias) > MAX_LOGIT_BIAS:
+        found = f"{len(given.logit_bias)} entries"
+        refuse("sampling.logit_bias", found, f"at most {MAX_LOGIT_BIAS}")
     default = SamplingParams()
     return SamplingParams(
         max_tokens=_set(stop, "max_tokens", default.max_tokens),
@@ -171,7 +175,7 @@ def _set(message: Message, field: str, default: Number) -> Number:
 def _text(field: str, text: str, most: int) -> str:
     if len(text) > most:
         refuse(field, f"text of {len(text)} characters", f"at most {most} characters")
-    if any(ord(c) < 32 for c in text):
+    if not text.isprintable():
         refuse(field, _shown(text), "text without control characters")
     return text
 

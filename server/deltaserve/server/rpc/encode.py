@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
@@ -42,9 +42,7 @@ class Encoder:
             return await self._chat(request.chat)
         if kind == "token_ids":
             assert not isinstance(request, pb.TokenizeRequest)
-            if not request.token_ids.ids:
-                convert.refuse("token_ids.ids", "an empty list", "at least one token")
-            return list(request.token_ids.ids)
+            return self._ids("token_ids.ids", request.token_ids.ids)
         raise InvalidRequest("prompt: there is none; give text, token_ids or chat", field="prompt")
 
     async def text(self, text: str) -> list[int]:
@@ -71,7 +69,7 @@ class Encoder:
         found = []
         for item in convert.continuations(request):
             if item.WhichOneof("content") == "token_ids":
-                whole = prompt + list(item.token_ids.ids)
+                whole = prompt + self._ids("continuations.token_ids.ids", item.token_ids.ids)
                 found.append((whole, len(prompt)))
             elif request.WhichOneof("prompt") == "text":
                 whole = await self.text(request.text + item.text)
@@ -101,6 +99,12 @@ class Encoder:
                 right = f"ids from 0 to {self._text.vocab_size - 1}"
                 convert.refuse("token_ids", f"token id {i}", right)
         return self._text.decode(ids, skip_special_tokens=False)
+
+    def _ids(self, field: str, ids: Sequence[int]) -> list[int]:
+        """Token ids as given: some, and not so many that they cannot fit."""
+        if not 1 <= len(ids) <= self._max_length:
+            convert.refuse(field, f"{len(ids)} tokens", f"1 to {self._max_length} tokens")
+        return list(ids)
 
     def _check_size(self, field: str, characters: int) -> None:
         most = self._max_length * CHARACTERS_PER_TOKEN
