@@ -113,7 +113,10 @@ ARCHS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("phi", {}),
     "phi3": ("phi3", {}),
     "phi3-sliding": ("phi3", WINDOW),
-    "phi3-longrope": ("phi3", {"rope_parameters": LONGROPE}),
+    "phi3-longrope": (
+        "phi3",
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64},
+    ),
     "phimoe": ("phimoe", MOE),
     "olmo": ("olmo", {}),
     "olmo2": ("olmo2", {}),

@@ -15,6 +15,7 @@ from deltaserve.server.model.adapted import Modules
 from deltaserve.server.model.context import ForwardContext
 from deltaserve.server.model.embedding import DeltaEmbedding
 from deltaserve.server.model.linear import LinearGroup, replacements
+from deltaserve.server.model.memory import trim
 from deltaserve.server.model.norm import DeltaNorm
 from deltaserve.server.model.probe import ArchReport
 from deltaserve.server.model.quantizer import Scheme
@@ -43,6 +44,7 @@ def assemble(
         groups.append(group)
         for name, new in replacements(group).items():
             _replace(model, name, new)
+        trim()
         on_group((done + 1) / len(split))
     norms = {}
     for name in report.norms:
@@ -54,7 +56,15 @@ def assemble(
     for name in report.attention_modules:
         attention: Any = model.get_submodule(name)
         attention.ctx = ctx
+    _own(model)
     return Modules(tuple(groups), (report.embedding, embedding), norms, tuple(report.experts))
+
+
+def _own(model: nn.Module) -> None:
+    """What was not packed anew is still mapped from the checkpoint's files, and would change with
+    them."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def _split(names: tuple[str, ...], schemes: Mapping[str, Scheme]) -> list[tuple[str, ...]]:

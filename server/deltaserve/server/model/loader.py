@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,13 +21,14 @@ from transformers import (
 from transformers.utils import logging
 
 from deltaserve.adapters.base import ModuleSpec
-from deltaserve.kernels.base.quantize import INT4_GROUP
+from deltaserve.kernels.base.quantize import INT4_GROUP, check_group_size
 from deltaserve.server.model import architectures, rope
 from deltaserve.server.model.assembly import assemble
 from deltaserve.server.model.attention import ATTENTION
 from deltaserve.server.model.base_model import BaseModel
 from deltaserve.server.model.context import ForwardContext
 from deltaserve.server.model.errors import MalformedModel, ModelNotFound, UnsupportedModel
+from deltaserve.server.model.memory import trim
 from deltaserve.server.model.probe import PROBE, ArchReport, probe
 from deltaserve.server.model.quantizer import PlanConfig, QuantizationPlan, Scheme
 from deltaserve.server.model.spec import base_spec, original_modules
@@ -79,7 +78,7 @@ def load(
     Raises ModelNotFound, MalformedModel or UnsupportedModel; ValueError for options.
     """
     say = progress or (lambda share, what: None)
-    _check_options(dtype, quantize, activations)
+    _check_options(dtype, quantize, activations, group_size)
     folder = _folder(Path(path))
     say(0.0, "probing the architecture")
     skeleton = _skeleton(folder, dtype, max_length, allow_untested)
@@ -96,7 +95,6 @@ def load(
         dtype,
         lambda share: say(ASSEMBLE + (DIGEST - ASSEMBLE) * share, "packing the weights"),
     )
-    _trim()
     say(DIGEST, "fingerprinting the checkpoint")
     text = skeleton.config.get_text_config()
     sizes = (int(text.hidden_size), modules.group_of[skeleton.report.head].base.out_features)
@@ -111,6 +109,7 @@ def load(
         quantize,
     )
     defaults = _generation(folder, skeleton.config)
+    trim()
     say(1.0, "loaded")
     return BaseModel(
         spec=spec,
@@ -128,7 +127,9 @@ def load(
     )
 
 
-def _check_options(dtype: torch.dtype, quantize: str, activations: str) -> None:
+def _check_options(
+    dtype: torch.dtype, quantize: str, activations: str, group_size: int | None
+) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype}; it must be float32 or bfloat16")
     if quantize not in ("none", "int8", "int4"):
@@ -137,6 +138,8 @@ def _check_options(dtype: torch.dtype, quantize: str, activations: str) -> None:
         raise ValueError(f'activations is "{activations}"; it must be "float" or "int8"')
     if activations == "int8" and quantize != "int8":
         raise ValueError(f'activations "int8" needs quantize "int8", not "{quantize}"')
+    if group_size is not None:
+        check_group_size(group_size)
 
 
 def _folder(folder: Path) -> Path:
@@ -289,12 +292,3 @@ def _nbytes(model: nn.Module) -> int:
     """Of the parameters and buffers that stay in plain torch, shared ones once."""
     held = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.numel() * t.element_size() for t in held.values())
-
-
-def _trim() -> None:
-    """Gives the freed float weights back to the system: glibc keeps them in its arenas."""
-    if sys.platform == "linux":
-        try:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        except (OSError, AttributeError):  # another C library
-            return

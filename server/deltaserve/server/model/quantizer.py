@@ -20,9 +20,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from deltaserve.kernels.base import BaseLinear, Int4Linear, Int8Linear, quantize
+from deltaserve.server.model.memory import trim
 
 METHOD = "deltaserve"
-BLOCK = 1 << 22
+BLOCK = 1 << 20
 """Weights quantized at a time: bounds the float32 temporaries, which are some times larger."""
 
 
@@ -93,6 +94,8 @@ class _Quantize(ConversionOps):
                 weight = weight.T
             self.plan.linears[path] = self.plan.schemes[path].linear(weight)
             self.plan.on_weight(len(self.plan.linears))
+            if weight.numel() >= BLOCK:
+                trim()
             done[name] = nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
         return done
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from deltaserve.adapters.base import BaseSpec, LayerKV, ModuleKind, ModuleSpec
 from deltaserve.adapters.fingerprint import fingerprint, tensor_digests
 from deltaserve.server.model.adapted import Modules
+from deltaserve.server.model.memory import trim
 from deltaserve.server.model.probe import ArchReport
 
 
@@ -102,14 +103,16 @@ class _Weights:
 def held_fingerprint(modules: Modules) -> str:
     """blake2b-128 (hex) over every tensor that adapters may be made against, as it is held."""
     total = hashlib.blake2b(digest_size=16)
-    held: dict[str, Tensor] = {modules.embedding_name: modules.embedding.weight}
-    for name, norm in modules.norms.items():
-        held[name] = norm.weight
-    for group in modules.groups.values():
-        for part, tensor in group.base.held().items():
-            held["+".join(group.names) + "." + part] = tensor
-    for name in sorted(held):
-        tensor = held[name].detach().contiguous()
+
+    def add(name: str, tensor: Tensor) -> None:
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.flatten().view(torch.uint8).numpy().data)
+        total.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+
+    add(modules.embedding_name, modules.embedding.weight)
+    for name, norm in sorted(modules.norms.items()):
+        add(name, norm.weight)
+    for _, group in sorted(modules.groups.items()):
+        for part, tensor in group.base.held().items():
+            add(f"{'+'.join(group.names)}.{part}", tensor)
+        trim()
     return total.hexdigest()
