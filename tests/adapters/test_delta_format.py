@@ -199,6 +199,7 @@ def test_base_fingerprint_alone(tmp_path: Path) -> None:
 def test_fingerprint_names_dtype_shape_and_bytes(tmp_path: Path) -> None:
     a, b = torch.randn(3, 4), torch.arange(5, dtype=torch.int64)
     save_file({"a": a, "b": b, "e": torch.empty(0, 2)}, tmp_path / "model.safetensors")
+    save_file({"not": a}, tmp_path / "adapter_model.safetensors")
     digests = tensor_digests(tmp_path)
     assert digests == {"a": tensor_digest(a), "b": tensor_digest(b), "e": digests["e"]}
     changed = a.clone()

@@ -211,9 +211,10 @@ def shards(folder: Path, weight_map: Any) -> None:
 
 def test_shards(tmp_path: Path) -> None:
     shards(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})
-    with Checkpoint.open(tmp_path) as checkpoint:
-        assert checkpoint.tensor("a").tolist() == [1, 1]
-        assert checkpoint.tensor("b").tolist() == [0, 0, 0]
+    for path in (tmp_path, tmp_path / "model.safetensors.index.json"):
+        with Checkpoint.open(path) as checkpoint:
+            assert checkpoint.tensor("a").tolist() == [1, 1]
+            assert checkpoint.tensor("b").tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from deltaserve.adapters.errors import (
     MalformedAdapter,
     UnsupportedAdapter,
 )
+from deltaserve.adapters.fingerprint import tensor_digest
 from deltaserve.adapters.formats.detect import PEFT_TYPES
 from deltaserve.adapters.formats.peft import ia3, lora_config, prompts, shira
 from deltaserve.adapters.formats.peft.fields import Honoured, Irrelevant, Only, Rules
@@ -132,6 +134,27 @@ def test_pissa_needs_exact_weights(folder: Path) -> None:
     load(folder, tiny.spec_of(tiny.llama()))
     with pytest.raises(UnsupportedAdapter, match=r"this base is quantized \(int8\)"):
         load(folder, tiny.spec_of(tiny.llama(), quantization="int8"))
+
+
+def test_pissa_needs_the_precision_of_the_checkpoint(folder: Path) -> None:
+    """Singular vectors of a rounded weight are others, where singular values lie close."""
+    with_config(folder, {"init_lora_weights": "pissa"})
+    exact = tiny.spec_of(tiny.llama())
+    names = [n for n in exact.modules if n.endswith(("q_proj", "up_proj"))]
+    for dtype, right in ((torch.float32, True), (torch.bfloat16, False)):
+        digests = {f"{n}.weight": tensor_digest(exact.weight(n)) for n in names}
+        served = tiny.spec_of(
+            tiny.llama(),
+            tensor_digests=digests,
+            weight=lambda n, dtype=dtype: exact.weight(n).to(dtype).float(),
+        )
+        if right:
+            load(folder, served)
+        else:
+            with pytest.raises(UnsupportedAdapter, match="less precision than its checkpoint"):
+                load(folder, served)
+        rounded = {f"{n}.weight": tensor_digest(exact.weight(n).to(dtype)) for n in names}
+        load(folder, replace(served, tensor_digests=rounded))
 
 
 def test_pissa_with_a_module_missing(folder: Path, base: BaseSpec) -> None:

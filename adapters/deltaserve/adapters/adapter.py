@@ -36,7 +36,7 @@ class Adapter:
         return tuple(sorted(names))
 
     def without_content(self) -> Adapter:
-        """What it is made of, with no memory held: enough to decide what it can be combined with."""
+        """What it is made of, with no memory held: enough to decide what it combines with."""
         return replace(
             self,
             modules={

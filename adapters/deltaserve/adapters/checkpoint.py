@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from deltaserve.adapters.plain_file import open_plain
 from deltaserve.adapters.safetensors_header import TensorEntry, read_header
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+INDEX_SUFFIX = ".safetensors.index.json"
 TENSOR_FILES = ("delta_model", "adapter_model", "model", "diff")
 """Stems of the safetensors file looked for in a folder, first found wins."""
 
@@ -106,11 +107,12 @@ class Checkpoint:
 
 
 @contextmanager
-def open_files(path: Path) -> Iterator[dict[str, int]]:
-    """File name -> descriptor, open for reading, of the safetensors files at ``path``."""
+def open_files(path: Path, stems: Sequence[str] = TENSOR_FILES) -> Iterator[dict[str, int]]:
+    """File name -> descriptor, open for reading, of the safetensors files at ``path``; in a
+    folder those of the first of ``stems`` that is there."""
     fds: dict[str, int] = {}
     try:
-        for file in _tensor_files(path):
+        for file in _tensor_files(path, stems):
             fds[str(file)] = open_plain(file)
         yield fds
     finally:
@@ -123,22 +125,24 @@ def _canonical(value: Any) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _tensor_files(path: Path) -> list[Path]:
+def _tensor_files(path: Path, stems: Sequence[str]) -> list[Path]:
     if path.suffix in PICKLE_SUFFIXES:
         raise _pickle_refusal(path)
+    if path.name.endswith(INDEX_SUFFIX):
+        return _shards(path)
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise AdapterNotFound(f"{path}: no such file or folder")
-    for stem in TENSOR_FILES:
+    for stem in stems:
         if (file := path / f"{stem}.safetensors").exists():
             return [file]
-        if (index := path / f"{stem}.safetensors.index.json").exists():
+        if (index := path / f"{stem}{INDEX_SUFFIX}").exists():
             return _shards(index)
     for file in sorted(path.iterdir()):
         if file.suffix in PICKLE_SUFFIXES:
             raise _pickle_refusal(file)
-    wanted = ", ".join(f"{stem}.safetensors" for stem in TENSOR_FILES)
+    wanted = ", ".join(f"{stem}.safetensors" for stem in stems)
     raise AdapterNotFound(f"{path}: holds none of {wanted}")
 
 

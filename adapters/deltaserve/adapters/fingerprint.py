@@ -23,7 +23,7 @@ def tensor_digests(folder: str | Path) -> dict[str, str]:
     """Tensor name -> blake2b-128 (hex) over its dtype, shape and bytes, for every tensor of a
     safetensors file or folder. Memory stays bounded: the bytes are hashed out of the file map."""
     digests: dict[str, str] = {}
-    with open_files(Path(folder)) as fds, ThreadPoolExecutor(THREADS) as pool:
+    with open_files(Path(folder), ("model",)) as fds, ThreadPoolExecutor(THREADS) as pool:
         for name, fd in fds.items():
             entries, _ = read_header(fd, name)
             if not entries:

@@ -10,6 +10,8 @@ from deltaserve.adapters.errors import InvalidAdapter
 from deltaserve.adapters.fingerprint import tensor_digest
 from deltaserve.adapters.lowering import Lowering
 
+CASTS = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def is_vocabulary(module: ModuleSpec, base: BaseSpec) -> bool:
     """Is it an embedding or a head over the vocabulary?"""
@@ -22,6 +24,13 @@ def base_weight(base: BaseSpec, module: ModuleSpec) -> Tensor:
     [hidden]."""
     weight = base.weight(module.name)
     return weight.T if module.transposed else weight
+
+
+def is_rounded(base: BaseSpec, module: ModuleSpec) -> bool:
+    """Is the base known to hold this weight with less precision than its checkpoint does?"""
+    known = base.tensor_digests.get(f"{module.name}.weight")
+    own = base.weight(module.name)
+    return known is not None and all(tensor_digest(own.to(t)) != known for t in CASTS)
 
 
 def weight_of(work: Lowering, name: str, module: ModuleSpec) -> Tensor:
@@ -52,5 +61,4 @@ def equals_base(work: Lowering, module: ModuleSpec, weight: Tensor) -> bool:
     if known is not None and known == tensor_digest(stored):
         return True
     own = base_weight(work.base, module)
-    casts = (torch.float32, torch.bfloat16, torch.float16)
-    return any(torch.equal(weight.to(dtype).float(), own) for dtype in casts)
+    return any(torch.equal(weight.to(dtype).float(), own) for dtype in CASTS)

@@ -15,7 +15,7 @@ from deltaserve.adapters.formats.peft.dora import magnitude_factor
 from deltaserve.adapters.formats.peft.lora_config import LoraConfig
 from deltaserve.adapters.formats.peft.mutated_init import initial_factors
 from deltaserve.adapters.formats.peft.whole import Whole, lower_whole
-from deltaserve.adapters.formats.whole_weight import base_weight
+from deltaserve.adapters.formats.whole_weight import base_weight, is_rounded
 from deltaserve.adapters.lowering import Lowering
 from deltaserve.kernels.primitives import LowRank, Replace, Scale
 
@@ -134,6 +134,13 @@ class _Module:
         if self.config.init == "olora" and self.spec.transposed:
             raise UnsupportedAdapter(
                 f"{self.work.checkpoint.path}: PEFT defines no OLoRA for {self.spec.class_name}",
+                field="init_lora_weights",
+            )
+        if is_rounded(self.work.base, self.spec):
+            raise UnsupportedAdapter(
+                f"{self.work.checkpoint.path}: init_lora_weights = {self.config.init!r} needs the "
+                f"base's exact weights to be converted; {self.spec.name!r} is served in less "
+                "precision than its checkpoint has",
                 field="init_lora_weights",
             )
         a0, b0 = initial_factors(self.config.init, weight, a.shape[0], scale)

@@ -88,6 +88,8 @@ RULES: Rules = {
     "arrow_config": Only((None,), "routing between experts"),
     "kasa_config": Only((None,), "it truncates the base weight"),
     "ensure_weight_tying": BOOL,
+    "enable_lora": Only((None,), "PEFT before 0.3: LoRA on parts of a fused matrix"),
+    "merge_weights": Irrelevant("PEFT before 0.3: whether it merges for inference"),
 }
 
 
