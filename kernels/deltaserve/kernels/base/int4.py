@@ -6,10 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltaserve.kernels.base import int4_layout
 from deltaserve.kernels.base.linear import BaseLinear, compute_bias, tensor_bytes
 from deltaserve.kernels.base.quantize import INT4_GROUP, check_group_size, dequantize
+from deltaserve.kernels.native import library
 
+# Rows dequantized at a time for many tokens: 256 rows of 2048 float32 inputs are 2 MiB.
 BLOCK_ROWS = 256
+
+# Up to here the native kernel is faster than dequantizing blocks for a matrix product.
+NATIVE_TOKENS = {torch.float32: 1 << 30, torch.bfloat16: 1 << 30}
 
 
 class Int4Linear(BaseLinear):
@@ -35,33 +41,72 @@ class Int4Linear(BaseLinear):
                 f"scale {tuple(scale.shape)} and zero {tuple(zero.shape)} must both be {groups}: "
                 f"in_features {self.in_features} in groups of {group_size}"
             )
+        if not 0 <= int(q.min()) <= int(q.max()) <= 15:
+            raise ValueError(f"q has values in {int(q.min())}..{int(q.max())}; int4 takes 0..15")
         self.dtype = dtype
         self.group_size = group_size
         self.bias = compute_bias(bias, self.out_features, dtype)
-        padded = F.pad(q, (0, q.shape[1] % 2))
-        self._packed = (padded[:, ::2] | (padded[:, 1::2] << 4)).contiguous()
-        self._scale = scale.float().contiguous()
-        self._zero = zero.float().contiguous()
-        self.nbytes = tensor_bytes(self._packed, self._scale, self._zero, self.bias)
+        self._words = int4_layout.pack(q)
+        keep = torch.bfloat16 if _exact_in_bf16(scale) and _exact_in_bf16(zero) else torch.float32
+        self._scale = int4_layout.pack_groups(scale.to(keep))
+        self._zero = int4_layout.pack_groups(zero.to(keep))
+        self.nbytes = tensor_bytes(self._words, self._scale, self._zero, self.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
+        lib = library()
+        if lib is None or x.shape[0] > NATIVE_TOKENS[self.dtype]:
+            return self._blocks(x)
+        x = x.contiguous()
         y = torch.empty(x.shape[0], self.out_features, dtype=self.dtype)
-        for start in range(0, self.out_features, BLOCK_ROWS):
-            rows = slice(start, start + BLOCK_ROWS)
-            w = dequantize(self._q(rows), self._scale[rows], self._zero[rows], self.group_size)
-            bias = None if self.bias is None else self.bias[rows]
-            y[:, rows] = F.linear(x, w.to(self.dtype), bias)
+        failed = lib["ds_int4"](
+            x.data_ptr(),
+            self.dtype == torch.bfloat16,
+            x.shape[0],
+            self.in_features,
+            y.data_ptr(),
+            self.out_features,
+            self._words.data_ptr(),
+            self._scale.data_ptr(),
+            self._zero.data_ptr(),
+            self._scale.dtype == torch.bfloat16,
+            self.group_size,
+            None if self.bias is None else self.bias.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError("no memory for the inputs of an int4 linear")
         return y
 
     def weight(self) -> Tensor:
-        return dequantize(self._q(slice(None)), self._scale, self._zero, self.group_size)
+        return self._rows(slice(None), self.out_features)
 
     def held(self) -> dict[str, Tensor]:
-        found = {"q": self._q(slice(None)), "scale": self._scale, "zero": self._zero}
+        found = {
+            "q": int4_layout.unpack(self._words, self.out_features, self.in_features),
+            "scale": int4_layout.unpack_groups(self._scale, self.out_features).float(),
+            "zero": int4_layout.unpack_groups(self._zero, self.out_features).float(),
+        }
         if self.bias is not None:
             found["bias"] = self.bias
         return found
 
-    def _q(self, rows: slice) -> Tensor:
-        packed = self._packed[rows]
-        return torch.stack((packed & 15, packed >> 4), -1).flatten(1)[:, : self.in_features]
+    def _blocks(self, x: Tensor) -> Tensor:
+        y = torch.empty(x.shape[0], self.out_features, dtype=self.dtype)
+        step = BLOCK_ROWS // int4_layout.LANES
+        for start in range(0, self.out_features, BLOCK_ROWS):
+            rows = slice(start, min(start + BLOCK_ROWS, self.out_features))
+            first = start // int4_layout.LANES
+            w = self._rows(slice(first, first + step), rows.stop - start).to(self.dtype)
+            y[:, rows] = F.linear(x, w, None if self.bias is None else self.bias[rows])
+        return y
+
+    def _rows(self, blocks: slice, count: int) -> Tensor:
+        """float32 [count, in] of some blocks of 16 rows."""
+        q = int4_layout.unpack(self._words[blocks], count, self.in_features)
+        scale = int4_layout.unpack_groups(self._scale[blocks], count)
+        zero = int4_layout.unpack_groups(self._zero[blocks], count)
+        return dequantize(q, scale, zero, self.group_size)
+
+
+def _exact_in_bf16(values: Tensor) -> bool:
+    return torch.equal(values.bfloat16().double(), values.double())

@@ -7,8 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltaserve.kernels.base.linear import BaseLinear, compute_bias, tensor_bytes
+from deltaserve.kernels.base.w8a8 import W8A8
+from deltaserve.kernels.native import library
 
-# Rows dequantized at a time for many tokens: 256 rows of 2048 float32 inputs are 2 MiB.
+LANES = 16
+
+# Rows dequantized at a time where there are no native kernels: bounds the temporary to 2 MiB at
+# 2048 inputs.
 BLOCK_ROWS = 256
 
 
@@ -17,7 +22,8 @@ class Int8Linear(BaseLinear):
 
     activations "float": inputs as they are. "int8": each token is quantized to 8 bits with a
     scale of its own (abs-max / 127) and multiplied in integers; faster from a few tokens on, but
-    the error of the inputs, about 0.5 % of a typical value, is the operator's choice.
+    the error of the inputs, about 0.5 % of a typical value, is the operator's choice. It needs
+    oneDNN's int8 kernels (VNNI) and raises ValueError without.
     """
 
     def __init__(
@@ -37,27 +43,69 @@ class Int8Linear(BaseLinear):
         self.dtype = dtype
         self.activations = activations
         self.bias = compute_bias(bias, self.out_features, dtype)
-        self._q = q.contiguous()
         self._scale = scale.float().contiguous()
-        self.nbytes = tensor_bytes(self._q, self._scale, self.bias)
+        self._w8a8 = W8A8(q, self._scale) if activations == "int8" else None
+        self._blocked = self._w8a8 is None and library() is not None
+        # In blocks of 16 rows, [block, in, 16], as native/int8.c reads it; or as it is.
+        self._q = torch.empty(0, dtype=torch.int8)
+        if self._w8a8 is None:
+            self._q = _pack(q) if self._blocked else q.contiguous()
+        held = 0 if self._w8a8 is None else self._w8a8.nbytes
+        self.nbytes = held + tensor_bytes(self._q, self._scale, self.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._blocks(x)
+        if self._w8a8 is not None:
+            return self._w8a8(x, self.bias, self.dtype)
+        if self._blocked:
+            return self._native(x.contiguous())
+        return self._torch(x)
 
     def weight(self) -> Tensor:
-        return self._q.float() * self._scale[:, None]
+        return self._canonical().float() * self._scale[:, None]
 
     def held(self) -> dict[str, Tensor]:
-        found = {"q": self._q, "scale": self._scale}
+        found = {"q": self._canonical(), "scale": self._scale}
         if self.bias is not None:
             found["bias"] = self.bias
         return found
 
-    def _blocks(self, x: Tensor) -> Tensor:
+    def _canonical(self) -> Tensor:
+        if self._w8a8 is not None:
+            return self._w8a8.weight()
+        if self._blocked:
+            rows = self._q.transpose(1, 2).flatten(0, 1)
+            return rows[: self.out_features].contiguous()
+        return self._q
+
+    def _native(self, x: Tensor) -> Tensor:
+        lib = library()
+        assert lib is not None
+        y = torch.empty(x.shape[0], self.out_features, dtype=self.dtype)
+        failed = lib["ds_int8"](
+            x.data_ptr(),
+            self.dtype == torch.bfloat16,
+            x.shape[0],
+            self.in_features,
+            y.data_ptr(),
+            self.out_features,
+            self._q.data_ptr(),
+            self._scale.data_ptr(),
+            None if self.bias is None else self.bias.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError("no memory for the inputs of an int8 linear")
+        return y
+
+    def _torch(self, x: Tensor) -> Tensor:
         y = torch.empty(x.shape[0], self.out_features, dtype=self.dtype)
         for start in range(0, self.out_features, BLOCK_ROWS):
             rows = slice(start, start + BLOCK_ROWS)
             w = (self._q[rows].float() * self._scale[rows, None]).to(self.dtype)
-            bias = None if self.bias is None else self.bias[rows]
-            y[:, rows] = F.linear(x, w, bias)
+            y[:, rows] = F.linear(x, w, None if self.bias is None else self.bias[rows])
         return y
+
+
+def _pack(q: Tensor) -> Tensor:
+    padded = F.pad(q, (0, 0, 0, -q.shape[0] % LANES))
+    return padded.view(-1, LANES, q.shape[1]).transpose(1, 2).contiguous()

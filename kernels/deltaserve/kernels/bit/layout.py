@@ -16,5 +16,5 @@ def pack(signs: Tensor) -> Tensor:
     planes, out, nbytes = signs.shape
     padded = F.pad(signs, (0, -nbytes % 4, 0, -out % LANES)).contiguous()
     words = padded.view(torch.int32).view(planes, -1, LANES, padded.shape[2] // 4)
-    chunks = words.split(CHUNK_WORDS, dim=3)
+    chunks = torch.split(words, CHUNK_WORDS, dim=3)
     return torch.cat([c.transpose(2, 3).reshape(planes, -1) for c in chunks], 1)

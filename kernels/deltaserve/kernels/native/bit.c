@@ -16,7 +16,9 @@ typedef struct {
     int32_t planes, out;
 } bit_item;
 
-enum { WORDS = 16, TOKENS = 4, BLOCKS = 4, ROWS = 512, GROUPS = WORDS * 8 };
+enum { WORDS = 16, TOKENS = 4, BLOCKS = 4, ROWS = 1024, GROUPS = WORDS * 8, AHEAD = 2 * BLOCKS * WORDS * LANES };
+
+static const float ONE = 1;
 
 ALWAYS f32x16 choose(f32x16 table, u32x16 index) {
 #ifdef HAVE_AVX512
@@ -50,18 +52,23 @@ static void make_tables(const void *x, int bf16, int64_t k, int64_t in, int word
 /* acc[b][t] += the signed sums of one chunk, for B blocks of 16 rows and T tokens. */
 ALWAYS void chunk_tile(const uint32_t *signs, int words, const f32x16 table[TOKENS][GROUPS],
                        f32x16 (*total)[TOKENS], int B, int T) {
+    /* Zen 4 has no port left for an addition here, but has one for a multiply-add. */
+    const f32x16 one = splat(*(const volatile float *)&ONE);
     f32x16 acc[BLOCKS][TOKENS];
     for (int b = 0; b < B; b++)
         for (int t = 0; t < T; t++) acc[b][t] = splat(0);
     for (int w = 0; w < words; w++) {
         u32x16 bits[BLOCKS];
-        for (int b = 0; b < B; b++)
-            memcpy(&bits[b], signs + ((int64_t)b * words + w) * LANES, sizeof bits[b]);
+        for (int b = 0; b < B; b++) {
+            const uint32_t *p = signs + ((int64_t)b * words + w) * LANES;
+            memcpy(&bits[b], p, sizeof bits[b]);
+            __builtin_prefetch(p + AHEAD);
+        }
 #pragma GCC unroll 8
         for (int j = 0; j < 8; j++)
             for (int t = 0; t < T; t++) {
                 f32x16 sums = table[t][8 * w + j];
-                for (int b = 0; b < B; b++) acc[b][t] += choose(sums, bits[b] >> (4 * j));
+                for (int b = 0; b < B; b++) acc[b][t] += choose(sums, bits[b] >> (4 * j)) * one;
             }
     }
     for (int b = 0; b < B; b++)

@@ -22,8 +22,41 @@ POINTER, INT, LONG, FLOAT = c_void_p, c_int, c_int64, c_float
 DELTAS = (POINTER, INT, LONG, POINTER, INT, LONG, *[POINTER] * 4, INT, INT)
 
 SIGNATURES = {
+    # q, its strides, keys, values, out, kind, heads, kv heads, key dim, value dim, rows,
+    # tables, width, block size, lengths, scale, window, softcap, sinks, threads
+    "ds_attention": (
+        POINTER,
+        LONG,
+        LONG,
+        POINTER,
+        POINTER,
+        POINTER,
+        INT,
+        LONG,
+        LONG,
+        LONG,
+        LONG,
+        LONG,
+        POINTER,
+        LONG,
+        LONG,
+        POINTER,
+        FLOAT,
+        LONG,
+        FLOAT,
+        POINTER,
+        INT,
+    ),
     "ds_lowrank": DELTAS,
     "ds_bit": DELTAS,
+    # x, kind, tokens, in, y, out, q, scale, zero, their kind, group size, bias, threads
+    "ds_int4": (POINTER, INT, LONG, LONG, POINTER, LONG, *[POINTER] * 3, INT, LONG, POINTER, INT),
+    # x, kind, tokens, in, y, out, q, scale, bias, threads
+    "ds_int8": (POINTER, INT, LONG, LONG, POINTER, LONG, *[POINTER] * 3, INT),
+    # x, kind, tokens, in, q, scale, threads
+    "ds_quantize_tokens": (POINTER, INT, LONG, LONG, POINTER, POINTER, INT),
+    # product, scale, bias, y, kind, tokens, out, threads
+    "ds_rescale": (POINTER, POINTER, POINTER, POINTER, INT, LONG, LONG, INT),
 }
 
 
