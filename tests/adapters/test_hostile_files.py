@@ -120,6 +120,20 @@ def test_too_many_tensors_in_a_small_header(tmp_path: Path) -> None:
         opened(write(tmp_path, data))
 
 
+def test_one_duplicate_among_many_keys(tmp_path: Path) -> None:
+    keys = b",".join(b'"%x":0' % i for i in range(400_000))
+    start = time.perf_counter()
+    with pytest.raises(MalformedAdapter, match="key '61a7f' appears twice"):
+        opened(write(tmp_path, b"{" + keys + b',"61a7f":0}'))
+    assert time.perf_counter() - start < 10
+
+
+def test_too_many_shards(tmp_path: Path) -> None:
+    shards(tmp_path, {str(i): f"{i}.safetensors" for i in range(257)})
+    with pytest.raises(MalformedAdapter, match="more than 256 shards"):
+        opened(tmp_path)
+
+
 def test_zero_dimensions_are_legal(tmp_path: Path) -> None:
     file = write(tmp_path, {"a": entry([0, 3], 0, 0), "b": entry([], 0, 4)}, b"\0" * 4)
     with Checkpoint.open(file) as checkpoint:

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.load import load
 from deltaserve.kernels.primitives import Bias, LowRank, Replace, ReplaceRows, Scale
+from safetensors.torch import load_file, save_file
 
 from . import tiny
 
@@ -234,6 +235,22 @@ def test_a_changed_embedding_under_lora_is_folded(tmp_path: Path) -> None:
     base = tiny.spec_of(fresh)
     adapter = load(tmp_path, base)
     assert [type(p) for p in adapter.modules["model.embed_tokens"]] == [Replace]
+    tiny.apply(fresh, base, adapter.modules)
+    torch.testing.assert_close(tiny.logits(fresh), tiny.logits(reference), rtol=1e-5, atol=2e-5)
+
+
+def test_ensured_tying_fills_in_what_the_file_lacks(tmp_path: Path) -> None:
+    build, settings = CASES["saved-ensured"]
+    make(tmp_path, build, settings)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors["base_model.model.lm_head.weight"]
+    save_file(tensors, file)
+    reference = PeftModel.from_pretrained(build(), str(tmp_path)).eval()
+    fresh = build()
+    base = tiny.spec_of(fresh)
+    adapter = load(tmp_path, base)
+    assert isinstance(adapter.modules["lm_head"][0], Replace)
     tiny.apply(fresh, base, adapter.modules)
     torch.testing.assert_close(tiny.logits(fresh), tiny.logits(reference), rtol=1e-5, atol=2e-5)
 

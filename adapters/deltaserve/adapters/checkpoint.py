@@ -21,9 +21,10 @@ from deltaserve.adapters.errors import (
 )
 from deltaserve.adapters.json_file import read_object
 from deltaserve.adapters.plain_file import open_plain
-from deltaserve.adapters.safetensors_header import TensorEntry, read_header
+from deltaserve.adapters.safetensors_header import MAX_TENSORS, TensorEntry, read_header
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+MAX_SHARDS = 256
 INDEX_SUFFIX = ".safetensors.index.json"
 TENSOR_FILES = ("delta_model", "adapter_model", "model", "diff")
 """Stems of the safetensors file looked for in a folder, first found wins."""
@@ -50,6 +51,8 @@ class Checkpoint:
             if twice:
                 raise MalformedAdapter(f"{name}: tensor {min(twice)!r} is in another shard too")
             self.entries.update(entries)
+            if len(self.entries) > MAX_TENSORS:
+                raise MalformedAdapter(f"{path}: more than {MAX_TENSORS} tensors in its shards")
             self.metadata.update(metadata)
             self._owner.update(dict.fromkeys(entries, fd))
 
@@ -151,6 +154,8 @@ def _shards(index: Path) -> list[Path]:
     if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
         raise MalformedAdapter(f"{index}: weight_map must map tensor names to file names")
     files = []
+    if len(set(names.values())) > MAX_SHARDS:
+        raise MalformedAdapter(f"{index}: more than {MAX_SHARDS} shards")
     for name in sorted(set(names.values())):
         file = index.parent / name
         if "/" in name or "\0" in name or name in ("", ".", ".."):

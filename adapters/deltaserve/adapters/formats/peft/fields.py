@@ -36,6 +36,9 @@ class Only:
     why: str
 
 
+MAX_ENTRIES = 10_000
+"""Of a list of names or an object: more than any model has modules of interest."""
+
 Rule: TypeAlias = Honoured | Irrelevant | Only
 Rules: TypeAlias = Mapping[str, Rule]
 
@@ -53,7 +56,11 @@ def is_number(value: Any) -> bool:
 
 
 def is_name_list(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= MAX_ENTRIES
+        and all(isinstance(v, str) for v in value)
+    )
 
 
 def is_names(value: Any) -> bool:
@@ -67,7 +74,10 @@ def is_indices(value: Any) -> bool:
 
 def mapping_of(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
     """None or an object whose values are all accepted."""
-    return lambda v: v is None or (isinstance(v, dict) and all(accepts(x) for x in v.values()))
+    return lambda v: (
+        v is None
+        or (isinstance(v, dict) and len(v) <= MAX_ENTRIES and all(accepts(x) for x in v.values()))
+    )
 
 
 def optional(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:

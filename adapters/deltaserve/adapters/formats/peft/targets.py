@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import regex
@@ -57,6 +58,12 @@ class Patterns:
         return None
 
 
+def _tails(module: str) -> list[str]:
+    """What a module's name ends with after a dot: of ``a.b.c`` these are ``c`` and ``b.c``."""
+    parts = module.split(".")
+    return [".".join(parts[i:]) for i in range(1, len(parts))]
+
+
 @dataclass(frozen=True)
 class Targets:
     """The fields of a config that choose modules, with PEFT's meaning."""
@@ -78,12 +85,15 @@ class Targets:
         """Does the adapter act on this module? ``all-linear`` must be resolved by the caller."""
         if self._excluded(module):
             return False
-        targets = self.target_modules or []
-        if isinstance(targets, str):
-            return bool(self.patterns.fullmatch(targets, module))
-        if module in targets:
+        if isinstance(self.target_modules, str):
+            return bool(self.patterns.fullmatch(self.target_modules, module))
+        if module in self._names:
             return True
-        return any(module.endswith(f".{t}") for t in targets) and self._layer_chosen(module)
+        return not self._names.isdisjoint(_tails(module)) and self._layer_chosen(module)
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self.target_modules or ())
 
     def saves_whole(self, module: str) -> bool:
         """Is the module, or one that it is a part of, named in ``modules_to_save``?"""
