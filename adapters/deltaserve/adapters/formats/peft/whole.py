@@ -84,7 +84,11 @@ def _weight(work: Lowering, name: str, module: str, whole: Whole) -> None:
     work.add(module, Replace(weight))
     for other in tied if saved and whole.ensure_weight_tying else ():
         if f"{PREFIX}{other}.weight" not in work.checkpoint.entries:
-            work.add(other, Replace(weight))
+            raise InvalidAdapter(
+                f"{work.checkpoint.path}: ensure_weight_tying: tensor '{PREFIX}{other}.weight' is "
+                f"missing beside {name!r}",
+                field=other,
+            )
 
 
 def _bias(work: Lowering, name: str, module: str, inner: str, whole: Whole) -> None:
