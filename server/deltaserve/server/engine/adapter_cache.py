@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.errors import AdapterError
@@ -43,8 +43,8 @@ class Prepared(Protocol):
 class Host(Protocol):
     """What holds the published adapters: the model."""
 
-    def prepare(self, adapter: Adapter) -> Prepared: ...
-    def install(self, slot: int, prepared: Prepared) -> None: ...
+    def prepare(self, adapter: Adapter) -> Any: ...
+    def install(self, slot: int, prepared: Any) -> None: ...
     def remove(self, slot: int) -> None: ...
 
 
@@ -108,6 +108,10 @@ class Residency:
             error=self.error,
             notes=self.notes,
         )
+
+
+Infos: TypeAlias = list[AdapterInfo]
+Residencies: TypeAlias = list[Residency]
 
 
 @dataclass(slots=True)
@@ -199,7 +203,7 @@ class AdapterCache:
         with self._lock:
             return self._find(name).info()
 
-    def list(self) -> list[AdapterInfo]:
+    def list(self) -> Infos:
         """All registered adapters, by name."""
         with self._lock:
             return [r.info() for _, r in sorted(self._by_name.items())]
@@ -416,7 +420,7 @@ class AdapterCache:
         if not residency.loads:  # it never was an adapter
             self._by_name.pop(residency.name, None)
 
-    def _evictable(self, protected: frozenset[Residency]) -> list[Residency]:
+    def _evictable(self, protected: frozenset[Residency]) -> Residencies:
         """Who could go, first the one least worth keeping."""
         idle = [
             r

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Literal, cast
 
 import psutil
 import torch
@@ -24,6 +25,7 @@ from deltaserve.server.engine.stats import EngineInfo
 from deltaserve.server.engine.text import Text
 from deltaserve.server.model import BaseModel
 from deltaserve.server.model import load as load_base
+from deltaserve.server.model.loader import Quantize
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +47,9 @@ def build_engine(
     model = load_base(
         m.base,
         dtype=getattr(torch, m.dtype),
-        quantize=m.quantize,
+        quantize=cast(Quantize, m.quantize),
         group_size=m.group_size,
-        activations=m.activations,
+        activations=cast(Literal["float", "int8"], m.activations),
         progress=progress,
     )
     text = Text(m.base)

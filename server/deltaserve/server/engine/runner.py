@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,15 +16,7 @@ from deltaserve.kernels.segments import Mix, Segments
 from deltaserve.server.engine.scheduler import Batch, Scheduled
 from deltaserve.server.engine.sequence import Sequence
 from deltaserve.server.model.context import AttentionStep, ForwardContext, KVStore, PrefillChunk
-
-
-class LayerAttention(Protocol):
-    """What the cache must know of one attention layer."""
-
-    layer_idx: int
-    kv_heads: int
-    key_dim: int
-    value_dim: int
+from deltaserve.server.model.probe import LayerAttention
 
 
 class Model(Protocol):
@@ -146,7 +139,7 @@ class ModelRunner:
             store[1][cells] = values[start : start + count].to(store[1].dtype)
 
 
-def _cells(blocks: np.ndarray, size: int, start: int, end: int) -> Tensor:
+def _cells(blocks: npt.NDArray[np.int64], size: int, start: int, end: int) -> Tensor:
     """int64 [end - start]: the cells of a sequence's tokens [start, end)."""
     at = np.arange(start, end)
     return torch.from_numpy(blocks[at // size].astype(np.int64) * size + at % size)

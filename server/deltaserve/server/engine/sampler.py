@@ -6,6 +6,7 @@ what a seeded request gets does not depend on the rest of the batch.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -102,7 +103,9 @@ def adjust(scores: Tensor, row: Row) -> Tensor:
         old = scores[seen]
         scores[seen] = torch.where(old > 0, old / p.repetition_penalty, old * p.repetition_penalty)
     if (p.presence_penalty or p.frequency_penalty) and row.output_ids:
-        ids, counts = torch.tensor(row.output_ids).unique(return_counts=True)
+        occurrences = Counter(row.output_ids)
+        ids = torch.tensor(list(occurrences))
+        counts = torch.tensor(list(occurrences.values()))
         scores[ids] -= p.presence_penalty + p.frequency_penalty * counts
     if len(row.output_ids) < p.min_tokens:
         held = [*p.stop_token_ids, *(() if p.ignore_eos else row.eos)]

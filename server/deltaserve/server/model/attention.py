@@ -1,5 +1,6 @@
 """Paged attention as transformers' modeling code calls it: write the step's keys and values to the
-cache, then let every token attend to its own sequence. CPU backend, over torch's SDPA."""
+cache, then let every token attend to its own sequence. CPU backend: a native kernel for decoding
+sequences, torch's SDPA for prompts."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from deltaserve.kernels.attention.cpu import paged_decode
 from deltaserve.server.model.context import AttentionStep, ForwardContext, KVStore, PrefillChunk
 
 ATTENTION = "deltaserve"
@@ -47,6 +49,8 @@ def paged_attention(
     values.index_copy_(0, step.cells, value[0].transpose(0, 1))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     how = _How(scale, sliding_window, softcap, s_aux)
+    if step.decodes and not step.chunks:
+        return _decode(query, keys, values, step, kv, how).unsqueeze(0), None
     out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
     if step.decodes:
         out[: step.decodes] = _decode(query, keys, values, step, kv, how)
@@ -76,10 +80,25 @@ class _How:
 def _decode(
     query: Tensor, keys: Tensor, values: Tensor, step: AttentionStep, kv: KVStore, how: _How
 ) -> Tensor:
-    """One query per sequence: [n, H, Dv]. The query heads that share a KV head become query rows,
-    so K and V are not repeated (SDPA's enable_gqa with one row is 7-20x slower in bf16)."""
+    """One query per sequence: [n, H, Dv]. Without native kernels, over gathered K and V: the query
+    heads that share a KV head become query rows, so K and V are not repeated (SDPA's enable_gqa
+    with one row is 7-20x slower in bf16)."""
     n, heads = step.decodes, query.shape[1]
     kv_heads, dim = keys.shape[1], keys.shape[2]
+    native = paged_decode(
+        query[0, :, :n],
+        keys,
+        values,
+        step.tables,
+        step.lengths_tensor,
+        kv.block_size,
+        how.scale,
+        how.window,
+        how.softcap,
+        how.sinks,
+    )
+    if native is not None:
+        return native
     q = query[0, :, :n].transpose(0, 1)
     width = step.tables.shape[1]
     gathered = n * width * kv.block_size * kv_heads * dim * keys.element_size()
