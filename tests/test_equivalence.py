@@ -8,7 +8,7 @@ different times, base rows between. Base rows are bit-equal to a batch without a
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,13 +62,13 @@ class Family:
         return self.references[key]
 
 
-def make_family(tmp: Path, arch: str, base: Any = None) -> Family:
-    """base: what stands for the base in the references; the checkpoint itself if None."""
+def make_family(tmp: Path, arch: str, as_served: Callable[[Path], Any] = open_base) -> Family:
+    """as_served: from the checkpoint's folder to what stands for the base in the references."""
     folder, roots = tmp / "base", tmp / "adapters"
     make_base(folder, arch)
     roots.mkdir()
     generator = torch.Generator().manual_seed(1)
-    base = open_base(folder) if base is None else base
+    base = as_served(folder)
     references = {}
     for name, variant in VARIANTS.items():
         variant.make(folder, roots / name, generator)
@@ -112,6 +112,20 @@ def submit_in_turn(engine: Engine, requests: list[Request]) -> list[Answer]:
     return [collector.wait(r.request_id, timeout=120) for r in requests]
 
 
+def check_every_kind(family: Family, engine: Engine, seed: int) -> None:
+    """One batch of all kinds, weighted ones, compositions, and base rows between."""
+    mixes: list[tuple[str, list[tuple[str, float]]]] = [("base", []), ("base", [])]
+    for name in VARIANTS:
+        mixes += [(name, [(name, 1.0)]), ("base", [])]
+    mixes += list(MIXES.items())
+    texts = prompts(len(mixes), seed)
+    answers = submit_in_turn(
+        engine, [request(p, m) for p, (_, m) in zip(texts, mixes, strict=True)]
+    )
+    for prompt, (what, mix), answer in zip(texts, mixes, answers, strict=True):
+        check(answer, prompt, family.model(mix), what)
+
+
 @pytest.fixture(scope="module", params=list(BASES))
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     return make_family(tmp_path_factory.mktemp(request.param), request.param)
@@ -130,16 +144,7 @@ def engine(family: Family, model: BaseModel) -> Iterator[Engine]:
 
 
 def test_every_kind_in_one_batch(family: Family, engine: Engine) -> None:
-    mixes: list[tuple[str, list[tuple[str, float]]]] = [("base", []), ("base", [])]
-    for name in VARIANTS:
-        mixes += [(name, [(name, 1.0)]), ("base", [])]
-    mixes += list(MIXES.items())
-    texts = prompts(len(mixes), seed=5)
-    answers = submit_in_turn(
-        engine, [request(p, m) for p, (_, m) in zip(texts, mixes, strict=True)]
-    )
-    for prompt, (what, mix), answer in zip(texts, mixes, answers, strict=True):
-        check(answer, prompt, family.model(mix), what)
+    check_every_kind(family, engine, seed=5)
 
 
 def test_every_kind_changes_the_output(family: Family) -> None:
@@ -167,3 +172,28 @@ def test_base_rows_are_bit_equal_without_the_adapters(family: Family) -> None:
     for mixed, plain in zip(base_rows(names), base_rows([]), strict=True):
         assert mixed.token_ids == plain.token_ids
         assert [x.logprob for x in mixed.logprobs] == [x.logprob for x in plain.logprobs]
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_every_kind_on_a_quantized_base(tmp_path: Path, arch: str, quantize: str) -> None:
+    """Against transformers with the base's weights as they are held, dequantized."""
+    held: list[BaseModel] = []
+
+    def dequantized(folder: Path) -> Any:
+        held.append(load_base(folder, quantize=quantize))
+        plain = open_base(folder)
+        changed = 0
+        with torch.no_grad():
+            for name in held[0].spec.modules:
+                weight = plain.get_submodule(name).weight
+                served = held[0].spec.weight(name)
+                changed += int((weight - served).abs().max() > 1e-3)
+                weight.copy_(served)
+        assert changed >= 14, "the base is not quantized"
+        return plain
+
+    family = make_family(tmp_path, arch, dequantized)
+    with running(held[0], [family.roots]) as engine:
+        load_all(engine, family.roots)
+        check_every_kind(family, engine, seed=7)

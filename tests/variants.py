@@ -191,27 +191,21 @@ def linears(model: Any) -> dict[str, Any]:
     }
 
 
-def merged(change: Callable[[Any, dict[str, Tensor]], None]) -> Callable[[Any, Path], Any]:
-    """A reference: the base with its weights changed by the tensors kept beside the adapter."""
-
-    def reference(base: Any, folder: Path) -> Any:
-        model = copy.deepcopy(base)
-        kept = torch.load(folder.with_suffix(".reference.pt"), weights_only=True)
-        with torch.no_grad():
-            change(model, kept)
-        return model
-
-    return reference
+def keep(folder: Path, added: dict[str, Tensor], set_: dict[str, Tensor]) -> None:
+    """Beside the adapter: what its reference adds to weights, and sets them to."""
+    torch.save({"added": added, "set": set_}, folder.with_suffix(".reference.pt"))
 
 
-def add_deltas(model: Any, kept: dict[str, Tensor]) -> None:
-    for name, delta in kept.items():
-        model.get_submodule(name).weight.add_(delta)
-
-
-def set_weights(model: Any, kept: dict[str, Tensor]) -> None:
-    for name, value in kept.items():
-        model.get_submodule(name).weight.copy_(value)
+def merged(base: Any, folder: Path) -> Any:
+    """A reference: the base with its weights changed by what was kept beside the adapter."""
+    model = copy.deepcopy(base)
+    kept = torch.load(folder.with_suffix(".reference.pt"), weights_only=True)
+    with torch.no_grad():
+        for name, delta in kept["added"].items():
+            model.get_submodule(name).weight.add_(delta)
+        for name, value in kept["set"].items():
+            model.get_submodule(name).weight.copy_(value)
+    return model
 
 
 def signs_of(delta: Tensor) -> Tensor:
@@ -228,14 +222,14 @@ def make_bitdelta(base: Path, folder: Path, generator: torch.Generator) -> None:
         exact = (linear.weight + delta) - linear.weight
         kept[name] = (signs_of(exact) * exact.abs().mean()).detach()
     write_delta(folder, modules, kind="bitdelta")
-    torch.save(kept, folder.with_suffix(".reference.pt"))
+    keep(folder, kept, {})
 
 
 def make_bitdelta_published(base: Path, folder: Path, generator: torch.Generator) -> None:
     """The authors' `diff.pt` as safetensors: masks packed along the input, first bit lowest."""
     model = open_base(base)
     stored: dict[str, Tensor] = {}
-    kept = {}
+    kept, gains = {}, {}
     for name, linear in linears(model).items():
         delta = torch.randn(linear.weight.shape, generator=generator) * 0.1
         positive = (delta >= 0).T.reshape(-1, 32, linear.out_features)  # [in / 32, 32, out]
@@ -244,15 +238,13 @@ def make_bitdelta_published(base: Path, folder: Path, generator: torch.Generator
             torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).contiguous()
         )
         stored[f"{name}.coeff"] = delta.abs().mean()
-        kept[name] = signs_of(delta) * delta.abs().mean() + linear.weight.detach()
+        kept[name] = signs_of(delta) * delta.abs().mean()
     for name, module in model.named_modules():
         if name.endswith("norm"):
-            gain = module.weight.detach() + 0.1
-            stored[f"{name}.weight"] = gain
-            kept[name] = gain
+            stored[f"{name}.weight"] = gains[name] = module.weight.detach() + 0.1
     folder.mkdir()
     save_file(stored, folder / "diff.safetensors")
-    torch.save(kept, folder.with_suffix(".reference.pt"))
+    keep(folder, kept, gains)
 
 
 def make_sparse(base: Path, folder: Path, generator: torch.Generator) -> None:
@@ -283,7 +275,7 @@ def make_sparse(base: Path, folder: Path, generator: torch.Generator) -> None:
         modules[name] = (primitive,)
         kept[name] = delta.detach()
     write_delta(folder, modules, kind="sparse")
-    torch.save(kept, folder.with_suffix(".reference.pt"))
+    keep(folder, kept, {})
 
 
 def make_half(base: Path, folder: Path, generator: torch.Generator) -> None:
@@ -298,7 +290,7 @@ def make_half(base: Path, folder: Path, generator: torch.Generator) -> None:
         weight = model.get_submodule(name).weight.detach()
         kept[name] = weight + torch.randn(weight.shape, generator=generator) * 0.1
     write_delta(folder, {n: (Replace(w),) for n, w in kept.items()}, kind="half-fine-tune")
-    torch.save(kept, folder.with_suffix(".reference.pt"))
+    keep(folder, {}, kept)
 
 
 VARIANTS: dict[str, Variant] = {
@@ -336,10 +328,10 @@ VARIANTS: dict[str, Variant] = {
         ),
         peft_variant("prompt-tuning", prompt_tuning, additive=False),
         peft_variant("prefix-tuning", prefix_tuning, additive=False),
-        Variant("bitdelta", make_bitdelta, merged(add_deltas)),
-        Variant("bitdelta-published", make_bitdelta_published, merged(set_weights)),
-        Variant("sparse", make_sparse, merged(add_deltas)),
-        Variant("half-fine-tune", make_half, merged(set_weights)),
+        Variant("bitdelta", make_bitdelta, merged),
+        Variant("bitdelta-published", make_bitdelta_published, merged),
+        Variant("sparse", make_sparse, merged),
+        Variant("half-fine-tune", make_half, merged),
     ]
 }
 
