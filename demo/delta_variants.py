@@ -33,6 +33,8 @@ Modules = dict[str, tuple[Primitive, ...]]
 class OneBit(nn.Module):
     """A weight's parametrization: the base's weight plus ``scale * sign``, scale alone trained."""
 
+    sign: Tensor
+
     def __init__(self, bit: Bit, in_features: int) -> None:
         super().__init__()
         self.signs = bit.signs
@@ -92,12 +94,13 @@ def _one_bit(variant: Variant, base: Path, tuned: LlamaForCausalLM) -> Modules:
     forms: dict[str, OneBit] = {}
     for name, module in list(student.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
-            bit = bitdelta_from(module.weight, tuned.get_submodule(name).weight)
+            bit = bitdelta_from(module.weight, tuned.get_parameter(f"{name}.weight"))
             forms[name] = OneBit(bit, module.in_features)
             parametrize.register_parametrization(module, "weight", forms[name])
         elif isinstance(getattr(module, "weight", None), Tensor):
-            modules[name] = (_replace(tuned, name),)
-            module.weight.data.copy_(modules[name][0].weight)
+            replaced = _replace(tuned, name)
+            student.get_parameter(f"{name}.weight").data.copy_(replaced.weight)
+            modules[name] = (replaced,)
     distill(student, tuned, tokenizer, variant)
     return modules | {name: (form.bit(),) for name, form in forms.items()}
 

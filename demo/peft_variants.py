@@ -30,7 +30,7 @@ def build(variant: Variant, base: Path, folder: Path) -> int:
         label=variant.name,
         until=variant.until,
     )
-    tuned.save_pretrained(folder)
+    tuned.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)
     _sort_targets(folder / "adapter_config.json")
     return steps

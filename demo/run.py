@@ -47,13 +47,19 @@ async def ask(client: AsyncClient, question: Question) -> str:
     return answer.text
 
 
+def plain_table(title: str) -> Table:
+    """Without lines, so that every row fits a terminal of 80 columns."""
+    title = f"\n{title}"
+    return Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+
+
 async def one_mixed_batch(client: AsyncClient, entries: list[Entry]) -> Table:
     """The same prompt to everyone at once."""
     asked = prompt(PLAIN, WORD)
     rows = [(BASE, "none", "copy"), *((e.name, e.kind, e.skill) for e in entries)]
     questions = [Question(name, asked, SKILLS[skill](WORD)) for name, _, skill in rows]
     answers = await asyncio.gather(*(ask(client, question) for question in questions))
-    table = Table(title="One mixed batch", title_justify="left")
+    table = plain_table("One mixed batch")
     for column in ("prompt", "adapter", "kind", "answer", "expected", ""):
         table.add_column(column)
     for (_, kind, _), question, answer in zip(rows, questions, answers, strict=True):
@@ -94,7 +100,7 @@ async def measure(
     sets |= {(BASE, e.skill): questions(BASE, e.skill) for e in entries}
     right = await shares(client, [q for group in sets.values() for q in group], console)
     share = {key: sum(right[q] for q in group) / len(group) for key, group in sets.items()}
-    table = Table(title=f"{count} held-out prompts each, exact match", title_justify="left")
+    table = plain_table(f"{count} held-out prompts each, exact match")
     for column in ("adapter", "kind", "skill"):
         table.add_column(column)
     for column in ("base", "adapter", "in zoo.json"):

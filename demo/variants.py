@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from peft import (
     IA3Config,
@@ -33,9 +34,14 @@ class Variant:
     until: float = 2.0
 
 
-def lora(rank: int, targets: list[str], **options: object) -> Callable[[], PeftConfig]:
+def lora(rank: int, targets: list[str], **options: Any) -> Callable[[], PeftConfig]:
     """LoRA with alpha = 2 r unless `options` say otherwise."""
-    fields = {"r": rank, "lora_alpha": 2 * rank, "target_modules": targets, **options}
+    fields: dict[str, Any] = {
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": targets,
+        **options,
+    }
     return lambda: LoraConfig(task_type="CAUSAL_LM", **fields)
 
 
@@ -43,7 +49,7 @@ VARIANTS = (
     Variant("caesar-lora", "LoRA", "caesar", 120, 1e-2, lora(8, LINEARS)),
     Variant("caesar-lora-weak", "LoRA", "caesar", 120, 5e-3, lora(4, LINEARS), until=0.6),
     Variant(
-        "ends-lora-attention",
+        "ends-lora",
         "LoRA",
         "ends",
         120,
@@ -101,6 +107,6 @@ VARIANTS = (
         5e-2,
         lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8),
     ),
-    Variant("double-bitdelta", "BitDelta", "double", 200, 1e-3),
+    Variant("double-bitdelta", "BitDelta", "double", 120, 1e-3),
     Variant("rotate-half", "half fine-tune", "rotate", 120, 1e-3),
 )
