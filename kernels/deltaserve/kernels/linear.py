@@ -80,9 +80,13 @@ class LinearDeltas:
         return PreparedLinear(
             lowrank=tuple(lowrank_cpu.pack(i, p, dtype) for i, p in flat if isinstance(p, LowRank)),
             bit=bit_cpu.pack([(i, p) for i, p in flat if isinstance(p, Bit)]),
-            sparse=tuple(sparse_cpu.pack(i, p, dtype) for i, p in flat if not isinstance(p, kinds)),
+            sparse=sparse_cpu.pack(
+                [(i, p) for i, p in flat if not isinstance(p, kinds)],
+                dtype,
+                self.group.out_features,
+            ),
             scale=scale_cpu.pack_scales([(i, p) for i, p in flat if isinstance(p, Scale)]),
-            bias=tuple(scale_cpu.pack_bias(i, p) for i, p in flat if isinstance(p, Bias)),
+            bias=scale_cpu.pack_biases([(i, p) for i, p in flat if isinstance(p, Bias)]),
             replace=tuple(
                 replace_cpu.pack(i, p, dtype)
                 for i, p in flat
@@ -118,6 +122,7 @@ class LinearDeltas:
         """
         if segments.slots.isdisjoint(self._prepared):
             return base(x)
+        x = x.contiguous()
         y = product(x, base, segments, self._scale, self._replace)
         adding = [table for table in self._additive if table.touches(segments)]
         # Several families add up in float32 and are rounded once; base rows survive the round trip.

@@ -22,28 +22,25 @@ def product(
         return base(x)
     inputs = scale.scale_inputs(x, segments) if scaled else x
     y = base(inputs).float()
-    for start, end, mix in segments.runs:
-        rows = slice(start, end)
-        if scaled:
-            _scale(x[rows], y[rows], base, mix, scale)
-        if replaced and any(slot in replace.items for slot, _ in mix):
-            _replace(x[rows], y[rows], base, mix, scale, replace)
+    if scaled:
+        for start, end, mix in segments.runs:
+            if scale.splits_inputs(mix):
+                _split_inputs(x[start:end], y[start:end], base, mix, scale)
+        scale.scale_outputs(y, base.bias, segments)
+    if replaced:
+        for start, end, mix in segments.runs:
+            if any(slot in replace.items for slot, _ in mix):
+                _replace(x[start:end], y[start:end], base, mix, scale, replace)
     return y
 
 
-def _scale(x: Tensor, y: Tensor, base: BaseLinear, mix: Mix, scale: ScaleTable) -> None:
-    group = scale.group
-    for part in range(len(group.out_features)):
-        columns = group.columns(part)
-        own = scale.input_factor(mix, part)
-        if own is not None and scale.shared_input(mix) is None:
-            # The parts disagree on the input: this one gets a product of its own.
-            y[:, columns] = base((x.float() * own).to(x.dtype))[:, columns].float()
-        factor = scale.output_factor(mix, part)
+def _split_inputs(x: Tensor, y: Tensor, base: BaseLinear, mix: Mix, scale: ScaleTable) -> None:
+    """A product of its own for each part that scales its inputs."""
+    for part in range(len(scale.group.out_features)):
+        factor = scale.input_factor(mix, part)
         if factor is not None:
-            y[:, columns] *= factor
-            if base.bias is not None:
-                y[:, columns] += base.bias[columns] * (1 - factor)
+            columns = scale.group.columns(part)
+            y[:, columns] = base((x.float() * factor).to(x.dtype))[:, columns].float()
 
 
 def _replace(

@@ -11,11 +11,9 @@ from deltaserve.kernels.base.linear import BaseLinear, compute_bias, tensor_byte
 from deltaserve.kernels.base.quantize import INT4_GROUP, check_group_size, dequantize
 from deltaserve.kernels.native import library
 
-# Rows dequantized at a time for many tokens: 256 rows of 2048 float32 inputs are 2 MiB.
+# Rows dequantized at a time where there are no native kernels: bounds the temporary to 2 MiB at
+# 2048 inputs.
 BLOCK_ROWS = 256
-
-# Up to here the native kernel is faster than dequantizing blocks for a matrix product.
-NATIVE_TOKENS = {torch.float32: 1 << 30, torch.bfloat16: 1 << 30}
 
 
 class Int4Linear(BaseLinear):
@@ -54,7 +52,7 @@ class Int4Linear(BaseLinear):
 
     def __call__(self, x: Tensor) -> Tensor:
         lib = library()
-        if lib is None or x.shape[0] > NATIVE_TOKENS[self.dtype]:
+        if lib is None:
             return self._blocks(x)
         x = x.contiguous()
         y = torch.empty(x.shape[0], self.out_features, dtype=self.dtype)

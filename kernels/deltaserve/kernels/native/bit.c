@@ -7,7 +7,7 @@
  * Layout of one plane: chunks of WORDS words (512 inputs), the last one shorter; in a chunk blocks
  * of 16 rows; in a block [word][row]: a word is 32 signs of a row, the lowest bit the first input.
  */
-#include "common.h"
+#include "jobs.h"
 
 typedef struct {
     const uint32_t *signs; /* [planes][plane_words] in the layout above */
@@ -116,56 +116,34 @@ static void rows_tokens(const bit_item *m, const void *x, int x_bf16, int64_t in
         }
 }
 
-typedef struct {
-    const bit_item *item;
-    float strength;
-    int32_t start, tokens;
-    int64_t tasks; /* number of tasks before this job */
-} job_t;
-
 /* As ds_lowrank. A run of several adapters rounds a bfloat16 y once for each. */
 int ds_bit(const void *x, int x_bf16, int64_t in, void *y, int y_bf16, int64_t stride,
            const entries_t *e, const bit_item *items, const int32_t *first, const int32_t *count,
            int slots, int threads) {
-    int most = 0;
-    for (int i = 0; i < e->count; i++) most += e->slot[i] < slots ? count[e->slot[i]] : 0;
+    int64_t most = job_limit(e, count, slots);
     if (!most) return 0;
     job_t *jobs = malloc(most * sizeof *jobs);
     if (!jobs) return -1;
-
-    /* Adapters of one run write the same outputs: one layer of adapters after another. */
-    for (int depth = 0, n = 1; n; depth++) {
-        int64_t tasks = 0;
-        n = 0;
-        for (int i = 0; i < e->count; i++) {
-            int s = e->slot[i];
-            if (s >= slots) continue;
-            int before = 0;
-            for (int j = i - 1; j >= 0 && e->start[j] == e->start[i]; j--)
-                before += e->slot[j] < slots && count[e->slot[j]] > 0;
-            for (int j = 0; before == depth && j < count[s]; j++) {
-                const bit_item *m = items + first[s] + j;
-                job_t *job = jobs + n++;
-                *job = (job_t){m, e->strength[i], e->start[i], e->end[i] - e->start[i], tasks};
-                tasks += ceil_div(job->tokens, TOKENS) * ceil_div(m->out, ROWS);
-            }
+    for (int depth = 0, n; (n = jobs_at(e, first, count, slots, depth, jobs)); depth++) {
+        int64_t tasks = 0, rows = ROWS;
+        /* One adapter alone: smaller tasks, so that every thread has some. */
+        if (n < 2 * threads) rows = ROWS / 4;
+        for (int i = 0; i < n; i++) {
+            int64_t tokens = e->end[jobs[i].entry] - e->start[jobs[i].entry];
+            jobs[i].tasks = tasks;
+            tasks += ceil_div(tokens, TOKENS) * ceil_div(items[jobs[i].item].out, rows);
         }
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && tasks > 1)
         for (int64_t task = 0; task < tasks; task++) {
-            int low = 0, high = n - 1;
-            while (low < high) {
-                int middle = (low + high + 1) / 2;
-                if (jobs[middle].tasks <= task) low = middle;
-                else high = middle - 1;
-            }
-            const job_t *job = jobs + low;
-            int64_t chunks = ceil_div(job->item->out, ROWS), own = task - job->tasks;
-            int64_t from = own % chunks * (ROWS / LANES), t = own / chunks * TOKENS;
-            int64_t to = min64(from + ROWS / LANES, ceil_div(job->item->out, LANES));
-            int64_t token = job->start + t;
-            rows_tokens(job->item, (const char *)x + token * in * (x_bf16 ? 2 : 4), x_bf16, in,
-                        (char *)y + token * stride * (y_bf16 ? 2 : 4), y_bf16, stride, job->strength,
-                        from, to, (int)min64(TOKENS, job->tokens - t));
+            const job_t *job = job_of(jobs, n, task);
+            const bit_item *m = items + job->item;
+            int i = job->entry;
+            int64_t chunks = ceil_div(m->out, rows), own = task - job->tasks;
+            int64_t from = own % chunks * (rows / LANES), t = e->start[i] + own / chunks * TOKENS;
+            int64_t to = min64(from + rows / LANES, ceil_div(m->out, LANES));
+            rows_tokens(m, (const char *)x + t * in * (x_bf16 ? 2 : 4), x_bf16, in,
+                        (char *)y + t * stride * (y_bf16 ? 2 : 4), y_bf16, stride, e->strength[i],
+                        from, to, (int)min64(TOKENS, e->end[i] - t));
         }
     }
     free(jobs);

@@ -49,6 +49,9 @@ SIGNATURES = {
     ),
     "ds_lowrank": DELTAS,
     "ds_bit": DELTAS,
+    "ds_csr": DELTAS,
+    # y, its kind, its width, entries, items, first, count, slots, bias, factor, threads
+    "ds_vectors": (POINTER, INT, LONG, *[POINTER] * 4, INT, POINTER, INT, INT),
     # x, kind, tokens, in, y, out, q, scale, zero, their kind, group size, bias, threads
     "ds_int4": (POINTER, INT, LONG, LONG, POINTER, LONG, *[POINTER] * 3, INT, LONG, POINTER, INT),
     # x, kind, tokens, in, y, out, q, scale, bias, threads

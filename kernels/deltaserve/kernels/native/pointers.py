@@ -57,6 +57,33 @@ def add_deltas(name: str, x: Tensor, y: Tensor, segments: Segments, table: Point
     return True
 
 
+def apply_vectors(
+    y: Tensor, segments: Segments, table: PointerTable, *, factor: bool, bias: Tensor | None = None
+) -> bool:
+    """Adds the table's vectors to y [T, width] in place, or multiplies y by ``1 + sum w (v - 1)``.
+
+    y: float32 or bfloat16; bias: of y's dtype [width], which a factor leaves alone. Returns False
+    where there are no native kernels.
+    """
+    lib = library()
+    if lib is None:
+        return False
+    assert y.is_contiguous() and (bias is None or bias.dtype == y.dtype)
+    failed = lib["ds_vectors"](
+        y.data_ptr(),
+        y.dtype == torch.bfloat16,
+        y.shape[1],
+        entries(segments),
+        *table.arguments,
+        None if bias is None else bias.data_ptr(),
+        factor,
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError("no memory for the runs of ds_vectors")
+    return True
+
+
 class PointerTable:
     """Rows of one C structure, those of a slot side by side. `fields`: the numpy dtype's."""
 

@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 from deltaserve.kernels.cast import cast
+from deltaserve.kernels.native import library
+from deltaserve.kernels.native.pointers import PointerTable, apply_vectors
 from deltaserve.kernels.primitives import Bias, Scale
 from deltaserve.kernels.segments import Mix, Segments
-from deltaserve.kernels.table import Table
+from deltaserve.kernels.table import Group, Table
+
+# vector_item of native/vectors.c
+ITEM = (("vector", "u8"), ("column", "i8"), ("out", "i8"))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -53,19 +58,55 @@ def pack_scales(scales: Sequence[tuple[int, Scale]]) -> tuple[PackedScale, ...]:
     return tuple(packed)
 
 
-def pack_bias(part: int, primitive: Bias) -> PackedBias:
-    return PackedBias(part, cast(primitive.bias, torch.float32))
+def pack_biases(biases: Sequence[tuple[int, Bias]]) -> tuple[PackedBias, ...]:
+    """(part, primitive) pairs of one adapter; several on one part are added up."""
+    packed: list[PackedBias] = []
+    for part in sorted({part for part, _ in biases}):
+        own = [cast(bias.bias, torch.float32) for p, bias in biases if p == part]
+        packed.append(PackedBias(part, own[0] if len(own) == 1 else torch.stack(own).sum(0)))
+    return tuple(packed)
 
 
 class BiasTable(Table[PackedBias]):
+    """One native call serves every entry of the step and every part."""
+
+    def __init__(self, group: Group) -> None:
+        super().__init__(group)
+        self._pointers = PointerTable(ITEM)
+
+    @property
+    def rounds_once(self) -> bool:
+        return library() is not None
+
     def add(self, x: Tensor, y: Tensor, segments: Segments) -> None:
-        """Adds the step's biases to y [T, out], float32, in place."""
+        """Adds the step's biases to y [T, out] in place."""
+        if apply_vectors(y, segments, self._pointers, factor=False):
+            return
         for tokens, strength, item in self.entries(segments):
             y[tokens, self.group.columns(item.part)].add_(item.bias, alpha=strength)
+
+    def _changed(self, slot: int) -> None:
+        items = self.items.get(slot, ())
+        self._pointers.put(slot, [_row(self.group, i.part, i.bias) for i in items])
 
 
 class ScaleTable(Table[PackedScale]):
     """The factors of a mix: ``1 + sum of w (s - 1)``."""
+
+    def __init__(self, group: Group) -> None:
+        super().__init__(group)
+        self._inputs = PointerTable(ITEM)
+        self._outputs = PointerTable(ITEM)
+        # Slots whose parts want different inputs, which takes a product for each of those parts.
+        self._split: set[int] = set()
+
+    def scales_inputs(self, mix: Mix) -> bool:
+        """Whether an adapter of the mix scales some part's inputs."""
+        return any(i.input is not None for slot, _ in mix for i in self.items.get(slot, ()))
+
+    def splits_inputs(self, mix: Mix) -> bool:
+        """Whether the parts of the group want different inputs."""
+        return any(slot in self._split for slot, _ in mix)
 
     def input_factor(self, mix: Mix, part: int) -> Tensor | None:
         """float32 [in], or None for no factor."""
@@ -75,25 +116,38 @@ class ScaleTable(Table[PackedScale]):
         """float32 [out], or None for no factor."""
         return _factor([(i.output, w) for i, w in self._of(mix, part) if i.output is not None])
 
-    def shared_input(self, mix: Mix) -> Tensor | None:
-        """The input factor when it is one and the same for every part of the group."""
-        parts = range(len(self.group.out_features))
-        for slot, _ in mix:
-            inputs = [self._input(slot, part) for part in parts]
-            if any(i is not inputs[0] for i in inputs[1:]):
-                return None
-        return self.input_factor(mix, 0)
-
     def scale_inputs(self, x: Tensor, segments: Segments) -> Tensor:
-        """x [T, in] with the runs scaled whose factor is shared; x itself if there are none."""
-        found = [(start, end, self.shared_input(mix)) for start, end, mix in segments.runs]
-        if all(factor is None for _, _, factor in found):
+        """x [T, in] with the runs scaled whose parts want the same; x itself if there are none."""
+        found = [
+            (start, end, mix)
+            for start, end, mix in segments.runs
+            if self.scales_inputs(mix) and not self.splits_inputs(mix)
+        ]
+        if not found:
             return x
         scaled = x.clone()
-        for start, end, factor in found:
-            if factor is not None:
-                scaled[start:end] = x[start:end].float() * factor
+        if self._split.isdisjoint(segments.slots) and apply_vectors(
+            scaled, segments, self._inputs, factor=True
+        ):
+            return scaled
+        for start, end, mix in found:
+            factor = self.input_factor(mix, 0)
+            assert factor is not None
+            scaled[start:end] = x[start:end].float() * factor
         return scaled
+
+    def scale_outputs(self, y: Tensor, bias: Tensor | None, segments: Segments) -> None:
+        """y [T, out], float32: ``(y - bias) * factor + bias``, in place. bias: [out]."""
+        wide = None if bias is None else bias.float()
+        if apply_vectors(y, segments, self._outputs, factor=True, bias=wide):
+            return
+        for start, end, mix in segments.runs:
+            for part in range(len(self.group.out_features)):
+                factor = self.output_factor(mix, part)
+                if factor is not None:
+                    columns = self.group.columns(part)
+                    own = 0 if wide is None else wide[columns]
+                    y[start:end, columns] = (y[start:end, columns] - own) * factor + own
 
     def _of(self, mix: Mix, part: int) -> list[tuple[PackedScale, float]]:
         return [(i, w) for slot, w in mix for i in self.items.get(slot, ()) if i.part == part]
@@ -102,13 +156,33 @@ class ScaleTable(Table[PackedScale]):
         found = [i.input for i in self.items.get(slot, ()) if i.part == part]
         return found[0] if found else None
 
+    def _changed(self, slot: int) -> None:
+        items = self.items.get(slot, ())
+        parts = range(len(self.group.out_features))
+        inputs = [self._input(slot, part) for part in parts]
+        self._split.discard(slot)
+        if any(i is not inputs[0] for i in inputs[1:]):
+            self._split.add(slot)
+        shared = inputs[0] if inputs and slot not in self._split else None
+        # The inputs are one vector of the whole group: as if it were part 0, as long as x.
+        rows = [] if shared is None else [(shared.data_ptr(), 0, self.group.in_features)]
+        self._inputs.put(slot, rows)
+        outputs = [_row(self.group, i.part, i.output) for i in items if i.output is not None]
+        self._outputs.put(slot, outputs)
+
+
+def _row(group: Group, part: int, vector: Tensor) -> tuple[int, int, int]:
+    columns = group.columns(part)
+    return vector.data_ptr(), columns.start, columns.stop - columns.start
+
 
 def _factor(pairs: list[tuple[Tensor, float]]) -> Tensor | None:
     if not pairs:
         return None
     if len(pairs) == 1 and pairs[0][1] == 1:
         return pairs[0][0]
-    total = torch.ones_like(pairs[0][0])
+    # The ones first: 1 + (s - 1) would round a small s.
+    total = torch.full_like(pairs[0][0], 1 - sum(w for _, w in pairs))
     for scale, strength in pairs:
-        total.add_(scale - 1, alpha=strength)
+        total.add_(scale, alpha=strength)
     return total

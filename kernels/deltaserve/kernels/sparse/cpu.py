@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltaserve.kernels.cast import cast
+from deltaserve.kernels.native.pointers import PointerTable, add_deltas
 from deltaserve.kernels.primitives import (
     Sparse,
     SparseBlocks,
@@ -19,7 +21,17 @@ from deltaserve.kernels.primitives import (
     tensors,
 )
 from deltaserve.kernels.segments import Segments
-from deltaserve.kernels.table import Table
+from deltaserve.kernels.table import Group, Table
+
+# csr_item of native/csr.c
+ITEM = (
+    ("indptr", "u8"),
+    ("indices", "u8"),
+    ("values", "u8"),
+    ("column", "i8"),
+    ("out", "i4"),
+    ("bf16", "i4"),
+)
 
 # Values multiplied at a time: bounds the products [T, values] held in between.
 BLOCK_VALUES = 1 << 16
@@ -38,27 +50,72 @@ class PackedSparse:
         return tensors(self.primitive)
 
 
-def pack(part: int, primitive: Sparse, dtype: torch.dtype) -> PackedSparse:
-    if isinstance(primitive, SparseCsr):
-        keep = torch.bfloat16 if primitive.values.dtype == torch.bfloat16 else dtype
-        csr = SparseCsr(
-            cast(primitive.indptr, torch.int64),
-            cast(primitive.indices, torch.int32),
-            cast(primitive.values, keep),
-        )
-        return PackedSparse(part, csr)
-    return PackedSparse(part, replace(primitive, values=cast(primitive.values, dtype)))
+def pack(
+    sparse: Sequence[tuple[int, Sparse]], dtype: torch.dtype, out_features: Sequence[int]
+) -> tuple[PackedSparse, ...]:
+    """(part, primitive) pairs of one adapter; several CSR on one part become one."""
+    packed: list[PackedSparse] = []
+    for part in sorted({part for part, _ in sparse}):
+        csr = [p for own, p in sparse if own == part and isinstance(p, SparseCsr)]
+        if csr:
+            joined = csr[0] if len(csr) == 1 else _join(csr, out_features[part])
+            packed.append(PackedSparse(part, _cast_csr(joined, dtype)))
+    for part, primitive in sparse:
+        if not isinstance(primitive, SparseCsr):
+            values = cast(primitive.values, dtype)
+            packed.append(PackedSparse(part, replace(primitive, values=values)))
+    return tuple(packed)
+
+
+def _cast_csr(csr: SparseCsr, dtype: torch.dtype) -> SparseCsr:
+    keep = torch.bfloat16 if csr.values.dtype == torch.bfloat16 else dtype
+    return SparseCsr(
+        cast(csr.indptr, torch.int64), cast(csr.indices, torch.int32), cast(csr.values, keep)
+    )
+
+
+def _join(matrices: Sequence[SparseCsr], out_features: int) -> SparseCsr:
+    counts = torch.stack([m.indptr.diff() for m in matrices]).sum(0)
+    rows = torch.cat(
+        [torch.repeat_interleave(torch.arange(out_features), m.indptr.diff()) for m in matrices]
+    )
+    indices = torch.cat([m.indices for m in matrices])
+    values = torch.cat([m.values for m in matrices])
+    # An input twice in a row is two terms of its sum, which is what the kernels compute.
+    order = rows.argsort(stable=True)
+    indptr = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0)))
+    return SparseCsr(indptr, indices[order], values[order])
 
 
 class SparseTable(Table[PackedSparse]):
+    """CSR in one native call for the whole step; rows, columns and blocks as small products."""
+
+    def __init__(self, group: Group) -> None:
+        super().__init__(group)
+        self._pointers = PointerTable(ITEM)
+
     def add(self, x: Tensor, y: Tensor, segments: Segments) -> None:
         """Adds the step's deltas to y [T, out], float32, in place. x: [T, in]."""
+        done = add_deltas("ds_csr", x, y, segments, self._pointers)
         for tokens, strength, item in self.entries(segments):
             out = y[tokens, self.group.columns(item.part)]
-            if isinstance(item.primitive, SparseCsr):
-                out.add_(_csr(item.primitive, x[tokens], out.shape[1]), alpha=strength)
-            else:
+            if not isinstance(item.primitive, SparseCsr):
                 _dense(item.primitive, x[tokens], out, strength)
+            elif not done:
+                out.add_(_csr(item.primitive, x[tokens], out.shape[1]), alpha=strength)
+
+    def _changed(self, slot: int) -> None:
+        rows: list[tuple[int, ...]] = []
+        for item in self.items.get(slot, ()):
+            if isinstance(item.primitive, SparseCsr):
+                column, end = (
+                    self.group.columns(item.part).start,
+                    self.group.columns(item.part).stop,
+                )
+                pointers = [t.data_ptr() for t in item.tensors()]
+                is_bf16 = item.primitive.values.dtype == torch.bfloat16
+                rows.append((*pointers, column, end - column, is_bf16))
+        self._pointers.put(slot, rows)
 
 
 def _csr(csr: SparseCsr, x: Tensor, out_features: int) -> Tensor:
