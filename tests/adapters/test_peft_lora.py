@@ -148,7 +148,7 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 }
 
 
-def make(folder: Path, build: Callable[[], Any], settings: dict[str, Any]) -> None:
+def make(folder: Path, build: Callable[[], Any], settings: dict[str, Any], **options: Any) -> None:
     """An adapter as PEFT saves it, with noise on all it trained."""
     model = get_peft_model(build(), LoraConfig(task_type="CAUSAL_LM", **settings))
     with torch.no_grad():
@@ -157,7 +157,7 @@ def make(folder: Path, build: Callable[[], Any], settings: dict[str, Any]) -> No
             if parameter.requires_grad or biased or "lora_" in name:
                 noise = torch.rand_like(parameter) if "magnitude" in name else None
                 parameter.add_(torch.randn_like(parameter) * 0.2 if noise is None else noise)
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), **options)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -225,19 +225,49 @@ def test_an_embedding_saved_along_is_not_stored_twice(tmp_path: Path) -> None:
     assert adapter.primitives == ("LowRank",)
 
 
-def test_a_changed_embedding_under_lora_is_folded(tmp_path: Path) -> None:
-    build, settings = CASES["embedding-and-head"]
+@pytest.mark.parametrize(
+    ("case", "saved"),
+    [
+        ("embedding-and-head", ["model.embed_tokens"]),
+        ("embedding-tied", ["model.embed_tokens", "lm_head"]),
+        ("head-tied", ["model.embed_tokens", "lm_head"]),
+        ("every-linear", ["model.embed_tokens"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_changed_embedding_is_served(case: str, saved: list[str], tmp_path: Path) -> None:
+    """Saved along with its LoRA it is folded into one weight; shared, both modules have it."""
+    build, settings = CASES[case]
     model = build()
     with torch.no_grad():
         model.model.embed_tokens.weight.add_(0.5)
-    make(tmp_path, lambda: model, settings)
+    make(tmp_path, lambda: model, settings, save_embedding_layers=True)
     reference = PeftModel.from_pretrained(build(), str(tmp_path)).eval()
     fresh = build()
     base = tiny.spec_of(fresh)
     adapter = load(tmp_path, base)
-    assert [type(p) for p in adapter.modules["model.embed_tokens"]] == [Replace]
+    for name in saved:
+        assert [type(p) for p in adapter.modules[name]] == [Replace]
     tiny.apply(fresh, base, adapter.modules)
     torch.testing.assert_close(tiny.logits(fresh), tiny.logits(reference), rtol=1e-5, atol=2e-5)
+
+
+def test_two_weights_for_one_shared_parameter(tmp_path: Path) -> None:
+    build, settings = CASES["head-tied"]
+    make(tmp_path, build, settings, save_embedding_layers=True)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = "base_model.model.lm_head.base_layer.weight"
+    save_file(tensors | {name: tensors[name] + 1}, file)
+    load(tmp_path, tiny.spec_of(build()))
+    both = tensors | {name.replace(".base_layer", ""): tensors[name] + 1}
+    save_file(both, file)
+    with pytest.raises(InvalidAdapter, match="are one parameter"):
+        load(tmp_path, tiny.spec_of(build()))
+    embedding = {"base_model.model.model.embed_tokens.weight": tensors[name]}
+    save_file(tensors | embedding | {name: tensors[name] + 1}, file)
+    with pytest.raises(InvalidAdapter, match="two different ones"):
+        load(tmp_path, tiny.spec_of(build()))
 
 
 def test_ensured_tying_needs_both_tensors(tmp_path: Path) -> None:

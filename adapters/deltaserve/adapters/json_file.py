@@ -31,8 +31,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _depth(data: bytes) -> int:
-    """Upper bound of the nesting depth; brackets inside strings count too, which only errs on the
-    strict side when a string holds many of them."""
+    """Nesting depth, estimated at one glance: brackets inside strings count too. What slips
+    through meets the parser's own recursion limit, which is caught as well."""
     codes = np.frombuffer(data, dtype=np.uint8)
     opened = (codes == ord("[")) | (codes == ord("{"))
     closed = (codes == ord("]")) | (codes == ord("}"))

@@ -16,7 +16,7 @@ from deltaserve.adapters.formats.peft.fields import (
     check_fields,
 )
 from deltaserve.adapters.formats.peft.targets import Patterns, Targets
-from deltaserve.adapters.formats.peft.whole import Whole, lower_whole
+from deltaserve.adapters.formats.peft.whole import Whole, lower_only_whole
 from deltaserve.adapters.lowering import Lowering
 from deltaserve.kernels.primitives import Scale
 
@@ -47,9 +47,9 @@ def lower(work: Lowering) -> None:
     patterns = Patterns()
     targets = Targets.of(dict(work.config), patterns)
     found, rest = names.split(work, {"ia3_l": r"ia3_l(\.[^.]+)?"})
-    lower_whole(work, rest, Whole(targets))
     for module, parts in found.items():
         _lower_module(work, patterns, targets, module, parts["ia3_l"])
+    lower_only_whole(work, rest, Whole(targets))
 
 
 def _lower_module(

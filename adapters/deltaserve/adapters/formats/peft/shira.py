@@ -18,7 +18,7 @@ from deltaserve.adapters.formats.peft.fields import (
     check_fields,
 )
 from deltaserve.adapters.formats.peft.targets import Patterns, Targets
-from deltaserve.adapters.formats.peft.whole import Whole, lower_whole
+from deltaserve.adapters.formats.peft.whole import Whole, lower_only_whole
 from deltaserve.adapters.lowering import Lowering
 from deltaserve.kernels.primitives import SparseCsr
 
@@ -48,7 +48,6 @@ def lower(work: Lowering) -> None:
         "shira_indices": r"shira_indices(\.[^.]+)?",
     }
     found, rest = names.split(work, parts)
-    lower_whole(work, rest, Whole(targets))
     for module, tensors in found.items():
         names.need(work, module, tensors, set(parts))
         spec = work.module(module, tensors["shira_weight"])
@@ -59,6 +58,7 @@ def lower(work: Lowering) -> None:
                 field="target_modules",
             )
         work.add(module, _csr(work, spec, tensors["shira_weight"], tensors["shira_indices"]))
+    lower_only_whole(work, rest, Whole(targets))
 
 
 def _csr(work: Lowering, spec: ModuleSpec, weight: str, indices: str) -> SparseCsr:

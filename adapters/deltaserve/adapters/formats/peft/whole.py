@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltaserve.adapters.errors import InvalidAdapter
+from deltaserve.adapters.errors import InvalidAdapter, UnsupportedAdapter
 from deltaserve.adapters.formats.peft.names import PREFIX
 from deltaserve.adapters.formats.peft.targets import Targets
 from deltaserve.adapters.formats.whole_weight import equals_base, is_vocabulary, weight_of
@@ -39,9 +39,11 @@ class Whole:
 
 
 def lower_whole(work: Lowering, names: list[str], whole: Whole) -> dict[str, Tensor]:
-    """Lower the tensors ``names``; returns module -> base weight [out, in] or [vocabulary,
-    hidden] for targeted modules whose own base weight was saved changed."""
-    changed: dict[str, Tensor] = {}
+    """Lower the tensors ``names``; returns module -> weight, in the layout of `Replace`, for
+    modules whose base weight itself was saved along and differs. Every module that shares such a
+    weight has the new one, for PEFT loads it into the shared parameter."""
+    found: dict[str, Tensor | None] = {}
+    seen: dict[tuple[str, str], str] = {}
     for name in names:
         short = name.removeprefix(PREFIX)
         if match := TOKENS.fullmatch(short):
@@ -54,14 +56,45 @@ def lower_whole(work: Lowering, names: list[str], whole: Whole) -> dict[str, Ten
         if parameter is None:
             raise work.unknown_tensor(name)
         module, inner, what = parameter.group("module", "inner", "what")
+        if (other := seen.setdefault((module, what), name)) != name:
+            raise InvalidAdapter(
+                f"{work.checkpoint.path}: {other!r} and {name!r} are one parameter", field=name
+            )
         if what == "bias":
             _bias(work, name, module, inner, whole)
-        elif inner:
-            if (weight := _saved_base(work, name, module)) is not None:
-                changed[module] = weight
-        else:
-            _weight(work, name, module, whole)
+        elif inner or not _saved_copy(work, name, module, whole):
+            found[module] = _saved_base(work, name, module)
+    changed = {module: weight for module, weight in found.items() if weight is not None}
+    for module, weight in list(changed.items()):
+        for other in _sharing(work, module):
+            if other in found and not torch.equal(changed.get(other, weight[:0]), weight):
+                raise InvalidAdapter(
+                    f"{work.checkpoint.path}: {module!r} and {other!r} share their weight in the "
+                    "base, but the file has two different ones",
+                    field=other,
+                )
+            changed[other] = weight
     return changed
+
+
+def lower_only_whole(work: Lowering, names: list[str], whole: Whole) -> None:
+    """`lower_whole` for methods that have no meaning on a base weight that was changed as well:
+    `UnsupportedAdapter` if one is both."""
+    for module, weight in lower_whole(work, names, whole).items():
+        if module in work.modules:
+            raise UnsupportedAdapter(
+                f"{work.checkpoint.path}: module {module!r} has an adapter and a changed base "
+                "weight in the file",
+                field=module,
+            )
+        work.add(module, Replace(weight))
+
+
+def _sharing(work: Lowering, module: str) -> list[str]:
+    """The other modules whose weight is this one's."""
+    tied = work.base.tied
+    owner = tied.get(module, module)
+    return [m for m in (owner, *tied) if m != module and tied.get(m, m) == owner]
 
 
 def _saved_base(work: Lowering, name: str, module: str) -> Tensor | None:
@@ -70,25 +103,24 @@ def _saved_base(work: Lowering, name: str, module: str) -> Tensor | None:
     return None if equals_base(work, spec, weight) else weight
 
 
-def _weight(work: Lowering, name: str, module: str, whole: Whole) -> None:
+def _saved_copy(work: Lowering, name: str, module: str, whole: Whole) -> bool:
+    """Lower the weight of a module in ``modules_to_save``; False if it is not in there, and then
+    it must be an embedding or a head."""
     spec = work.module(module, name)
-    saved = whole.targets.saves_whole(module)
-    tied = [m for m, owner in work.base.tied.items() if owner == module]
-    if not saved and not is_vocabulary(spec, work.base):
-        owner_saved = whole.ensure_weight_tying and module in work.base.tied
-        if not owner_saved:
+    sharing = _sharing(work, module) if whole.ensure_weight_tying else []
+    if not any(whole.targets.saves_whole(m) for m in (module, *sharing)):
+        if not is_vocabulary(spec, work.base):
             raise work.unknown_tensor(name)
-    weight = weight_of(work, name, spec)
-    if not saved and equals_base(work, spec, weight):
-        return
-    work.add(module, Replace(weight))
-    for other in tied if saved and whole.ensure_weight_tying else ():
+        return False
+    for other in sharing:
         if f"{PREFIX}{other}.weight" not in work.checkpoint.entries:
             raise InvalidAdapter(
                 f"{work.checkpoint.path}: ensure_weight_tying: tensor '{PREFIX}{other}.weight' is "
                 f"missing beside {name!r}",
                 field=other,
             )
+    work.add(module, Replace(weight_of(work, name, spec)))
+    return True
 
 
 def _bias(work: Lowering, name: str, module: str, inner: str, whole: Whole) -> None:
