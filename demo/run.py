@@ -12,6 +12,7 @@ import asyncio
 import os
 import random
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 
 import process
@@ -155,13 +156,14 @@ def main() -> int:
         console.print(f"server with {len(entries)} adapters at {address}")
         status = asyncio.run(demonstrate(address, entries, options.examples, console))
         if os.environ.get("ONCE") != "1" and status == 0:
-            console.print(invitation(address), markup=False, highlight=False)
-            try:
+            console.print(invitation(address), markup=False, highlight=False, soft_wrap=True)
+            with suppress(KeyboardInterrupt):
                 status = server.wait()
-            except KeyboardInterrupt:
-                status = 0
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (RuntimeError, KeyboardInterrupt) as error:
+        sys.exit(str(error) or "interrupted")
