@@ -22,6 +22,8 @@ POINTER, INT, LONG, FLOAT = c_void_p, c_int, c_int64, c_float
 DELTAS = (POINTER, INT, LONG, POINTER, INT, LONG, *[POINTER] * 4, INT, INT)
 
 SIGNATURES = {
+    # x, kind, rows, n, gain, eps, y, threads
+    "ds_rms_norm": (POINTER, INT, LONG, LONG, POINTER, FLOAT, POINTER, INT),
     # q, its strides, keys, values, out, kind, heads, kv heads, key dim, value dim, rows,
     # tables, width, block size, lengths, scale, window, softcap, sinks, threads
     "ds_attention": (

@@ -1,4 +1,4 @@
-"""Norms: torch's fused RMS norm where it is proven equal, and the gains of tuned norms."""
+"""Norms: our fused RMS norm where it is proven equal, and the gains of tuned norms."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaserve.kernels.norm import NormDeltas, PreparedNorm
+from deltaserve.kernels.rms_norm import rms_norm
 from deltaserve.server.model.context import ForwardContext
 
 
@@ -46,7 +46,7 @@ class DeltaNorm(nn.Module):
             y = self.deltas.forward(lead, self.apply_gain, self.weight, self.ctx.segments)
             return y.view(x.shape)
         if self.offset is not None:
-            return torch.rms_norm(x, self.size, self.gain, self.eps)
+            return rms_norm(x, self.gain, self.eps)
         found: Tensor = self.inner(x)
         return found
 
@@ -66,14 +66,14 @@ class DeltaNorm(nn.Module):
             return self.base(x)
         gain = gain.to(self.weight.dtype)
         if self.offset is not None:
-            return F.rms_norm(x, self.size, gain + self.offset, self.eps)
+            return rms_norm(x, gain + self.offset, self.eps)
         found: Tensor = torch.func.functional_call(self.inner, {"weight": gain}, (x,))
         return found
 
     def base(self, x: Tensor) -> Tensor:
         """The base's own norm."""
         if self.offset is not None:
-            return F.rms_norm(x, self.size, self.gain, self.eps)
+            return rms_norm(x, self.gain, self.eps)
         found: Tensor = self.inner(x)
         return found
 
@@ -124,7 +124,7 @@ def _same(
     module = copy.deepcopy(inner).to(dtype)
     module.weight = nn.Parameter(gain, requires_grad=False)
     x = x.to(dtype)
-    got = F.rms_norm(x, (x.shape[-1],), gain + offset, eps)
+    got = rms_norm(x, gain + offset, eps)
     want = module(x[None])[0]
     if got.dtype != want.dtype:
         return False
