@@ -24,7 +24,6 @@ class DeltaNorm(nn.Module):
         weight: Any = inner.weight
         self.inner = inner
         self.ctx = ctx
-        self.size = (weight.shape[0],)
         self.by_token = by_token
         self.slots: set[int] = set()  # of the installed adapters that have a part here
         self.deltas = NormDeltas(weight.shape[0], dtype)
