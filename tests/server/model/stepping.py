@@ -16,11 +16,14 @@ BLOCK_SIZE = 4
 
 @dataclass
 class Sequence:
+    """logits: of the tokens whose positions are in `at`."""
+
     ids: Tensor
     mix: Mix = ()
     done: int = 0
     blocks: list[int] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
+    at: list[int] = field(default_factory=list)
 
     @property
     def left(self) -> int:
@@ -45,7 +48,8 @@ class Stepper:
         self.free = torch.randperm(blocks, generator=torch.Generator().manual_seed(1)).tolist()
 
     def step(self, plan: list[tuple[Sequence, int]]) -> None:
-        """Computes the next `count` tokens of each sequence; their logits go to the sequence."""
+        """Computes the next `count` tokens of each sequence. The logits of the later half of them
+        go to the sequence, so that the rows of lm_head are others than those of the layers."""
         decodes = [(s, n) for s, n in plan if n == 1 and s.done]
         chunked = [(s, n) for s, n in plan if not (n == 1 and s.done)]
         order = decodes + chunked
@@ -64,16 +68,22 @@ class Stepper:
         for s, n in chunked:
             chunks.append(PrefillChunk(start, start + n, s.done, torch.tensor(s.blocks)))
             start += n
-        segments = Segments.of([s.mix for s, n in order for _ in range(n)])
         ctx = self.model.ctx
         ctx.attention = AttentionStep(
             cells, len(decodes), lengths, torch.tensor(lengths, dtype=torch.long), tables, chunks
         )
-        ctx.segments = ctx.logit_segments = segments
-        logits = self.model.forward(ids, positions, torch.arange(len(ids)))
-        for (s, n), rows in zip(order, logits.split([n for _, n in order]), strict=True):
-            s.logits.append(rows)
+        ctx.segments = Segments.of([s.mix for s, n in order for _ in range(n)])
+        counts = [n - n // 2 for _, n in order]
+        ctx.logit_segments = Segments.of(
+            [s.mix for (s, _), k in zip(order, counts, strict=True) for _ in range(k)]
+        )
+        ends = torch.tensor([n for _, n in order]).cumsum(0).tolist()
+        wanted = torch.cat([torch.arange(e - k, e) for e, k in zip(ends, counts, strict=True)])
+        logits = self.model.forward(ids, positions, wanted)
+        for (s, n), rows in zip(order, logits.split(counts), strict=True):
             s.done += n
+            s.at.extend(range(s.done - len(rows), s.done))
+            s.logits.append(rows)
 
 
 def _cells(s: Sequence, n: int) -> Tensor:

@@ -29,6 +29,7 @@ from deltaserve.kernels.primitives import (
 from deltaserve.server.model import BaseModel, load
 
 Save = Callable[[PreTrainedModel], Path]
+AT = 5  # of 13: the later half of the prompt, and two decodes
 Q, K = (f"model.layers.0.self_attn.{p}_proj" for p in "qk")
 
 
@@ -41,6 +42,7 @@ def low_rank(out: int, inner: int = 64, rank: int = 2) -> LowRank:
 
 
 def run(model: BaseModel, sequence: Sequence) -> Tensor:
+    """Logits of the positions from AT on."""
     stepper = Stepper(model)
     stepper.step([(sequence, sequence.left - 2)])
     stepper.step([(sequence, 1)])
@@ -81,7 +83,8 @@ def test_a_removed_adapter_leaves_the_base_bit_for_bit(
     other = Sequence(ids.flip(0), ((4, 1.0),))
     stepper = Stepper(model)
     stepper.step([(beside, 11), (other, 5)])
-    torch.testing.assert_close(torch.cat(beside.logits), before[:11], rtol=0, atol=2e-5)
+    assert beside.at == list(range(AT, 11))
+    torch.testing.assert_close(beside.logits[0], before[: 11 - AT], rtol=0, atol=2e-5)
     model.remove(4)
     assert torch.equal(run(model, Sequence(ids)), before)
     model.install(4, model.prepare(of({K: (low_rank(32),)})))
@@ -99,7 +102,7 @@ def test_members_of_one_group_are_adapted_apart(saved: Save, ids: Tensor) -> Non
     weight = module.weight.detach()
     module.weight = nn.Parameter(factors[:, None] * weight + update.b @ update.a)
     got = run(model, Sequence(ids, ((1, 1.0),)))
-    torch.testing.assert_close(got, reference(tuned, ids), rtol=0, atol=1e-4)
+    torch.testing.assert_close(got, reference(tuned, ids)[AT:], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -120,7 +123,8 @@ def test_virtual_tokens_override_the_embedding(name: str, saved: Save, ids: Tens
         rows = plain.get_input_embeddings()(ids)
         inputs = torch.cat([prompt, rows])[None]
         want = plain(inputs_embeds=inputs, use_cache=False).logits[0]
-    torch.testing.assert_close(torch.cat(sequence.logits), want, rtol=0, atol=1e-4)
+    got = torch.cat(sequence.logits)
+    torch.testing.assert_close(got, want[sequence.at], rtol=0, atol=1e-4)
 
 
 def test_prefixes_must_fit(saved: Save) -> None:
@@ -189,5 +193,5 @@ def test_two_models_share_nothing(tmp_path: Path, ids: Tensor) -> None:
         for stepper, sequence in zip(steppers, sequences, strict=True):
             stepper.step([(sequence, count)])
     for (plain, _), sequence in zip(models, sequences, strict=True):
-        want = reference(plain, ids)
+        want = reference(plain, ids)[sequence.at]
         torch.testing.assert_close(torch.cat(sequence.logits), want, rtol=0, atol=1e-4)

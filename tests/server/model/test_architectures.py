@@ -92,6 +92,7 @@ def close(got: Tensor, want: Tensor) -> None:
 def test_mixed_steps_equal_transformers(name: str, saved: Save) -> None:
     reference = archs.build(name)
     model = load(saved(reference), dtype=torch.float32)
+    assert not [n for n in model.spec.modules if model.modules.refusal(n)]
     one, two = adapter(model, 1), adapter(model, 2)
     model.install(1, model.prepare(one))
     model.install(2, model.prepare(two))
@@ -108,7 +109,7 @@ def test_mixed_steps_equal_transformers(name: str, saved: Save) -> None:
     weighted = {(): [], ((1, 1.0),): [(one, 1.0)], mixed.mix: [(one, 0.6), (two, -0.5)]}
     for sequence in (base, tuned, mixed):
         want = logits(merged(reference, model, weighted[sequence.mix]), sequence.ids)
-        close(torch.cat(sequence.logits), want)
+        close(torch.cat(sequence.logits), want[sequence.at])
     apart = logits(reference, ids[1]) - logits(merged(reference, model, [(one, 1.0)]), ids[1])
     assert apart.abs().max() > 1e-2, "the adapter changes nothing, so this test shows nothing"
 
@@ -136,8 +137,23 @@ def test_quantized_equals_transformers_with_dequantized_weights(
     stepper = Stepper(model)
     stepper.step([(sequence, 18)])
     stepper.step([(sequence, 1)])
-    close(torch.cat(sequence.logits), logits(reference, ids))
+    close(torch.cat(sequence.logits), logits(reference, ids)[sequence.at])
 
 
 def test_the_allow_list_is_what_is_tested() -> None:
     assert {kind for kind, _ in archs.ARCHS.values()} == TESTED
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3-moe", "gpt-oss", "phi", "deepseek-v3"])
+def test_bfloat16_is_as_near_to_float32_as_transformers_is(name: str, saved: Save) -> None:
+    reference = archs.build(name).to(torch.bfloat16)
+    model = load(saved(reference), dtype=torch.bfloat16)
+    ids = torch.randint(3, 256, (31,), generator=torch.Generator().manual_seed(7))
+    sequence = Sequence(ids)
+    stepper = Stepper(model)
+    stepper.step([(sequence, 30)])
+    stepper.step([(sequence, 1)])
+    theirs = logits(reference, ids).float()[sequence.at]
+    exact = logits(reference.float(), ids)[sequence.at]
+    ours = torch.cat(sequence.logits)
+    assert (ours - exact).square().mean() < 2 * (theirs - exact).square().mean()

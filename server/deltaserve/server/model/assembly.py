@@ -57,6 +57,7 @@ def assemble(
         attention: Any = model.get_submodule(name)
         attention.ctx = ctx
     _own(model)
+    _shorten_lookups(model)
     return Modules(tuple(groups), (report.embedding, embedding), norms, tuple(report.experts))
 
 
@@ -65,6 +66,14 @@ def _own(model: nn.Module) -> None:
     them."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
+
+
+def _shorten_lookups(model: nn.Module) -> None:
+    """Puts child modules among the plain attributes, where Python finds them before it falls back
+    to `nn.Module.__getattr__`: some ten microseconds of every layer of a decode step."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            module.__dict__[name] = child
 
 
 def _split(names: tuple[str, ...], schemes: Mapping[str, Scheme]) -> list[tuple[str, ...]]:
