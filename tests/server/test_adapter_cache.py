@@ -9,10 +9,17 @@ import pytest
 
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.errors import InvalidAdapter
-from deltaserve.server.engine.adapter_cache import AdapterCache, Residency
+from deltaserve.server.engine.adapter_cache import AdapterCache
 from deltaserve.server.engine.core import AdapterInfo, AdapterRef, AdapterState
 from deltaserve.server.engine.observer import NullObserver
-from deltaserve.server.errors import AdapterConflict, AdapterUnavailable, AdapterUnknown
+from deltaserve.server.engine.residency import Residency
+from deltaserve.server.errors import (
+    AdapterBusy,
+    AdapterConflict,
+    AdapterTooLarge,
+    AdapterUnavailable,
+    AdapterUnknown,
+)
 
 
 @dataclass
@@ -102,7 +109,7 @@ def test_unload_waits_for_requests_in_flight_and_lets_no_new_ones_in() -> None:
     assert not future.done() and rig.host.slots
     with pytest.raises(AdapterUnknown, match="being unloaded"):
         rig.cache.acquire([AdapterRef("a")])
-    with pytest.raises(AdapterConflict, match="being unloaded"):
+    with pytest.raises(AdapterBusy, match="being unloaded"):
         rig.cache.load("a", "/a")
     rig.cache.release(held, running=False)
     rig.until(future.done, [])
@@ -149,7 +156,7 @@ def test_one_that_can_never_fit_is_refused_with_both_sizes() -> None:
     rig = Rig(100, {"huge": 101})
     future = rig.cache.load("huge", "/huge")
     rig.until(future.done, [])
-    with pytest.raises(AdapterUnavailable, match=r"needs 101 bytes.*100 bytes in all"):
+    with pytest.raises(AdapterTooLarge, match=r"needs 101 bytes.*100 bytes in all"):
         future.result()
 
 

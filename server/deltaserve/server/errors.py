@@ -3,8 +3,11 @@
 * RequestError
   x InvalidRequest           a field of the request is wrong
   x AdapterUnknown           no adapter of that name or digest is registered
-  x AdapterConflict          the name is taken by other content, or the adapter is being unloaded
+  x AdapterConflict          the name is taken by other content
+  x AdapterBusy              it is being loaded or unloaded; try again when that is done
+  x AdapterTooLarge          it does not fit into the adapter memory
   x AdapterUnavailable       its load failed; the message says why
+  x NonFiniteLogits          the weights that were asked for give no numbers to choose by
   x Overloaded               the queue or a budget is full; try again later
   x Cancelled                the client went away
   x DeadlineExceeded         the request's deadline passed
@@ -34,11 +37,23 @@ class AdapterUnknown(RequestError):
 
 
 class AdapterConflict(RequestError):
-    """The name is taken by other content, or the adapter is being unloaded."""
+    """The name is taken by other content."""
+
+
+class AdapterBusy(RequestError):
+    """It is being loaded or unloaded; try again when that is done."""
+
+
+class AdapterTooLarge(RequestError):
+    """It does not fit into the adapter memory; the message has both sizes in bytes."""
 
 
 class AdapterUnavailable(RequestError):
     """Its load failed; the message says why."""
+
+
+class NonFiniteLogits(RequestError):
+    """The weights that were asked for give no numbers to choose by."""
 
 
 class Overloaded(RequestError):

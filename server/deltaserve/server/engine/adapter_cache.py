@@ -14,14 +14,17 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.errors import AdapterError
 from deltaserve.kernels.primitives import Prefix
-from deltaserve.server.engine.core import AdapterInfo, AdapterRef, AdapterState, Tier
+from deltaserve.server.engine.core import AdapterInfo, AdapterRef, AdapterState
+from deltaserve.server.engine.residency import Residency
 from deltaserve.server.errors import (
+    AdapterBusy,
     AdapterConflict,
+    AdapterTooLarge,
     AdapterUnavailable,
     AdapterUnknown,
     RequestError,
@@ -56,60 +59,7 @@ class Observer(Protocol):
     def on_adapter_unloaded(self, name: str) -> None: ...
 
 
-@dataclass(eq=False)
-class Residency:
-    """One registered adapter. in_flight counts the requests that name it and are not done,
-    running those of them that hold cache blocks: it cannot be evicted under those."""
-
-    name: str
-    uri: str
-    pinned: bool = False
-    digest: str = ""
-    state: AdapterState = AdapterState.LOADING
-    structure: Adapter | None = None  # without content
-    prefix: Prefix | None = None
-    slot: int = 0
-    nbytes: int = 0
-    in_flight: int = 0
-    running: int = 0
-    loads: int = 0
-    last_used: float = 0.0
-    loaded_at: float = 0.0
-    load_seconds: float = 0.0
-    error: str = ""
-    format: str = ""
-    primitives: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    source_bytes: int = 0
-    waiting_for_load: list[Future[AdapterInfo]] | None = None
-    unloading: Future[int] | None = None
-
-    @property
-    def ready(self) -> bool:
-        return self.slot > 0
-
-    def info(self) -> AdapterInfo:
-        return AdapterInfo(
-            name=self.name,
-            digest=self.digest,
-            uri=self.uri,
-            state=self.state,
-            tier=Tier.HOST if self.ready else Tier.DISK,
-            format=self.format,
-            primitives=self.primitives,
-            resident_bytes=self.nbytes if self.ready else 0,
-            source_bytes=self.source_bytes,
-            pinned=self.pinned,
-            in_flight=self.in_flight,
-            loads=self.loads,
-            last_used=self.last_used,
-            loaded_at=self.loaded_at,
-            load_seconds=self.load_seconds,
-            error=self.error,
-            notes=self.notes,
-        )
-
-
+T = TypeVar("T")
 Infos: TypeAlias = list[AdapterInfo]
 Residencies: TypeAlias = list[Residency]
 
@@ -153,6 +103,7 @@ class AdapterCache:
         self._free_slots: list[int] = []
         self._next_slot = 1
         self._watchers: list[Callable[[AdapterInfo], None]] = []
+        self._promised: set[Future[Any]] = set()
         self._closed = False
 
     # ------------------------------------------------------------ from any thread
@@ -164,36 +115,35 @@ class AdapterCache:
     def load(self, name: str, uri: str, *, pinned: bool = False) -> Future[AdapterInfo]:
         """Register `name` and make it resident. The same content under the same name is fine any
         number of times; other content is an AdapterConflict."""
-        done: Future[AdapterInfo] = Future()
         with self._lock:
             if self._closed:
                 raise ShuttingDown("the server is shutting down and loads no adapters")
             known = self._by_name.get(name)
-            if known is not None and known.state is AdapterState.UNLOADING:
-                raise AdapterConflict(
+            if known is not None and known.unloading is not None:
+                raise AdapterBusy(
                     f"adapter {name!r} is being unloaded: load it again when that is done",
                     field="name",
                 )
+            done: Future[AdapterInfo] = self._promise()
             if known is None or known.state is AdapterState.FAILED:
                 residency = Residency(name, uri, pinned, waiting_for_load=[done])
                 self._by_name[name] = residency
                 self._start(residency)
             else:
-                known.pinned = known.pinned or pinned
-                self._pool.submit(self._compare, known, uri, done)
+                self._pool.submit(self._compare, known, uri, pinned, done)
         return done
 
     def unload(self, name: str) -> Future[int]:
-        """Take no new requests for it, let its running ones finish, free it. -> bytes freed."""
+        """Take no new requests for it, let the others finish, free it. -> bytes freed."""
         with self._lock:
             residency = self._find(name)
             if residency.unloading is None:
                 if residency.state is AdapterState.LOADING:
-                    raise AdapterConflict(
+                    raise AdapterBusy(
                         f"adapter {name!r} is being loaded: unload it when that is done",
                         field="name",
                     )
-                residency.unloading = Future()
+                residency.unloading = self._promise()
                 self._change(residency, AdapterState.UNLOADING)
             future = residency.unloading
         self._wake()
@@ -214,7 +164,9 @@ class AdapterCache:
             residency = self._find(name)
             residency.pinned = pinned
             self._notify(residency)
-            return residency.info()
+            info = residency.info()
+        self._wake()
+        return info
 
     def subscribe(self, callback: Callable[[AdapterInfo], None]) -> Callable[[], None]:
         """Call back at every change of state, from whatever thread makes it; the result ends it."""
@@ -237,7 +189,7 @@ class AdapterCache:
                 residency.last_used = time.time()
             return found
 
-    def release(self, residencies: Iterable[Residency], *, running: bool) -> None:
+    def release(self, residencies: Sequence[Residency], *, running: bool) -> None:
         """The request is done. running: it had been admitted to a batch."""
         with self._lock:
             for residency in residencies:
@@ -245,17 +197,17 @@ class AdapterCache:
                 residency.running -= int(running)
                 residency.last_used = time.time()
                 assert residency.in_flight >= residency.running >= 0
+            news = bool(self._arrived) or any(r.unloading is not None for r in residencies)
+        if news:  # it may be what an unload or a load without room waited for
+            self._wake()
 
     def close(self) -> None:
-        """Take no more loads; fail those that wait."""
+        """Take no more loads; fail the loads and unloads that are not done."""
         with self._lock:
             self._closed = True
         self._pool.shutdown(wait=True, cancel_futures=True)
-        with self._lock:
-            for residency in self._by_name.values():
-                for future in residency.waiting_for_load or []:
-                    if not future.done():
-                        future.set_exception(ShuttingDown("the server is shutting down"))
+        for future in list(self._promised):
+            future.set_exception(ShuttingDown("the server is shutting down"))
 
     # ------------------------------------------------------------ on the engine thread
 
@@ -274,12 +226,12 @@ class AdapterCache:
             for wanted in waiting:
                 for residency in wanted:
                     if (
-                        residency.state is AdapterState.REGISTERED
+                        not (residency.ready or residency.loading)
+                        and residency.state is not AdapterState.FAILED
                         and self._loading < self._loaders
                         and self._could_fit(residency, greedy=wanted is head)
                     ):
-                        self._change(residency, AdapterState.LOADING)
-                        self._start(residency)
+                        self._reload(residency)
 
     def admitted(self, residencies: Iterable[Residency]) -> None:
         """A request was taken into the batch: its adapters stay."""
@@ -287,12 +239,17 @@ class AdapterCache:
             for residency in residencies:
                 residency.running += 1
 
-    @property
-    def pending(self) -> bool:
-        """There is something for `step` to do besides waiting requests."""
-        return bool(self._arrived) or any(
-            r.unloading is not None and r.in_flight == 0 for r in list(self._by_name.values())
-        )
+    def check_room(self, wanted: Sequence[Residency]) -> None:
+        """AdapterTooLarge if these can never be in memory together."""
+        need = sum(r.nbytes for r in wanted if not r.pinned)
+        pinned = self._pinned_bytes()
+        if need + pinned > self.budget:
+            names = ", ".join(repr(r.name) for r in wanted)
+            raise AdapterTooLarge(
+                f"adapters {names} need {need} bytes together{_beside(pinned)}, "
+                f"the adapter memory is {self.budget} bytes in all",
+                field="adapters",
+            )
 
     # ------------------------------------------------------------ inside
 
@@ -322,7 +279,24 @@ class AdapterCache:
             )
         return residency
 
+    def _promise(self) -> Future[T]:
+        """A future that `close` fails if nothing else has come of it by then."""
+        future: Future[T] = Future()
+        self._promised.add(future)
+        future.add_done_callback(self._promised.discard)
+        return future
+
+    def _pinned_bytes(self) -> int:
+        return sum(r.nbytes for r in list(self._by_name.values()) if r.pinned and r.ready)
+
+    def _reload(self, residency: Residency) -> None:
+        """It was evicted and is wanted, if only by requests that an unload waits for."""
+        if residency.state is AdapterState.REGISTERED:
+            residency.state = AdapterState.LOADING
+        self._start(residency)
+
     def _start(self, residency: Residency) -> None:
+        residency.loading = True
         self._loading += 1
         self._notify(residency)
         self._pool.submit(self._load, residency)
@@ -333,10 +307,12 @@ class AdapterCache:
         arrival = _Arrival(residency, 0.0)
         try:
             adapter = self._read(residency.uri)
-            if residency.digest and adapter.digest != residency.digest:
+            with self._lock:
+                registered = residency.digest = residency.digest or adapter.digest
+            if adapter.digest != registered:
                 raise AdapterConflict(
                     f"{residency.uri} has changed since {residency.name!r} was registered: digest "
-                    f"{adapter.digest[:16]}, registered {residency.digest[:16]}",
+                    f"{adapter.digest[:16]}, registered {registered[:16]}",
                     field="uri",
                 )
             arrival.prepared = self._host.prepare(adapter)
@@ -351,25 +327,39 @@ class AdapterCache:
             self._arrived.append(arrival)
         self._wake()
 
-    def _compare(self, known: Residency, uri: str, done: Future[AdapterInfo]) -> None:
+    def _compare(self, known: Residency, uri: str, pinned: bool, done: Future[AdapterInfo]) -> None:
         """On a loader thread: is what `uri` holds what `known` is?"""
         try:
             digest = self._read(uri).digest
             with self._lock:
-                if known.state is AdapterState.LOADING and known.waiting_for_load is not None:
-                    known.waiting_for_load.append(done)
-                    if not known.digest:
-                        known.digest = digest  # the first load must agree with the second
-                    return
-                if digest != known.digest:
-                    raise AdapterConflict(
-                        f"adapter {known.name!r} is registered with digest {known.digest[:16]}; "
-                        f"{uri} has digest {digest[:16]}: unload the name first, or choose another",
-                        field="name",
-                    )
-                done.set_result(known.info())
+                self._join(known, uri, digest, pinned, done)
         except Exception as error:
             done.set_exception(error)
+        self._wake()
+
+    def _join(
+        self, known: Residency, uri: str, digest: str, pinned: bool, done: Future[AdapterInfo]
+    ) -> None:
+        """The same content under the same name: its load is this one's too."""
+        name = known.name
+        if known.state is AdapterState.FAILED:
+            raise AdapterUnavailable(f"adapter {name!r} could not be loaded: {known.error}")
+        if known.unloading is not None:
+            raise AdapterBusy(f"adapter {name!r} was unloaded meanwhile: load it again")
+        known.digest = known.digest or digest
+        if digest != known.digest:
+            raise AdapterConflict(
+                f"adapter {name!r} is registered with digest {known.digest[:16]}; "
+                f"{uri} has digest {digest[:16]}: unload the name first, or choose another",
+                field="name",
+            )
+        known.pinned = known.pinned or pinned
+        if known.ready:
+            done.set_result(known.info())
+            return
+        known.waiting_for_load.append(done)
+        if not known.loading:
+            self._reload(known)
 
     def _publish(self, arrival: _Arrival, protected: frozenset[Residency]) -> bool:
         """False if there is no room now. Nothing is evicted unless there will be room."""
@@ -379,10 +369,13 @@ class AdapterCache:
             return True
         adapter, prepared = arrival.adapter, arrival.prepared
         assert adapter is not None and prepared is not None
-        need = prepared.nbytes
-        if need > self.budget:
-            message = f"needs {need} bytes, the adapter memory is {self.budget} bytes in all"
-            self._fail(residency, AdapterUnavailable(f"adapter {residency.name!r} {message}"))
+        need, pinned = prepared.nbytes, self._pinned_bytes()
+        if need + pinned > self.budget:
+            message = (
+                f"adapter {residency.name!r} needs {need} bytes{_beside(pinned)}, "
+                f"the adapter memory is {self.budget} bytes in all"
+            )
+            self._fail(residency, AdapterTooLarge(message))
             return True
         if not self._make_room(need, protected):
             return False
@@ -402,21 +395,21 @@ class AdapterCache:
         residency.loads += 1
         self.loads += 1
         residency.loaded_at, residency.load_seconds = time.time(), arrival.seconds
-        residency.error = ""
+        residency.error, residency.loading = "", False
         if residency.state is not AdapterState.UNLOADING:
             self._change(residency, AdapterState.READY)
         self._observer.on_adapter_load(residency.name, arrival.seconds)
-        for future in residency.waiting_for_load or []:
+        for future in residency.waiting_for_load:
             future.set_result(residency.info())
-        residency.waiting_for_load = None
+        residency.waiting_for_load = []
         return True
 
     def _fail(self, residency: Residency, error: Exception) -> None:
-        residency.error = str(error)
+        residency.error, residency.loading = str(error), False
         self._change(residency, AdapterState.FAILED)
-        for future in residency.waiting_for_load or []:
+        for future in residency.waiting_for_load:
             future.set_exception(error)
-        residency.waiting_for_load = None
+        residency.waiting_for_load = []
         if not residency.loads:  # it never was an adapter
             self._by_name.pop(residency.name, None)
 
@@ -477,3 +470,7 @@ class AdapterCache:
                 watcher(info)
             except Exception:
                 log.exception("a watcher of adapters failed")
+
+
+def _beside(pinned: int) -> str:
+    return f" beside {pinned} bytes of pinned adapters" if pinned else ""

@@ -33,6 +33,8 @@ KV_SHARE = 0.25
 """Of the memory that is free once the base is loaded, unless the operator gives a number."""
 KV_MOST = 4 << 30
 ADAPTER_SHARE = 0.5
+FOLDER_EXTRAS = 1 << 30
+"""Bytes that an adapter's folder may hold beside its weights: tokenizers, optimizer states."""
 
 
 def build_engine(
@@ -50,6 +52,8 @@ def build_engine(
         quantize=cast(Quantize, m.quantize),
         group_size=m.group_size,
         activations=cast(Literal["float", "int8"], m.activations),
+        max_length=config.engine.max_length,
+        allow_untested=m.allow_untested,
         progress=progress,
     )
     text = Text(m.base)
@@ -86,7 +90,7 @@ def make_engine(
     made: list[Engine] = []
     cache = AdapterCache(
         model,
-        reader(adapters, model),
+        reader(adapters, model, budget),
         budget=budget,
         wake=lambda: made[0].wake(),
         observer=observer,
@@ -141,13 +145,15 @@ def plan_blocks(config: EngineConfig, token_bytes: int, max_length: int, free: i
     return max(1, min(room // (token_bytes * size), useful))
 
 
-def reader(config: AdapterConfig, model: BaseModel) -> Callable[[str], Adapter]:
+def reader(config: AdapterConfig, model: BaseModel, budget: int) -> Callable[[str], Adapter]:
     """uri -> Adapter lowered for this base; only from the folders given as roots and the paths
-    given by name on the command line."""
+    given by name on the command line. budget: bytes for all adapters; files far beyond it are
+    refused unread."""
     named = {str(path): path for _, path in config.preload}
+    most = 4 * budget + FOLDER_EXTRAS
 
     def read(uri: str) -> Adapter:
-        path = named[uri] if uri in named else resolve(uri, config.roots)
+        path = named[uri] if uri in named else resolve(uri, config.roots, max_bytes=most)
         return load_adapter(path, model.spec, allow_base_mismatch=config.allow_base_mismatch)
 
     return read

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 
 import torch
 from tokenizers import Tokenizer
@@ -222,19 +222,25 @@ class Engine:
                 self._end(known, error_output(known, Cancelled("cancelled by the client")), out)
         now = time.monotonic()
         for sequence in [*self._scheduler.waiting, *self._scheduler.running]:
-            deadline = sequence.request.deadline
-            if deadline is not None and now > deadline:
-                error: RequestError = DeadlineExceeded("the request's deadline has passed")
+            try:
+                self._check_hope(sequence, now)
+            except RequestError as error:
                 self._end(sequence, error_output(sequence, error), out)
-                continue
-            for residency in sequence.adapters:
-                if residency.state is AdapterState.FAILED:
-                    error = AdapterUnavailable(
-                        f"adapter {residency.name!r} could not be loaded: {residency.error}",
-                        field="model",
-                    )
-                    self._end(sequence, error_output(sequence, error), out)
-                    break
+
+    def _check_hope(self, sequence: Sequence, now: float) -> None:
+        """Raise what keeps the request from ever being answered."""
+        deadline = sequence.request.deadline
+        if deadline is not None and now > deadline:
+            raise DeadlineExceeded("the request's deadline has passed")
+        if sequence.resident:
+            return
+        for residency in sequence.adapters:
+            if residency.state is AdapterState.FAILED:
+                raise AdapterUnavailable(
+                    f"adapter {residency.name!r} could not be loaded: {residency.error}",
+                    field="model",
+                )
+        self.adapters.check_room(sequence.adapters)
 
     def _begin(self, sequence: Sequence) -> bool:
         """The scheduler wants to admit it: its adapters are resident. False if it fails."""
@@ -283,20 +289,22 @@ class Engine:
             incident = uuid.uuid4().hex[:12]
             log.exception("incident %s: a step of %d tokens failed", incident, batch.tokens)
             failure = EngineFailure(f"the step failed (incident {incident} in the server's log)")
+            self._discard([part.sequence for part in batch.parts])
             for part in batch.parts:
-                self._discard(part.sequence)
                 self._end(part.sequence, error_output(part.sequence, failure), out)
             return
-        for sequence in out.poisoned:
-            self._discard(sequence)
+        self._discard(out.poisoned)
         for sequence, output in out.finished:
             self._end(sequence, output, out)
         out.observe(self._observer)
 
-    def _discard(self, sequence: Sequence) -> None:
-        """Its keys and values are not to be used by anyone."""
-        own = [b for b in sequence.blocks if self._scheduler.blocks.references(b) == 1]
-        self._scheduler.blocks.forget(own)
+    def _discard(self, sequences: list[Sequence]) -> None:
+        """Their keys and values are not to be used by anyone. What others share as well is not
+        found any more, and discarded with the last of them."""
+        holders = Counter(block for s in sequences for block in s.blocks)
+        blocks = self._scheduler.blocks
+        blocks.forget(holders)
+        own = [block for block, count in holders.items() if blocks.references(block) == count]
         if own:
             self._runner.scrub(own)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 
@@ -20,7 +21,7 @@ from deltaserve.server.engine.runner import LogitRow
 from deltaserve.server.engine.sampler import Choice, Row, logprob_of, sample
 from deltaserve.server.engine.scheduler import Batch, Scheduler
 from deltaserve.server.engine.sequence import Sequence
-from deltaserve.server.errors import Cancelled, EngineFailure, RequestError
+from deltaserve.server.errors import Cancelled, NonFiniteLogits, RequestError
 
 
 class StepOutputs:
@@ -53,7 +54,7 @@ class StepOutputs:
         sampled = [i for i, row in enumerate(rows) if row.samples]
         for i, row in enumerate(rows):
             if not row.samples:
-                _score(row, logits[i])
+                self._score(row, logits[i])
         picked = logits if len(sampled) == len(rows) else logits[sampled]
         descriptions = [_row(rows[i].part.sequence, eos) for i in sampled]
         choices = sample(picked, descriptions) if sampled else []
@@ -62,14 +63,30 @@ class StepOutputs:
         for i, choice in zip(sampled, choices, strict=True):
             sequence = rows[i].part.sequence
             if not choice.finite:
-                self.poisoned.append(sequence)
-                error = EngineFailure(
-                    "the model's logits are not finite (NON_FINITE_LOGITS): "
-                    + ("check the adapter's weights" if sequence.adapters else "the base is bad")
-                )
-                self.finished.append((sequence, error_output(sequence, error)))
-                continue
-            self._next(sequence, choice, eos, max_length, now)
+                self._poison(sequence)
+            elif sequence not in self.poisoned:
+                self._next(sequence, choice, eos, max_length, now)
+
+    def _score(self, row: LogitRow, logits: Tensor) -> None:
+        """Keep the log-probability of the prompt token behind this row."""
+        sequence = row.part.sequence
+        top = sequence.request.sampling.logprobs or 0
+        entry = logprob_of(logits, sequence.tokens[row.position + 1], top)
+        sequence.scores.append(entry)
+        if not math.isfinite(entry.logprob):
+            self._poison(sequence)
+
+    def _poison(self, sequence: Sequence) -> None:
+        if sequence in self.poisoned:
+            return
+        self.poisoned.append(sequence)
+        whose = f"adapters {sequence.label!r} have" if sequence.adapters else "the base has"
+        error = NonFiniteLogits(
+            f"the logits after {len(sequence.tokens) - sequence.virtual} tokens are not finite: "
+            f"{whose} weights too large to compute with, or damaged",
+            field="model" if sequence.adapters else "",
+        )
+        self.finished.append((sequence, error_output(sequence, error)))
 
     def _next(
         self,
@@ -202,10 +219,3 @@ def needs_outputs(sequence: Sequence) -> bool:
     return bool(
         p.min_tokens or p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
     )
-
-
-def _score(row: LogitRow, logits: Tensor) -> None:
-    """Keep the log-probability of the prompt token behind this row."""
-    sequence = row.part.sequence
-    top = sequence.request.sampling.logprobs or 0
-    sequence.scores.append(logprob_of(logits, sequence.tokens[row.position + 1], top))

@@ -15,8 +15,8 @@ from deltaserve.server.engine.core import Outbox, Request, ServedAdapter, TokenL
 from deltaserve.server.engine.kv_cache import BlockManager, block_hash
 
 if TYPE_CHECKING:
-    from deltaserve.server.engine.adapter_cache import Residency
     from deltaserve.server.engine.detokenizer import Detokenizer
+    from deltaserve.server.engine.residency import Residency
 
 _arrivals = itertools.count()
 

@@ -1,0 +1,65 @@
+"""Residency: one registered adapter, in memory or not."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from deltaserve.adapters.adapter import Adapter
+from deltaserve.kernels.primitives import Prefix
+from deltaserve.server.engine.core import AdapterInfo, AdapterState, Tier
+
+
+@dataclass(eq=False)
+class Residency:
+    """One registered adapter. in_flight counts the requests that name it and are not done,
+    running those of them that hold cache blocks: it cannot be evicted under those."""
+
+    name: str
+    uri: str
+    pinned: bool = False
+    digest: str = ""
+    state: AdapterState = AdapterState.LOADING
+    structure: Adapter | None = None  # without content
+    prefix: Prefix | None = None
+    slot: int = 0
+    nbytes: int = 0
+    in_flight: int = 0
+    running: int = 0
+    loads: int = 0
+    last_used: float = 0.0
+    loaded_at: float = 0.0
+    load_seconds: float = 0.0
+    error: str = ""
+    format: str = ""
+    primitives: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    source_bytes: int = 0
+    loading: bool = False  # a loader has it, or it waits for room
+    waiting_for_load: list[Future[AdapterInfo]] = field(default_factory=list)
+    unloading: Future[int] | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self.slot > 0
+
+    def info(self) -> AdapterInfo:
+        return AdapterInfo(
+            name=self.name,
+            digest=self.digest,
+            uri=self.uri,
+            state=self.state,
+            tier=Tier.HOST if self.ready else Tier.DISK,
+            format=self.format,
+            primitives=self.primitives,
+            resident_bytes=self.nbytes if self.ready else 0,
+            source_bytes=self.source_bytes,
+            pinned=self.pinned,
+            in_flight=self.in_flight,
+            loads=self.loads,
+            last_used=self.last_used,
+            loaded_at=self.loaded_at,
+            load_seconds=self.load_seconds,
+            error=self.error,
+            notes=self.notes,
+        )
