@@ -66,6 +66,9 @@ def serve(
     grace_seconds: Annotated[
         float, typer.Option(help="Running requests may go on for so long after SIGTERM.")
     ] = 30.0,
+    allow_untested: Annotated[
+        bool, typer.Option(help="Also architectures that the test suite does not cover.")
+    ] = False,
     allow_base_mismatch: Annotated[
         bool, typer.Option(help="Take adapters made for another base of the same shapes.")
     ] = False,
@@ -79,7 +82,9 @@ def serve(
     """
     try:
         config = c.Config(
-            model=c.ModelConfig(base, dtype, quantize, group_size, activations, device, threads),
+            model=c.ModelConfig(
+                base, dtype, quantize, group_size, activations, device, threads, allow_untested
+            ),
             adapters=c.AdapterConfig(
                 preload=tuple(c.name_and_path(item) for item in adapter or ()),
                 roots=tuple(adapter_root or ()),

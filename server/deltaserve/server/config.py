@@ -33,6 +33,7 @@ class ModelConfig:
     quantize: of the linear weights; group_size: input features that share a scale (int4).
     activations: ``int8`` multiplies in integers, quantizing each token's activations, which is
     faster and slightly less exact; ``float`` does not. threads: of torch; None leaves it to torch.
+    allow_untested: also architectures that the test suite does not cover.
     """
 
     base: Path
@@ -42,6 +43,7 @@ class ModelConfig:
     activations: str = "float"
     device: str = "cpu"
     threads: int | None = None
+    allow_untested: bool = False
 
     def __post_init__(self) -> None:
         _one_of("--dtype", self.dtype, DTYPES)

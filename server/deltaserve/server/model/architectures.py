@@ -85,7 +85,7 @@ def check(config: PreTrainedConfig, *, allow_untested: bool = False) -> None:
     if not allow_untested and config.model_type not in TESTED:
         raise UnsupportedModel(
             f"model_type {config.model_type!r} is not among the tested architectures: "
-            f"{', '.join(sorted(TESTED))}; it can be tried with allow_untested"
+            f"{', '.join(sorted(TESTED))}; it can be tried with --allow-untested"
         )
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{config.model_type!r} is an encoder-decoder model")
