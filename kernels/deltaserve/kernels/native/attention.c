@@ -1,7 +1,7 @@
 /* Attention of one new token per sequence over a paged cache, keys and values read where they lie.
  *
- * A task is one sequence and one KV head with all the query heads that share it. Three passes over
- * the sequence: logits, softmax, weighted sum of the values; all in float32. */
+ * A task is one sequence, or some KV heads of it with the query heads that share them. Three passes:
+ * logits, softmax, weighted sum of the values; all in float32. */
 #include "common.h"
 
 #include <math.h>
@@ -22,8 +22,6 @@ typedef struct {
     const float *sinks;       /* [heads], or null */
 } attention_t;
 
-enum { WIDE = 8 }; /* vectors of a value row kept in registers */
-
 /* e^x for x <= 0 to about 1 unit in the last place; 0 below -87. Cody and Waite's reduction, then a
  * polynomial of degree 6. */
 ALWAYS f32x16 exp16(f32x16 x) {
@@ -43,10 +41,6 @@ ALWAYS f32x16 exp16(f32x16 x) {
     return (f32x16)((u32x16)r & ~(u32x16)under);
 }
 
-ALWAYS int64_t cell_of(const attention_t *m, const int64_t *table, int64_t t) {
-    return table[t / m->block] * m->block + t % m->block;
-}
-
 ALWAYS float dot(const void *k, int64_t at, const float *q, int64_t n, int bf16) {
     f32x16 acc = splat(0);
     int64_t i = 0;
@@ -59,20 +53,16 @@ ALWAYS float dot(const void *k, int64_t at, const float *q, int64_t n, int bf16)
     return sum16(acc);
 }
 
-/* out[0 .. n) = sum of p[t] * values of cell t, n <= WIDE vectors of a row from column c on. */
-ALWAYS void weigh(const attention_t *m, const int64_t *table, int64_t first, int64_t length,
-                  int64_t head, const float *p, int64_t c, int64_t n, float inverse, int64_t out,
-                  int bf16, int V) {
-    f32x16 acc[WIDE];
-    for (int v = 0; v < V; v++) acc[v] = splat(0);
-    int64_t left = n - (V - 1) * LANES;
-    for (int64_t t = first; t < length; t++) {
-        int64_t at = (cell_of(m, table, t) * m->kv_heads + head) * m->value_dim + c;
-        for (int v = 0; v < V - 1; v++) acc[v] += load16(m->values, at + v * LANES, bf16) * p[t - first];
-        acc[V - 1] += load_upto(m->values, at + (V - 1) * LANES, left, bf16) * p[t - first];
+/* acc[0 .. n) += p * values from element `at` on. */
+ALWAYS void add_row(float *acc, const void *values, int64_t at, int64_t n, float p, int bf16) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        f32x16 a;
+        memcpy(&a, acc + i, sizeof a);
+        a += load16(values, at + i, bf16) * p;
+        memcpy(acc + i, &a, sizeof a);
     }
-    for (int v = 0; v < V; v++)
-        store_upto(m->out, out + c + v * LANES, v < V - 1 ? LANES : left, bf16, acc[v] * inverse);
+    for (; i < n; i++) acc[i] += p * load1(values, at + i, bf16);
 }
 
 static void softmax(const attention_t *m, float *p, int64_t n, int64_t head, float *inverse) {
@@ -94,29 +84,45 @@ static void softmax(const attention_t *m, float *p, int64_t n, int64_t head, flo
     *inverse = 1.0f / (total + sum16(sum));
 }
 
-ALWAYS void attend(const attention_t *m, int64_t row, int64_t head, float *q, float *p, int bf16) {
-    int64_t group = m->heads / m->kv_heads, length = m->lengths[row];
+/* Query heads of KV heads [from, to) of one sequence. The cells are read in the order in which they
+ * lie, all heads of one after the other; the logits of every head wait for it in p. */
+ALWAYS void attend(const attention_t *m, int64_t row, int64_t from, int64_t to, float *scratch, int bf16) {
+    int64_t group = m->heads / m->kv_heads, heads = (to - from) * group, length = m->lengths[row];
     int64_t first = m->window > 0 ? max64(0, length - m->window) : 0, n = length - first;
     const int64_t *table = m->tables + row * m->width;
-    for (int64_t g = 0; g < group; g++) {
-        int64_t at = (head * group + g) * m->q_head + row * m->q_row;
-        for (int64_t i = 0; i < m->key_dim; i++) q[g * m->key_dim + i] = m->scale * load1(m->q, at + i, bf16);
+    float *q = scratch, *acc = q + heads * m->key_dim, *p = acc + heads * m->value_dim;
+    for (int64_t h = 0; h < heads; h++) {
+        int64_t at = (from * group + h) * m->q_head + row * m->q_row;
+        for (int64_t i = 0; i < m->key_dim; i++) q[h * m->key_dim + i] = m->scale * load1(m->q, at + i, bf16);
     }
-    for (int64_t t = first; t < length; t++) {
-        int64_t at = (cell_of(m, table, t) * m->kv_heads + head) * m->key_dim;
-        for (int64_t g = 0; g < group; g++) p[g * n + t - first] = dot(m->keys, at, q + g * m->key_dim, m->key_dim, bf16);
+    memset(acc, 0, heads * m->value_dim * sizeof *acc);
+    int64_t step = m->kv_heads * m->key_dim;
+    for (int64_t b = first / m->block; b * m->block < length; b++) {
+        int64_t t = max64(first, b * m->block), end = min64(length, (b + 1) * m->block);
+        int64_t at = (table[b] * m->block + t % m->block) * step + from * m->key_dim;
+        for (; t < end; t++, at += step)
+            for (int64_t k = 0, h = 0; k < to - from; k++)
+                for (int64_t g = 0; g < group; g++, h++)
+                    p[h * n + t - first] = dot(m->keys, at + k * m->key_dim, q + h * m->key_dim, m->key_dim, bf16);
     }
-    for (int64_t g = 0; g < group; g++) {
-        float inverse;
-        softmax(m, p + g * n, n, head * group + g, &inverse);
-        int64_t out = (row * m->heads + head * group + g) * m->value_dim;
-        for (int64_t c = 0; c < m->value_dim; c += WIDE * LANES) {
-            int64_t left = min64(WIDE * LANES, m->value_dim - c);
-#define CASE(V) case V: weigh(m, table, first, length, head, p + g * n, c, left, inverse, out, bf16, V); break;
-            switch (ceil_div(left, LANES)) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) }
-#undef CASE
+    float *inverse = q; /* the queries are not needed any more */
+    for (int64_t h = 0; h < heads; h++) softmax(m, p + h * n, n, from * group + h, inverse + h);
+    step = m->kv_heads * m->value_dim;
+    for (int64_t b = first / m->block; b * m->block < length; b++) {
+        int64_t t = max64(first, b * m->block), end = min64(length, (b + 1) * m->block);
+        int64_t at = (table[b] * m->block + t % m->block) * step + from * m->value_dim;
+        for (; t < end; t++, at += step)
+            for (int64_t k = 0, h = 0; k < to - from; k++)
+                for (int64_t g = 0; g < group; g++, h++)
+                    add_row(acc + h * m->value_dim, m->values, at + k * m->value_dim, m->value_dim,
+                            p[h * n + t - first], bf16);
+    }
+    int64_t out = (row * m->heads + from * group) * m->value_dim;
+    for (int64_t h = 0; h < heads; h++)
+        for (int64_t i = 0; i < m->value_dim; i += LANES) {
+            f32x16 v = load_upto(acc, h * m->value_dim + i, m->value_dim - i, 0);
+            store_upto(m->out, out + h * m->value_dim + i, m->value_dim - i, bf16, v * inverse[h]);
         }
-    }
 }
 
 /* Returns 0, or -1 when memory ran out. */
@@ -129,12 +135,15 @@ int ds_attention(const void *q, int64_t q_head, int64_t q_row, const void *keys,
                      rows, tables, width, block, lengths, scale, window, softcap, sinks};
     int64_t longest = 0, total = 0, group = heads / kv_heads;
     for (int64_t r = 0; r < rows; r++) longest = max64(longest, lengths[r]), total += lengths[r];
-    int64_t each = ceil_div(group * (key_dim + longest), LANES) * LANES;
     if (total * heads * key_dim < 30000) threads = 1;
+    /* Whole sequences a task, unless that leaves threads without work. */
+    int64_t parts = min64(kv_heads, ceil_div(4 * (int64_t)threads, rows));
+    if (threads == 1) parts = 1;
+    int64_t each = group * ceil_div(kv_heads, parts) * (key_dim + value_dim + longest);
+    each = ceil_div(each, LANES) * LANES;
     float *scratch = malloc(threads * each * sizeof(float));
     if (!scratch) return -1;
-    int failed = 0;
-    int64_t tasks = rows * kv_heads;
+    int64_t tasks = rows * parts;
     int chunk = chunk_of(tasks, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -146,10 +155,12 @@ int ds_attention(const void *q, int64_t q_head, int64_t q_row, const void *keys,
         float *own = scratch + me * each;
 #pragma omp for schedule(dynamic, chunk)
         for (int64_t task = 0; task < tasks; task++) {
-            if (bf16) attend(&m, task / kv_heads, task % kv_heads, own, own + group * key_dim, 1);
-            else attend(&m, task / kv_heads, task % kv_heads, own, own + group * key_dim, 0);
+            int64_t part = task % parts;
+            int64_t from = part * kv_heads / parts, to = (part + 1) * kv_heads / parts;
+            if (bf16) attend(&m, task / parts, from, to, own, 1);
+            else attend(&m, task / parts, from, to, own, 0);
         }
     }
     free(scratch);
-    return failed;
+    return 0;
 }
