@@ -136,7 +136,7 @@ class Modules:
             exact = self.embedding.multiplier is not None
             return "" if exact else "this kind of embedding takes no adapters"
         if name in self.norms:
-            by_token = self.norms[name].by_token
+            by_token = self.norms[name].token_dim is not None
         elif name in self.group_of:
             by_token = self.group_of[name].deltas is not None
         else:

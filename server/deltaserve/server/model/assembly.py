@@ -47,9 +47,8 @@ def assemble(
         trim()
         on_group((done + 1) / len(split))
     norms = {}
-    for name in report.norms:
-        by_token = name in report.by_token
-        norms[name] = DeltaNorm(model.get_submodule(name), ctx, dtype, by_token=by_token)
+    for name, token_dim in report.norms.items():
+        norms[name] = DeltaNorm(model.get_submodule(name), ctx, dtype, token_dim)
         _replace(model, name, norms[name])
     embedding = DeltaEmbedding(model.get_submodule(report.embedding), ctx, dtype)
     _replace(model, report.embedding, embedding)

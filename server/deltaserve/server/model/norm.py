@@ -15,16 +15,18 @@ from deltaserve.server.model.context import ForwardContext
 
 class DeltaNorm(nn.Module):
     """Stands where a norm stood. `offset` is what the norm adds to its gain (1 in Gemma) if it was
-    proven to be an RMS norm, else None, and then the model's own module computes it."""
+    proven to be an RMS norm, else None, and then the model's own module computes it. token_dim:
+    the dimension of its input that is the step's tokens; None if there is none such, and then it
+    takes no adapters."""
 
     def __init__(
-        self, inner: nn.Module, ctx: ForwardContext, dtype: torch.dtype, *, by_token: bool
+        self, inner: nn.Module, ctx: ForwardContext, dtype: torch.dtype, token_dim: int | None
     ) -> None:
         super().__init__()
         weight: Any = inner.weight
         self.inner = inner
         self.ctx = ctx
-        self.by_token = by_token
+        self.token_dim = token_dim
         self.slots: set[int] = set()  # of the installed adapters that have a part here
         self.deltas = NormDeltas(weight.shape[0], dtype)
         form = rms_form(inner)
@@ -39,11 +41,12 @@ class DeltaNorm(nn.Module):
         return found
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [1, T, ..., hidden] -> the same shape."""
+        """x [..., T, ..., hidden] -> the same shape."""
         if self.slots and self.ctx.segments:
-            lead = x if x.shape[0] != 1 or x.dim() == 2 else x[0]
-            y = self.deltas.forward(lead, self.apply_gain, self.weight, self.ctx.segments)
-            return y.view(x.shape)
+            assert self.token_dim is not None
+            rows = x.movedim(self.token_dim, 0)
+            y = self.deltas.forward(rows, self.apply_gain, self.weight, self.ctx.segments)
+            return y.movedim(0, self.token_dim)
         if self.offset is not None:
             return rms_norm(x, self.gain, self.eps)
         found: Tensor = self.inner(x)

@@ -64,15 +64,16 @@ class LayerAttention:
 class ArchReport:
     """attention: per layer, in order. attention_modules: paths of what calls the attention
     function. groups: linears that are fed the very same tensor by one parent, in order of calls;
-    every linear that is called is in exactly one. by_token: linears and norms whose input rows are
-    the step's tokens (of `head`: the rows that logits are asked of). experts: paths of fused
+    every linear that is called is in exactly one. by_token: linears whose input rows are the
+    step's tokens (of `head`: the rows that logits are asked of). norms: path -> the dimension of
+    its input that is the tokens', None if there is no one such. experts: paths of fused
     experts, and how many each has. head, embedding: lm_head's and the input embedding's path."""
 
     attention: tuple[LayerAttention, ...]
     attention_modules: tuple[str, ...]
     groups: tuple[tuple[str, ...], ...]
     by_token: frozenset[str]
-    norms: tuple[str, ...]
+    norms: Mapping[str, int | None]
     experts: Mapping[str, int]
     head: str
     embedding: str
@@ -184,7 +185,7 @@ def probe(model: PreTrainedModel) -> ArchReport:
         attention_modules=tuple(names[m] for m, _, _ in recorder.attention),
         groups=tuple(_groups(recorder, names, head)),
         by_token=frozenset(_by_token(recorder, names, head)),
-        norms=tuple(dict.fromkeys(names[m] for m, _ in recorder.norms)),
+        norms=dict(_token_dimensions(recorder, names)),
         experts={names[m]: _experts(m) for m in recorder.experts},
         head=names[head],
         embedding=names[model.get_input_embeddings()],
@@ -246,15 +247,19 @@ def _experts(module: nn.Module) -> int:
 
 def _by_token(recorder: _Recorder, names: dict[nn.Module, str], head: nn.Module) -> Iterator[str]:
     odd: set[str] = set()
-    seen: set[str] = set()
     for module, x, _ in recorder.linears:
         rows = LOGIT_ROWS if module is head else recorder.tokens
-        seen.add(names[module])
         if x.dim() < 2 or x.shape[-2] != rows or x.numel() != rows * x.shape[-1]:
             odd.add(names[module])
+    yield from {names[module] for module, _, _ in recorder.linears} - odd
+
+
+def _token_dimensions(
+    recorder: _Recorder, names: dict[nn.Module, str]
+) -> Iterator[tuple[str, int | None]]:
+    found: dict[str, set[int | None]] = {}
     for norm, x in recorder.norms:
-        seen.add(names[norm])
-        lead = x.shape[1] if x.dim() > 2 and x.shape[0] == 1 else x.shape[0]
-        if x.dim() < 2 or lead != recorder.tokens:
-            odd.add(names[norm])
-    yield from seen - odd
+        places = [d for d, size in enumerate(x.shape[:-1]) if size == recorder.tokens]
+        found.setdefault(names[norm], set()).add(places[0] if len(places) == 1 else None)
+    for name, dimensions in found.items():
+        yield name, dimensions.pop() if len(dimensions) == 1 else None
