@@ -112,6 +112,9 @@ def _decode(
     mask = step.masks.get(how.window)
     if mask is None:
         mask = step.masks[how.window] = _decode_mask(step.lengths_tensor, k.shape[2], how.window)
+    unseen = ~mask.transpose(2, 3)  # may hold a failed request's NaN, which no mask stops
+    k.masked_fill_(unseen, 0)
+    v.masked_fill_(unseen, 0)
     if how.special:
         return _explicit(q.unsqueeze(2), k, v, mask, how).squeeze(2)
     grouped = q.reshape(n, kv_heads, heads // kv_heads, dim)
