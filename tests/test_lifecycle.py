@@ -248,6 +248,40 @@ def test_many_adapters_in_little_memory(
         assert small.adapters.used_bytes == 0 and not small.adapters.list()
 
 
+def test_a_flood_for_one_adapter_does_not_starve_another(
+    files: Files, engine: Engine, fresh: Callable[..., object]
+) -> None:
+    """Room for one. Requests for it overlap without end; one for the other still gets its turn."""
+    right = alone(engine, request(prompt(4), "a0"))
+    size = max(engine.adapters.get(f"a{i}").resident_bytes for i in (0, 1))
+    with fresh(adapter_bytes=int(size * 1.5)) as small:  # type: ignore[attr-defined]
+        for name in ("a0", "a1"):
+            small.adapters.load(name, files.uri(name)).result(60)
+        stop = threading.Event()
+        flood, others = Collector(), []
+
+        def pour() -> None:
+            while not stop.is_set():
+                if small.stats().running + small.stats().waiting < 6:
+                    others.append(request(prompt(len(others)), "a1", max_tokens=60))
+                    small.submit(others[-1], flood)
+                time.sleep(0.002)
+
+        thread = threading.Thread(target=pour, daemon=True)
+        thread.start()
+        try:
+            until(lambda: small.stats().running > 3, "the flood runs")
+            collector, asked = Collector(), request(prompt(4), "a0")
+            small.submit(asked, collector)
+            same(collector.wait(asked.request_id, 20), right)
+        finally:
+            stop.set()
+            thread.join()
+        for r in others:
+            flood.wait(r.request_id, 60)
+        check_empty(small)
+
+
 def test_unload_of_an_evicted_adapter_that_a_request_waits_for(
     files: Files, engine: Engine, fresh: Callable[..., object]
 ) -> None:

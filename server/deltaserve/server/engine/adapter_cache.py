@@ -225,12 +225,12 @@ class AdapterCache:
                     self._finish_unload(residency)
             for wanted in waiting:
                 for residency in wanted:
-                    if (
-                        not (residency.ready or residency.loading)
-                        and residency.state is not AdapterState.FAILED
-                        and self._loading < self._loaders
-                        and self._could_fit(residency, greedy=wanted is head)
-                    ):
+                    if residency.ready or residency.loading:
+                        continue
+                    if residency.state is AdapterState.FAILED or self._loading >= self._loaders:
+                        continue
+                    residency.crowded = not self._could_fit(residency, greedy=wanted is head)
+                    if not residency.crowded:
                         self._reload(residency)
 
     def admitted(self, residencies: Iterable[Residency]) -> None:
@@ -377,7 +377,8 @@ class AdapterCache:
             )
             self._fail(residency, AdapterTooLarge(message))
             return True
-        if not self._make_room(need, protected):
+        residency.crowded = not self._make_room(need, protected)
+        if residency.crowded:
             return False
         slot = self._free_slots.pop() if self._free_slots else self._next_slot
         self._next_slot = max(self._next_slot, slot + 1)

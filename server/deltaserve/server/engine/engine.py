@@ -37,6 +37,9 @@ from deltaserve.server.model.base_model import BaseModel
 
 log = logging.getLogger(__name__)
 
+ROOM_SECONDS = 1.0
+"""So long requests whose adapters are in memory may overtake one whose adapter finds no room."""
+
 
 class Engine:
     """The loop is `step`: take in what came, schedule, run, hand out. Everything that blocks
@@ -202,6 +205,7 @@ class Engine:
         out = StepOutputs()
         self._take_in(out)
         self.adapters.step([s.adapters for s in self._scheduler.waiting if s.adapters])
+        self._scheduler.first = self._overdue()
         batch = self._scheduler.schedule()
         for sequence, error in self._failed:
             self._end(sequence, error_output(sequence, error), out)
@@ -212,6 +216,13 @@ class Engine:
         elif not self._scheduler.running and not self._scheduler.waiting:
             self._scheduler.blocks.check_integrity()
         out.deliver()
+
+    def _overdue(self) -> Sequence | None:
+        """The request that has waited too long for others' adapters to leave it room."""
+        head = next((s for s in self._scheduler.waiting if not s.resident), None)
+        if head is None or time.monotonic() - head.submitted < ROOM_SECONDS:
+            return None
+        return head if any(a.crowded for a in head.adapters) else None
 
     def _take_in(self, out: StepOutputs) -> None:
         while self._inbox:

@@ -36,6 +36,7 @@ class Residency:
     notes: tuple[str, ...] = ()
     source_bytes: int = 0
     loading: bool = False  # a loader has it, or it waits for room
+    crowded: bool = False  # running requests of other adapters leave it no room
     waiting_for_load: list[Future[AdapterInfo]] = field(default_factory=list)
     unloading: Future[int] | None = None
 

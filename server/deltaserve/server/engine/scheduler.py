@@ -55,6 +55,8 @@ class Scheduler:
     last in that order is preempted: it gives back its blocks and waits to be computed anew.
 
     begin: called before a sequence is admitted, to lay out its tokens; False if it cannot be.
+    first: a waiting request that is not to be overtaken by any that keeps adapters in memory which
+    it does not use itself.
     """
 
     def __init__(self, blocks: BlockManager, max_batch_tokens: int, max_sequences: int) -> None:
@@ -64,6 +66,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self.first: Sequence | None = None
         self.begin: Callable[[Sequence], bool] = lambda sequence: True
 
     def add(self, sequence: Sequence) -> None:
@@ -103,7 +106,7 @@ class Scheduler:
         for sequence in list(self.waiting):
             if budget <= 0 or len(self.running) >= self.max_sequences:
                 break
-            if not sequence.resident:
+            if not sequence.resident or self._overtakes(sequence):
                 continue
             if not self.begin(sequence):
                 continue
@@ -117,6 +120,12 @@ class Scheduler:
             self.running.append(sequence)
             budget -= self._chunk(sequence, budget, batch)
         return budget
+
+    def _overtakes(self, sequence: Sequence) -> bool:
+        first = self.first
+        if first is None or sequence.admitted or sequence.order <= first.order:
+            return False
+        return any(not a.pinned and a not in first.adapters for a in sequence.adapters)
 
     def _chunk(self, sequence: Sequence, budget: int, batch: Batch) -> int:
         """Schedule the next part of a prompt; the number of tokens it takes."""
