@@ -25,9 +25,14 @@ def load_base(folder: Path, *, dtype: str = "float32", quantize: str = "none") -
 
 @contextmanager
 def running(
-    model: BaseModel, roots: Sequence[Path], *, adapter_bytes: int | None = None, **config: object
+    model: BaseModel,
+    roots: Sequence[Path],
+    *,
+    adapter_bytes: int | None = None,
+    text: bool = True,
+    **config: object,
 ) -> Iterator[Engine]:
-    """Small steps on purpose: prompts are cut up, blocks are many."""
+    """Small steps on purpose: prompts are cut up, blocks are many. text: there is a tokenizer."""
     given = {
         "max_batch_tokens": 24,
         "block_size": 8,
@@ -39,7 +44,7 @@ def running(
         model,
         EngineConfig(**given),  # type: ignore[arg-type]
         AdapterConfig(roots=tuple(roots), bytes=adapter_bytes),
-        tokenizer=Text(model.folder).backend,
+        tokenizer=Text(model.folder).backend if text else None,
     )
     engine.start()
     try:
