@@ -27,7 +27,7 @@ from variants import VARIANTS, make_base
 
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.server.engine.collector import Answer, Collector, generate
-from deltaserve.server.engine.core import AdapterState, FinishReason, Request
+from deltaserve.server.engine.core import AdapterState, FinishReason, Output, Request
 from deltaserve.server.engine.engine import Engine
 from deltaserve.server.errors import (
     AdapterConflict,
@@ -652,10 +652,18 @@ def test_scores_equal_the_logprobs_of_generation(
             assert ours.logprob == pytest.approx(theirs.logprob, abs=TOLERANCE)
 
 
+class SlowAtTheEnd(Collector):
+    def deliver(self, outputs: list[Output]) -> None:
+        if any(o.finish_reason is not None for o in outputs):
+            time.sleep(0.05)
+        super().deliver(outputs)
+
+
 def test_drain(files: Files, fresh: Callable[..., object]) -> None:
+    """New requests are refused; once it returns, everybody has their answer."""
     with fresh() as engine:  # type: ignore[attr-defined]
         engine.adapters.load("a0", files.uri("a0")).result(60)
-        collector = Collector()
+        collector = SlowAtTheEnd()
         asked = [request(prompt(i), "a0" if i % 2 else "", max_tokens=100) for i in range(4)]
         right = [alone(engine, r) for r in asked]
         for r in asked:

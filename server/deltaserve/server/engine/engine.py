@@ -79,6 +79,7 @@ class Engine:
         self._draining = False
         self._stopping = False
         self._woken = False
+        self._stepping = False
         self._thread = threading.Thread(target=self._loop, name="deltaserve-engine", daemon=True)
         scheduler.begin = self._begin
 
@@ -158,7 +159,7 @@ class Engine:
         end = None if timeout is None else time.monotonic() + timeout
         with self._lock:
             self._draining = True
-            while self._known:
+            while self._known or self._stepping:  # what has ended is handed out after its step
                 left = None if end is None else end - time.monotonic()
                 if left is not None and left <= 0:
                     return False
@@ -185,6 +186,7 @@ class Engine:
                         break
                 self._woken = bool(self._scheduler.running)
                 stopping = self._stopping
+                self._stepping = not stopping
             if stopping:
                 self._abandon()
                 return
@@ -195,6 +197,9 @@ class Engine:
                 self._abandon(EngineFailure("the engine failed; see the server's log"))
             with self._lock:
                 self._woken = self._woken or bool(self._scheduler.running)
+                self._stepping = False
+                if self._draining:
+                    self._lock.notify_all()
 
     def _patience(self) -> float | None:
         """Seconds to wait for news: deadlines of waiting requests are looked at now and then."""
