@@ -11,7 +11,8 @@ from torch import Tensor
 
 Key: TypeAlias = tuple[int, torch.Size, tuple[int, ...], torch.dtype, torch.dtype, bool]
 
-_lock = threading.Lock()
+# Reentrant: the garbage collector may run `_forget` on a thread that holds it.
+_lock = threading.RLock()
 _known: dict[Key, tuple[weakref.ref[Tensor], weakref.ref[Tensor]]] = {}
 
 
