@@ -8,11 +8,9 @@ import os
 from collections.abc import Callable
 from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
-from pathlib import Path
-
-import torch
 
 from deltaserve.kernels.native.build import BuildError, build
+from deltaserve.kernels.native.openmp import runtime_path
 
 logger = logging.getLogger(__name__)
 
@@ -105,28 +103,7 @@ def _share_openmp() -> None:
 
     A second runtime would bring a second pool of threads that spin against the first.
     """
-    torch.get_num_threads()
-    for path in _loaded_openmp() or sorted(_bundled_openmp()):
-        ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-        return
-    raise OSError("torch's OpenMP runtime was not found")
-
-
-def _loaded_openmp() -> list[str]:
-    try:
-        maps = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return []
-    paths = {line.split(maxsplit=5)[5] for line in maps if line.count("/")}
-    names = ("libgomp", "libiomp5", "libomp")
-    return sorted(p for p in paths if Path(p).name.startswith(names))
-
-
-def _bundled_openmp() -> list[str]:
-    root = Path(torch.__file__).parent
-    return [
-        str(p)
-        for folder in (root / "lib", root.parent / "torch.libs")
-        for pattern in ("libgomp*", "libiomp5*", "libomp*")
-        for p in folder.glob(pattern)
-    ]
+    path = runtime_path()
+    if path is None:
+        raise OSError("torch's OpenMP runtime was not found")
+    ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)

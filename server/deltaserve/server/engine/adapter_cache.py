@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.errors import AdapterError
+from deltaserve.kernels.native.openmp import compute_alone
 from deltaserve.kernels.primitives import Prefix
 from deltaserve.server.engine.core import AdapterInfo, AdapterRef, AdapterState
 from deltaserve.server.engine.residency import Residency
@@ -99,7 +100,9 @@ class AdapterCache:
         self._arrived: deque[_Arrival] = deque()
         self._loading = 0
         self._loaders = loaders
-        self._pool = ThreadPoolExecutor(loaders, thread_name_prefix="deltaserve-loader")
+        self._pool = ThreadPoolExecutor(
+            loaders, thread_name_prefix="deltaserve-loader", initializer=compute_alone
+        )
         self._free_slots: list[int] = []
         self._next_slot = 1
         self._watchers: list[Callable[[AdapterInfo], None]] = []

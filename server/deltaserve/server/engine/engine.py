@@ -11,6 +11,7 @@ from collections import Counter, deque
 import torch
 from tokenizers import Tokenizer
 
+from deltaserve.kernels.native.openmp import release_workers
 from deltaserve.kernels.segments import Mix
 from deltaserve.server.engine.adapter_cache import AdapterCache
 from deltaserve.server.engine.core import AdapterState, FinishReason, Outbox, Output, Request
@@ -86,6 +87,8 @@ class Engine:
     # ------------------------------------------------------------ from any thread
 
     def start(self) -> None:
+        """Call it on the thread that loaded the base, which is not to compute any more."""
+        release_workers()
         self._thread.start()
 
     def submit(self, request: Request, outbox: Outbox) -> None:
