@@ -57,7 +57,7 @@ def adapter_folder(models: Path, model: str, i: int) -> Path:
     return models / f"{model}-lora" / f"a{i:02d}"
 
 
-# ------------------------------------------------------------------ the two engines
+# The two engines:
 
 
 @contextmanager
@@ -151,7 +151,7 @@ def add_adapters(peft: Any, base: Any, models: Path, model: str, dtype: Any) -> 
     return wrapped.eval()
 
 
-# ------------------------------------------------------------------ one process, one engine
+# One process, one engine:
 
 
 def work(args: argparse.Namespace) -> None:
@@ -191,7 +191,7 @@ def busy_seconds() -> float:
     return sum(t[:8]) - idle - own.user - own.system if len(t) >= 8 else 0.0
 
 
-# ------------------------------------------------------------------ all of them, by turns
+# All of them, by turns:
 
 
 def measure(args: argparse.Namespace, model: str, engine: str, form: str) -> list[dict[str, Any]]:

@@ -91,7 +91,7 @@ def world(base: Path, model: BaseModel) -> Iterator[World]:
         yield World(base.parent, base, roots, served, expected)
 
 
-# ------------------------------------------------------------------ files
+# Files:
 
 
 @dataclass
@@ -294,7 +294,7 @@ def test_the_canary_would_sing(tmp_path: Path) -> None:
     assert (tmp_path / "canary").exists()
 
 
-# ------------------------------------------------------------------ requests
+# Requests:
 
 LONG = 512
 REQUESTS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
@@ -375,7 +375,7 @@ def test_bytes_that_are_no_message(world: World) -> None:
                 )
 
 
-# ------------------------------------------------------------------ names
+# Names:
 
 
 def test_a_name_that_is_taken(world: World) -> None:
@@ -413,7 +413,7 @@ def test_unload_while_in_use(world: World) -> None:
     assert got == right and freed == [size] and size > 0
 
 
-# ------------------------------------------------------------------ weights without end
+# Weights without end:
 
 
 def huge(base: Path, folder: Path) -> None:

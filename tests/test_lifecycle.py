@@ -135,7 +135,7 @@ def hold_reads(
     return gate, threads
 
 
-# ------------------------------------------------------------------ loads
+# Loads:
 
 
 def test_loads_and_unloads_under_requests(files: Files, engine: Engine) -> None:
@@ -399,7 +399,7 @@ def test_shutdown_leaves_no_future_open(
         collector.wait(long.request_id, 0)
 
 
-# ------------------------------------------------------------------ content
+# Content:
 
 
 def test_a_changed_file(files: Files, engine: Engine) -> None:
@@ -488,7 +488,7 @@ def test_one_content_under_two_names(files: Files, engine: Engine) -> None:
     same(generate(engine, [replace(asked[0], request_id="after")], 60)[0], right)
 
 
-# ------------------------------------------------------------------ the prefix cache
+# The prefix cache:
 
 
 def test_the_prefix_cache(engine: Engine) -> None:
@@ -511,7 +511,7 @@ def test_the_prefix_cache(engine: Engine) -> None:
         same(answer, alone(engine, other), other)
 
 
-# ------------------------------------------------------------------ pressure
+# Pressure:
 
 
 def test_preemption_changes_nothing(
@@ -606,7 +606,7 @@ def test_deadlines(files: Files, engine: Engine, fresh: Callable[..., object]) -
         check_empty(single)
 
 
-# ------------------------------------------------------------------ ends and choices
+# Ends and choices:
 
 
 def test_where_an_answer_ends(engine: Engine) -> None:

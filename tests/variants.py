@@ -124,7 +124,7 @@ class Variant:
     additive: bool = True
 
 
-# ------------------------------------------------------------------ made by PEFT
+# Made by PEFT:
 
 
 def peft_variant(name: str, config: Callable[[Any], Any], *, additive: bool = True) -> Variant:
@@ -182,7 +182,7 @@ def prefix_tuning(config: Any) -> Any:
     return PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=11)
 
 
-# ------------------------------------------------------------------ deltas of our own formats
+# Deltas of our own formats:
 
 
 def linears(model: Any) -> dict[str, Any]:

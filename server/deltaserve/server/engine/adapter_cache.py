@@ -109,7 +109,7 @@ class AdapterCache:
         self._promised: set[Future[Any]] = set()
         self._closed = False
 
-    # ------------------------------------------------------------ from any thread
+    # From any thread:
 
     @property
     def used_bytes(self) -> int:
@@ -212,7 +212,7 @@ class AdapterCache:
         for future in list(self._promised):
             future.set_exception(ShuttingDown("the server is shutting down"))
 
-    # ------------------------------------------------------------ on the engine thread
+    # On the engine thread:
 
     def step(self, waiting: Sequence[Sequence[Residency]]) -> None:
         """Between two steps: publish what arrived, finish unloads, start the loads that waiting
@@ -254,7 +254,7 @@ class AdapterCache:
                 field="adapters",
             )
 
-    # ------------------------------------------------------------ inside
+    # Inside:
 
     def _find(self, name: str) -> Residency:
         residency = self._by_name.get(name)

@@ -84,7 +84,7 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="deltaserve-engine", daemon=True)
         scheduler.begin = self._begin
 
-    # ------------------------------------------------------------ from any thread
+    # From any thread:
 
     def start(self) -> None:
         """Call it on the thread that loaded the base, which is not to compute any more."""
@@ -178,7 +178,7 @@ class Engine:
             self._thread.join()
         self.adapters.close()
 
-    # ------------------------------------------------------------ on the engine thread
+    # On the engine thread:
 
     def _loop(self) -> None:
         while True:
@@ -350,7 +350,7 @@ class Engine:
             self._end(sequence, error_output(sequence, cause), out)
         out.deliver()
 
-    # ------------------------------------------------------------ inside
+    # Inside:
 
     def _sequence(self, request: Request, outbox: Outbox) -> Sequence:
         p = request.sampling
