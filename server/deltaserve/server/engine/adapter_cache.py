@@ -21,7 +21,9 @@ from deltaserve.adapters.errors import AdapterError
 from deltaserve.kernels.native.openmp import compute_alone
 from deltaserve.kernels.primitives import Prefix
 from deltaserve.server.engine.core import AdapterInfo, AdapterRef, AdapterState
+from deltaserve.server.engine.observer import Observer
 from deltaserve.server.engine.residency import Residency
+from deltaserve.server.engine.residents import Host, Residents
 from deltaserve.server.errors import (
     AdapterBusy,
     AdapterConflict,
@@ -44,25 +46,8 @@ class Prepared(Protocol):
     def prefix(self) -> Prefix | None: ...
 
 
-class Host(Protocol):
-    """What holds the published adapters: the model."""
-
-    def prepare(self, adapter: Adapter) -> Any: ...
-    def install(self, slot: int, prepared: Any) -> None: ...
-    def remove(self, slot: int) -> None: ...
-
-
-class Observer(Protocol):
-    """Told of loads and evictions, for the metrics."""
-
-    def on_adapter_load(self, name: str, seconds: float) -> None: ...
-    def on_adapter_evicted(self, name: str) -> None: ...
-    def on_adapter_unloaded(self, name: str) -> None: ...
-
-
 T = TypeVar("T")
 Infos: TypeAlias = list[AdapterInfo]
-Residencies: TypeAlias = list[Residency]
 
 
 @dataclass(slots=True)
@@ -88,9 +73,8 @@ class AdapterCache:
         observer: Observer,
         loaders: int = 1,
     ) -> None:
-        self.budget = budget
-        self.evictions = 0
         self.loads = 0
+        self._residents = Residents(host, budget, self._evicted)
         self._host = host
         self._read = read
         self._wake = wake
@@ -103,8 +87,6 @@ class AdapterCache:
         self._pool = ThreadPoolExecutor(
             loaders, thread_name_prefix="deltaserve-loader", initializer=compute_alone
         )
-        self._free_slots: list[int] = []
-        self._next_slot = 1
         self._watchers: list[Callable[[AdapterInfo], None]] = []
         self._promised: set[Future[Any]] = set()
         self._closed = False
@@ -112,8 +94,21 @@ class AdapterCache:
     # From any thread:
 
     @property
+    def budget(self) -> int:
+        """Bytes that resident adapters may take together."""
+        return self._residents.budget
+
+    @budget.setter
+    def budget(self, budget: int) -> None:
+        self._residents.budget = budget
+
+    @property
     def used_bytes(self) -> int:
-        return sum(r.nbytes for r in list(self._by_name.values()) if r.ready)
+        return self._residents.used_bytes
+
+    @property
+    def evictions(self) -> int:
+        return self._residents.evictions
 
     def load(self, name: str, uri: str, *, pinned: bool = False) -> Future[AdapterInfo]:
         """Register `name` and make it resident. The same content under the same name is fine any
@@ -232,7 +227,9 @@ class AdapterCache:
                         continue
                     if residency.state is AdapterState.FAILED or self._loading >= self._loaders:
                         continue
-                    residency.crowded = not self._could_fit(residency, greedy=wanted is head)
+                    residency.crowded = not self._residents.could_fit(
+                        residency, greedy=wanted is head
+                    )
                     if not residency.crowded:
                         self._reload(residency)
 
@@ -244,15 +241,9 @@ class AdapterCache:
 
     def check_room(self, wanted: Sequence[Residency]) -> None:
         """AdapterTooLarge if these can never be in memory together."""
+        names = ", ".join(repr(r.name) for r in wanted)
         need = sum(r.nbytes for r in wanted if not r.pinned)
-        pinned = self._pinned_bytes()
-        if need + pinned > self.budget:
-            names = ", ".join(repr(r.name) for r in wanted)
-            raise AdapterTooLarge(
-                f"adapters {names} need {need} bytes together{_beside(pinned)}, "
-                f"the adapter memory is {self.budget} bytes in all",
-                field="adapters",
-            )
+        self._residents.check_room(need, f"adapters {names} together need")
 
     # Inside:
 
@@ -288,9 +279,6 @@ class AdapterCache:
         self._promised.add(future)
         future.add_done_callback(self._promised.discard)
         return future
-
-    def _pinned_bytes(self) -> int:
-        return sum(r.nbytes for r in list(self._by_name.values()) if r.pinned and r.ready)
 
     def _reload(self, residency: Residency) -> None:
         """It was evicted and is wanted, if only by requests that an unload waits for."""
@@ -372,30 +360,24 @@ class AdapterCache:
             return True
         adapter, prepared = arrival.adapter, arrival.prepared
         assert adapter is not None and prepared is not None
-        need, pinned = prepared.nbytes, self._pinned_bytes()
-        if need + pinned > self.budget:
-            message = (
-                f"adapter {residency.name!r} needs {need} bytes{_beside(pinned)}, "
-                f"the adapter memory is {self.budget} bytes in all"
-            )
-            self._fail(residency, AdapterTooLarge(message))
+        try:
+            self._residents.check_room(prepared.nbytes, f"adapter {residency.name!r} needs")
+        except AdapterTooLarge as error:
+            self._fail(residency, error)
             return True
-        residency.crowded = not self._make_room(need, protected)
+        residency.crowded = not self._residents.make_room(prepared.nbytes, protected)
         if residency.crowded:
             return False
-        slot = self._free_slots.pop() if self._free_slots else self._next_slot
-        self._next_slot = max(self._next_slot, slot + 1)
         try:
-            self._host.install(slot, prepared)
+            self._residents.put_in(residency, prepared)
         except Exception as error:  # a bug, but one adapter's: the others are served on
             log.exception("installing adapter %r failed", residency.name)
             self._fail(residency, error)
             return True
         residency.digest, residency.format = adapter.digest, adapter.format
         residency.primitives, residency.notes = adapter.primitives, adapter.notes
-        residency.source_bytes, residency.nbytes = adapter.source_bytes, need
+        residency.source_bytes = adapter.source_bytes
         residency.structure, residency.prefix = adapter, prepared.prefix
-        residency.slot = slot
         residency.loads += 1
         self.loads += 1
         residency.loaded_at, residency.load_seconds = time.time(), arrival.seconds
@@ -417,46 +399,15 @@ class AdapterCache:
         if not residency.loads:  # it never was an adapter
             self._by_name.pop(residency.name, None)
 
-    def _evictable(self, protected: frozenset[Residency]) -> Residencies:
-        """Who could go, first the one least worth keeping."""
-        idle = [
-            r
-            for r in self._by_name.values()
-            if r.ready and not r.running and not r.pinned and r not in protected
-        ]
-        return sorted(idle, key=lambda r: (r.in_flight > 0, r.last_used))
-
-    def _make_room(self, need: int, protected: frozenset[Residency]) -> bool:
-        victims = self._evictable(protected)
-        if self.used_bytes + need - sum(v.nbytes for v in victims) > self.budget:
-            return False
-        for victim in victims:
-            if self.used_bytes + need <= self.budget:
-                break
-            self._take_out(victim)
-            self.evictions += 1
-            self._observer.on_adapter_evicted(victim.name)
-            if victim.state is AdapterState.READY:
-                self._change(victim, AdapterState.REGISTERED)
-        return True
-
-    def _could_fit(self, residency: Residency, *, greedy: bool) -> bool:
-        """greedy: even at the cost of adapters that other waiting requests want. The request that
-        is served next may; so it is served as soon as running ones make room."""
-        victims = [v for v in self._evictable(frozenset((residency,))) if greedy or not v.in_flight]
-        room = self.budget - self.used_bytes + sum(v.nbytes for v in victims)
-        return residency.nbytes <= room
-
-    def _take_out(self, residency: Residency) -> None:
-        self._host.remove(residency.slot)
-        self._free_slots.append(residency.slot)
-        residency.slot = 0
-        residency.structure = residency.prefix = None
+    def _evicted(self, residency: Residency) -> None:
+        self._observer.on_adapter_evicted(residency.name)
+        if residency.state is AdapterState.READY:
+            self._change(residency, AdapterState.REGISTERED)
 
     def _finish_unload(self, residency: Residency) -> None:
         freed = residency.nbytes if residency.ready else 0
         if residency.ready:
-            self._take_out(residency)
+            self._residents.take_out(residency)
         del self._by_name[residency.name]
         self._observer.on_adapter_unloaded(residency.name)
         self._change(residency, AdapterState.UNLOADED)
@@ -474,7 +425,3 @@ class AdapterCache:
                 watcher(info)
             except Exception:
                 log.exception("a watcher of adapters failed")
-
-
-def _beside(pinned: int) -> str:
-    return f" beside {pinned} bytes of pinned adapters" if pinned else ""
