@@ -13,17 +13,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.errors import AdapterError
 from deltaserve.kernels.native.openmp import compute_alone
-from deltaserve.kernels.primitives import Prefix
 from deltaserve.server.engine.core import AdapterInfo, AdapterRef, AdapterState
 from deltaserve.server.engine.observer import Observer
-from deltaserve.server.engine.residency import Residency
+from deltaserve.server.engine.residency import Arrival, Residency
 from deltaserve.server.engine.residents import Host, Residents
+from deltaserve.server.engine.watchers import Watchers
 from deltaserve.server.errors import (
     AdapterBusy,
     AdapterConflict,
@@ -37,26 +36,8 @@ from deltaserve.server.errors import (
 log = logging.getLogger(__name__)
 
 
-class Prepared(Protocol):
-    """An adapter packed for serving."""
-
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def prefix(self) -> Prefix | None: ...
-
-
 T = TypeVar("T")
 Infos: TypeAlias = list[AdapterInfo]
-
-
-@dataclass(slots=True)
-class _Arrival:
-    residency: Residency
-    seconds: float
-    adapter: Adapter | None = None
-    prepared: Prepared | None = None
-    error: Exception | None = None
 
 
 class AdapterCache:
@@ -81,13 +62,13 @@ class AdapterCache:
         self._observer = observer
         self._lock = threading.RLock()
         self._by_name: dict[str, Residency] = {}
-        self._arrived: deque[_Arrival] = deque()
+        self._arrived: deque[Arrival] = deque()
         self._loading = 0
         self._loaders = loaders
         self._pool = ThreadPoolExecutor(
             loaders, thread_name_prefix="deltaserve-loader", initializer=compute_alone
         )
-        self._watchers: list[Callable[[AdapterInfo], None]] = []
+        self._watchers = Watchers()
         self._promised: set[Future[Any]] = set()
         self._closed = False
 
@@ -168,15 +149,7 @@ class AdapterCache:
 
     def subscribe(self, callback: Callable[[AdapterInfo], None]) -> Callable[[], None]:
         """Call back at every change of state, from whatever thread makes it; the result ends it."""
-        with self._lock:
-            self._watchers.append(callback)
-
-        def unsubscribe() -> None:
-            with self._lock:
-                if callback in self._watchers:
-                    self._watchers.remove(callback)
-
-        return unsubscribe
+        return self._watchers.subscribe(callback)
 
     def acquire(self, refs: Iterable[AdapterRef]) -> tuple[Residency, ...]:
         """The adapters of a new request, counted as in flight until `release`."""
@@ -295,7 +268,7 @@ class AdapterCache:
     def _load(self, residency: Residency) -> None:
         """On a loader thread."""
         began = time.perf_counter()
-        arrival = _Arrival(residency, 0.0)
+        arrival = Arrival(residency, 0.0)
         try:
             adapter = self._read(residency.uri)
             with self._lock:
@@ -352,7 +325,7 @@ class AdapterCache:
         if not known.loading:
             self._reload(known)
 
-    def _publish(self, arrival: _Arrival, protected: frozenset[Residency]) -> bool:
+    def _publish(self, arrival: Arrival, protected: frozenset[Residency]) -> bool:
         """False if there is no room now. Nothing is evicted unless there will be room."""
         residency = arrival.residency
         if arrival.error is not None:
@@ -419,9 +392,4 @@ class AdapterCache:
         self._notify(residency)
 
     def _notify(self, residency: Residency) -> None:
-        info = residency.info()
-        for watcher in list(self._watchers):
-            try:
-                watcher(info)
-            except Exception:
-                log.exception("a watcher of adapters failed")
+        self._watchers.tell(residency.info())

@@ -1,9 +1,10 @@
-"""Residency: one registered adapter, in memory or not."""
+"""Residency: one registered adapter, in memory or not; Arrival: what its load made of it."""
 
 from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.kernels.primitives import Prefix
@@ -64,3 +65,24 @@ class Residency:
             error=self.error,
             notes=self.notes,
         )
+
+
+class Prepared(Protocol):
+    """An adapter packed for serving."""
+
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def prefix(self) -> Prefix | None: ...
+
+
+@dataclass(slots=True)
+class Arrival:
+    """What a loader thread made of it: the adapter without content and packed, or an error.
+    seconds: how long it took."""
+
+    residency: Residency
+    seconds: float
+    adapter: Adapter | None = None
+    prepared: Prepared | None = None
+    error: Exception | None = None
