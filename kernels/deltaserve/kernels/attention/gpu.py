@@ -1,0 +1,192 @@
+"""Attention on a GPU: any mix of decoding sequences and chunks of prompts in one call.
+
+Grids follow from captured maxima alone and counts are read from device memory, so a CUDA graph of
+a step serves every step that fits its maxima.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from deltaserve.kernels.attention.kernel import (
+    decode_kernel,
+    prefill_kernel,
+    reduce_kernel,
+    write_kernel,
+)
+from deltaserve.kernels.attention.launch import (
+    LOG2E,
+    MAX_SPLITS,
+    Shape,
+    Splits,
+    decode_splits,
+    write_launch,
+)
+from deltaserve.kernels.attention.tables import AttentionTables
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def paged_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    steps: AttentionTables,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    out: Tensor | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """Every query attends to the cells of its sequence up to its own.
+
+    query: [T, heads, key_dim], the tokens of sequence i in rows query_start[i]..query_start[i + 1];
+    they own the last cells of the sequence. keys [cells, kv_heads, key_dim], values [cells,
+    kv_heads, value_dim]: contiguous, of the query's dtype (float32, float16 or bfloat16); heads is
+    a multiple of kv_heads. scale: > 0. window: a query sees itself and the window - 1 cells before
+    it. softcap: logits become ``softcap * tanh(logits / softcap)``. sinks: one more logit per head
+    [heads], without a value. splits: programs that share a decoding sequence and KV head; by
+    default what suits `steps`' bounds. Cells that a sequence does not own are never read.
+
+    Returns out [T, heads, value_dim], a new tensor if none is given; rows of no sequence are left
+    as they were. Raises ValueError if shapes, dtypes or layouts do not fit.
+    """
+    out = query.new_empty(*query.shape[:2], values.shape[2]) if out is None else out
+    _check(query, keys, values, out, sinks)
+    if not scale > 0 or (softcap is not None and not softcap > 0):
+        raise ValueError(f"scale {scale} and softcap {softcap} must be above 0")
+    shape = Shape(query.shape[1], keys.shape[1], keys.shape[2], values.shape[2], steps.block_size)
+    query, step = _token_rows(query, shape.query_unit)
+    sequences = (steps.query_start, steps.lengths, steps.tables, steps.rows)
+    read = (query, keys, values, sinks, *sequences)
+    how = (*_logit_factors(scale, softcap), window or 0, steps.tables.stride(0), step)
+    forms = {"WINDOW": window is not None, "SOFTCAP": softcap is not None}
+    if steps.max_queries > 1:
+        launch = shape.prefill(query.element_size())
+        grid = (len(query) // launch.tokens + steps.max_rows, shape.kv_programs)
+        prefill_kernel[grid](out, *read, *how, **forms, **launch.arguments)
+    if splits is None:
+        split = _default_splits(shape, steps, window, query)
+    else:
+        split = Splits(max(1, min(splits, MAX_SPLITS)), 1)
+    _decode(shape, steps.max_rows, split, out, read, how, forms)
+    return out
+
+
+def _decode(
+    shape: Shape,
+    rows: int,
+    split: Splits,
+    out: Tensor,
+    read: tuple[Tensor | None, ...],
+    how: tuple[float, ...],
+    forms: dict[str, bool],
+) -> None:
+    launch = shape.decode(out.element_size())
+    grid = (rows, shape.kv_programs, split.count)
+    planes = stats = None
+    if split.count > 1:
+        planes = out.new_empty(split.count, rows, shape.heads, shape.value_dim, dtype=torch.float32)
+        stats = out.new_empty(split.count, rows, shape.heads, 2, dtype=torch.float32)
+    decode_kernel[grid](
+        out, planes, stats, *read, *how, split.tiles, SPLIT=split.count > 1, **forms,
+        **launch.arguments,
+    )  # fmt: skip
+    if split.count > 1:
+        _, _, _, sinks, query_start, lengths, _, in_use = read
+        reduce_kernel[(rows, shape.heads)](
+            out, planes, stats, sinks, query_start, lengths, in_use, how[2], split.count,
+            split.tiles, WINDOW=forms["WINDOW"], **shape.reduce(out.element_size()).arguments,
+        )  # fmt: skip
+
+
+def write_cells(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, cells: Tensor) -> None:
+    """Writes the step's keys and values to the cache.
+
+    keys [cells, kv_heads, key_dim], values [cells, kv_heads, value_dim]: contiguous. key [T,
+    kv_heads, key_dim], value [T, kv_heads, value_dim]: of the same dtypes. cells: int32 or int64
+    [T], contiguous, the cell of each token; -1 writes nothing. Raises ValueError if shapes, dtypes
+    or layouts do not fit.
+    """
+    if key.shape[1:] != keys.shape[1:] or value.shape[1:] != values.shape[1:]:
+        raise ValueError(
+            f"key {tuple(key.shape)} and value {tuple(value.shape)} for cells of "
+            f"{tuple(keys.shape[1:])} and {tuple(values.shape[1:])}"
+        )
+    if not len(key) == len(value) == len(cells):
+        raise ValueError(f"{len(key)} keys, {len(value)} values and {len(cells)} cells")
+    if key.dtype != keys.dtype or value.dtype != values.dtype:
+        raise ValueError(f"key is {key.dtype}, its cache {keys.dtype}")
+    if not (_aligned(keys) and _aligned(values) and cells.is_contiguous()):
+        raise ValueError("keys, values and cells must be contiguous, and the first two aligned")
+    if not len(cells):
+        return
+    launch = write_launch(keys.shape[1], keys.shape[2], values.shape[2])
+    key, key_step = _token_rows(key, launch.constants["KEY_UNIT"])
+    value, value_step = _token_rows(value, launch.constants["VALUE_UNIT"])
+    write_kernel[(len(cells),)](
+        keys, values, key, value, cells, key_step, value_step, **launch.arguments
+    )
+
+
+def _logit_factors(scale: float, softcap: float | None) -> tuple[float, float]:
+    """From a product of query and key to the exponent of tanh's exponential, and from there to an
+    exponent, both of 2."""
+    if softcap is None:
+        return 0.0, scale * LOG2E
+    return 2 * LOG2E * scale / softcap, softcap * LOG2E
+
+
+def _default_splits(
+    shape: Shape, steps: AttentionTables, window: int | None, query: Tensor
+) -> Splits:
+    longest = steps.max_length if window is None else min(steps.max_length, window)
+    tile = shape.block_n(query.element_size())
+    programs = steps.max_rows * shape.kv_programs
+    return decode_splits(programs, longest, tile, _processors(query.device))
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1  # the interpreter
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _token_rows(x: Tensor, unit: int) -> tuple[Tensor, int]:
+    """x [T, heads, dim] with the heads of a token side by side, copied if they are not, and the
+    stride between tokens in units."""
+    _, heads, dim = x.shape
+    packed = x.stride(2) == 1 and (heads == 1 or x.stride(1) == dim) and x.stride(0) % unit == 0
+    if not packed or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x, x.stride(0) // unit
+
+
+def _aligned(x: Tensor) -> bool:
+    return x.is_contiguous() and x.data_ptr() % 16 == 0
+
+
+def _check(query: Tensor, keys: Tensor, values: Tensor, out: Tensor, sinks: Tensor | None) -> None:
+    tokens, heads, dim = query.shape
+    kv_heads = keys.shape[1]
+    if query.dtype not in DTYPES or {keys.dtype, values.dtype, out.dtype} != {query.dtype}:
+        raise ValueError(
+            f"query {query.dtype}, keys {keys.dtype}, values {values.dtype}, out {out.dtype}: "
+            "one of float32, float16 and bfloat16 for all"
+        )
+    if heads % kv_heads or keys.shape[2] != dim or values.shape[:2] != keys.shape[:2]:
+        raise ValueError(
+            f"query {tuple(query.shape)}, keys {tuple(keys.shape)} and values "
+            f"{tuple(values.shape)} do not fit"
+        )
+    if out.shape != (tokens, heads, values.shape[2]):
+        raise ValueError(f"out is {tuple(out.shape)}")
+    if sinks is not None and (sinks.shape != (heads,) or not sinks.is_contiguous()):
+        raise ValueError(f"sinks are {tuple(sinks.shape)}; one for each of {heads} heads")
+    if not (_aligned(keys) and _aligned(values) and _aligned(out)):
+        raise ValueError("keys, values and out must be contiguous and aligned to 16 bytes")

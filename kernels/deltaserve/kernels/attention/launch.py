@@ -1,0 +1,136 @@
+"""How attention's kernels are compiled and launched for a model's heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+from typing import NamedTuple
+
+import triton
+
+LOG2E = 1.4426950408889634
+MAX_SPLITS = 64
+"""Programs that may share one decoding sequence and KV head."""
+TILE_BYTES = 32 << 10
+"""Of K and V that one iteration holds: twice or three times that lies in shared memory."""
+LONG = 4096
+"""Cells that one program may take while others have less: a wait of about 30 us."""
+
+
+class Launch(NamedTuple):
+    """constants: the kernel's `tl.constexpr` arguments. tokens: the queries of one tile."""
+
+    constants: dict[str, int]
+    num_warps: int
+    num_stages: int
+    tokens: int = 1
+
+    @property
+    def arguments(self) -> dict[str, int]:
+        return self.constants | {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+class Splits(NamedTuple):
+    """count: programs per decoding sequence and KV head. tiles: the least that each is given."""
+
+    count: int
+    tiles: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The attention of a model, or of some of its layers. block_size: cells of a block."""
+
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    block_size: int
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+    @property
+    def head_tile(self) -> int:
+        """Heads of a group that one program takes: all, up to 64."""
+        return -(-self.group // -(-self.group // 64))
+
+    @property
+    def kv_programs(self) -> int:
+        return self.kv_heads * -(-self.group // self.head_tile)
+
+    @property
+    def query_unit(self) -> int:
+        """Elements in which the stride between tokens is counted: the compiler then sees that rows
+        are aligned, without a promise about an argument."""
+        return gcd(16, self.key_dim)
+
+    def decode(self, element_size: int) -> Launch:
+        block_m = max(16, triton.next_power_of_2(self.head_tile))
+        return Launch(self._constants(block_m, element_size), 4, 3)
+
+    def prefill(self, element_size: int) -> Launch:
+        return Launch(self._constants(64, element_size), 4, 2, 64 // self.head_tile)
+
+    def reduce(self, element_size: int) -> Launch:
+        constants = {
+            "HEADS": self.heads,
+            "VALUE_DIM": self.value_dim,
+            "BN": self.block_n(element_size),
+            "BV": _padded(self.value_dim),
+            "BS": 8,
+            "MAX_SPLITS": MAX_SPLITS,
+        }
+        return Launch(constants, 2, 1)
+
+    def block_n(self, element_size: int) -> int:
+        """Cells of a tile."""
+        cell = (_padded(self.key_dim) + _padded(self.value_dim)) * element_size
+        return max(16, min(64, TILE_BYTES // cell))
+
+    def _constants(self, block_m: int, element_size: int) -> dict[str, int]:
+        return {
+            "HEADS": self.heads,
+            "KV_HEADS": self.kv_heads,
+            "KEY_DIM": self.key_dim,
+            "VALUE_DIM": self.value_dim,
+            "BLOCK_SIZE": self.block_size,
+            "HEAD_TILE": self.head_tile,
+            "UNIT": self.query_unit,
+            "BM": block_m,
+            "BN": self.block_n(element_size),
+            "BK": _padded(self.key_dim),
+            "BV": _padded(self.value_dim),
+        }
+
+
+def write_launch(kv_heads: int, key_dim: int, value_dim: int) -> Launch:
+    """Of the kernel that writes cells."""
+    widest = kv_heads * max(key_dim, value_dim)
+    block = min(1024, max(16, triton.next_power_of_2(widest)))
+    constants = {
+        "KEY_WIDTH": kv_heads * key_dim,
+        "VALUE_WIDTH": kv_heads * value_dim,
+        "KEY_UNIT": gcd(16, key_dim),
+        "VALUE_UNIT": gcd(16, value_dim),
+        "BLOCK": block,
+    }
+    return Launch(constants, max(1, block // 256), 1)
+
+
+def _padded(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))
+
+
+def decode_splits(programs: int, longest: int, tile: int, processors: int) -> Splits:
+    """How a decoding sequence is shared out, from what is known at capture.
+
+    programs: without splits. longest: cells that a query may see. tile: cells of a tile.
+    processors: of the device, each of which holds two programs. Few programs are split until they
+    fill the device; many, until none has more than LONG cells, but then the short are not cut up.
+    """
+    fill = -(-2 * processors // programs)
+    even = -(-longest // LONG)
+    count = max(1, min(max(fill, even), MAX_SPLITS, -(-longest // tile)))
+    return Splits(count, 1 if fill >= even else max(1, 256 // tile))
