@@ -1,0 +1,1 @@
+"""Helpers of benchmarks/gpu.py: shapes, timing, ceilings, cases, and the peers beside us."""
