@@ -12,7 +12,7 @@ PROTO := $(sort $(wildcard proto/deltaserve/v1/*.proto))
 STUBS ?= proto
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test check fix stubs zoo bench
+.PHONY: help install demo serve test aot check fix stubs zoo bench
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ serve: install  ## serve BASE=folder with ARGS="..."
 
 test: install  ## the whole test suite
 	$(PYTHON) -m pytest -q $(ARGS)
+
+aot: install  ## compile the GPU kernels without a GPU, hold them to their budgets (ARGS="--all")
+	$(PYTHON) tests/aot/gate.py $(ARGS)
 
 check: install  ## lint, format and types
 	$(PYTHON) -m ruff check .
