@@ -68,10 +68,10 @@ class Shape:
 
     def decode(self, element_size: int) -> Launch:
         block_m = max(16, triton.next_power_of_2(self.head_tile))
-        return Launch(self._constants(block_m, element_size), 4, 3)
+        return Launch(self._constants(block_m, element_size), 4, 5)
 
     def prefill(self, element_size: int) -> Launch:
-        return Launch(self._constants(64, element_size), 4, 2, 64 // self.head_tile)
+        return Launch(self._constants(64, element_size), 4, 3, 64 // self.head_tile)
 
     def reduce(self, element_size: int) -> Launch:
         constants = {
@@ -87,7 +87,7 @@ class Shape:
     def block_n(self, element_size: int) -> int:
         """Cells of a tile."""
         cell = (_padded(self.key_dim) + _padded(self.value_dim)) * element_size
-        return max(16, min(64, TILE_BYTES // cell))
+        return max(16, min(64, 1 << (TILE_BYTES // cell).bit_length() - 1))
 
     def _constants(self, block_m: int, element_size: int) -> dict[str, int]:
         return {

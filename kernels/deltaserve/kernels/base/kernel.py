@@ -1,0 +1,193 @@
+"""The base product in Triton: words of 4 or 8 bits unpacked straight into the registers that the
+matrix instruction reads (base/words.py), with the weights as its left operand and the tokens as
+its right one: a decode batch is the short side, and on Hopper the left operand may be registers.
+
+Formats: "int4" with a scale and a zero per group, "int8" and "fp8" with a scale per row, "dense".
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pair_fma(a, b, c, DT: tl.constexpr):
+    """a * b + c on the two bf16 or f16 halves of 32-bit words, exact where the values are."""
+    if DT == tl.bfloat16:
+        r = tl.inline_asm_elementwise(
+            "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], tl.int32, True, 1
+        )
+    else:
+        r = tl.inline_asm_elementwise(
+            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], tl.int32, True, 1
+        )
+    return r
+
+
+@triton.jit
+def pair_sub(a, b, DT: tl.constexpr, PACKED: tl.constexpr):
+    """a - b on pairs. PACKED: as one instruction; else as the interpreter can run it: the result
+    is then two values side by side on a new last axis, otherwise a word."""
+    if PACKED:
+        if DT == tl.bfloat16:
+            r = pair_fma(b, tl.full(b.shape, -1082081408, tl.int32), a, DT)  # two of -1
+        else:
+            r = pair_fma(b, tl.full(b.shape, -1140802560, tl.int32), a, DT)
+        return halves(r, DT)
+    else:
+        return halves(a, DT) - halves(b, DT)
+
+
+@triton.jit
+def halves(p, DT: tl.constexpr):
+    """Words -> their lower and upper half on a new last axis."""
+    return tl.join(p.to(tl.int16), (p >> 16).to(tl.int16)).to(DT, bitcast=True)
+
+
+@triton.jit
+def nibbles(w, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr):
+    """[BN, BK / 8] words -> [BN, BK] of OFFSET + q, exact: 128 + q in bf16, 1024 + q in f16."""
+    w = tl.reshape(w, (BN, BK // 32, 4, 1))
+    j = 4 * tl.arange(0, 4)[None, None, None, :]
+    if DT == tl.bfloat16:
+        p = ((w >> j) & 0x000F000F) | 0x43004300
+    else:
+        p = ((w >> j) & 0x000F000F) | 0x64006400
+    b = tl.reshape(halves(p, DT), (BN, BK // 32, 4, 2, 2, 2))  # n, c, L, s, half, e
+    return tl.reshape(tl.permute(b, (0, 1, 3, 4, 2, 5)), (BN, BK))
+
+
+@triton.jit
+def nibbles_minus(w, z, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PACKED: tl.constexpr):
+    """[BN, BK / 8] words, whole zeros z [BN] of type DT -> [BN, BK] of q - z, exact."""
+    w = tl.reshape(w, (BN, BK // 32, 4, 1))
+    j = 4 * tl.arange(0, 4)[None, None, None, :]
+    if DT == tl.bfloat16:
+        p = ((w >> j) & 0x000F000F) | 0x43004300
+        zz = (z.to(tl.float32) + 128).to(DT)
+    else:
+        p = ((w >> j) & 0x000F000F) | 0x64006400
+        zz = (z.to(tl.float32) + 1024).to(DT)
+    zz = zz.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    zz = tl.broadcast_to((zz | (zz << 16))[:, None, None, None], (BN, BK // 32, 4, 4))
+    b = tl.reshape(pair_sub(p, zz, DT, PACKED), (BN, BK // 32, 4, 2, 2, 2))
+    return tl.reshape(tl.permute(b, (0, 1, 3, 4, 2, 5)), (BN, BK))
+
+
+@triton.jit
+def octets(w, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PACKED: tl.constexpr):
+    """[BN, BK / 4] words of q + 128 -> [BN, BK] of q in -128..127, exact.
+
+    bf16 has 7 bits of mantissa, one too few for 128 + byte: 128 + the lower seven bits, less 128
+    or 256 by the highest one, which lies where the two constants differ."""
+    w = tl.reshape(w, (BN, BK // 16, 4, 1))
+    j = 8 * tl.arange(0, 2)[None, None, None, :]
+    w = w >> j
+    if DT == tl.bfloat16:
+        p = (w & 0x007F007F) | 0x43004300
+        c = (w & 0x00800080) ^ 0x43804380
+    else:
+        p = (w & 0x00FF00FF) | 0x64006400
+        c = tl.full(p.shape, 0x64806480, tl.int32)  # two of 1152
+    b = pair_sub(p, c, DT, PACKED)  # n, c, L, half, e
+    return tl.reshape(tl.permute(b, (0, 1, 3, 2, 4)), (BN, BK))
+
+
+@triton.jit
+def floats8(w, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PACKED: tl.constexpr):
+    """[BN, BK / 4] words of float8 e4m3 -> [BN, BK], exact: the bits in the wider type's places
+    are the value scaled by a power of two, which one packed multiplication undoes."""
+    w = tl.reshape(w, (BN, BK // 16, 4, 1))
+    j = 8 * (1 - tl.arange(0, 2))[None, None, None, :]
+    w = w << j  # the byte in the upper half of each 16 bits
+    if DT == tl.bfloat16:
+        p = (w & -2147450880) | ((w & 0x7F007F00) >> 4)
+    else:
+        p = (w & -2147450880) | ((w & 0x7F007F00) >> 1)
+    if PACKED:
+        minus_zero = tl.full(p.shape, -2147450880, tl.int32)
+        if DT == tl.bfloat16:
+            power = tl.full(p.shape, 0x7B807B80, tl.int32)  # two of 2**120
+        else:
+            power = tl.full(p.shape, 0x5C005C00, tl.int32)  # two of 2**8
+        b = halves(pair_fma(p, power, minus_zero, DT), DT)
+    else:
+        if DT == tl.bfloat16:
+            b = (halves(p, DT).to(tl.float32) * 1.329227995784916e36).to(DT)  # 2**120
+        else:
+            b = (halves(p, DT).to(tl.float32) * 256.0).to(DT)
+    return tl.reshape(tl.permute(b, (0, 1, 3, 2, 4)), (BN, BK))
+
+
+@triton.jit
+def load_words(weight, k, n, live, N: tl.constexpr, SPAN: tl.constexpr, BK: tl.constexpr, EVEN_N: tl.constexpr):
+    """[BN, 4 BK / SPAN] words of the columns k.., laid out [in / SPAN, N, 4]: a row's 16 bytes are
+    contiguous in each span."""
+    at = tl.arange(0, 4 * BK // SPAN)
+    p = weight + (k // SPAN + at // 4)[None, :] * (N * 4) + n[:, None] * 4 + (at % 4)[None, :]
+    if EVEN_N:
+        w = tl.load(p, eviction_policy="evict_first")
+    else:
+        w = tl.load(p, mask=live[:, None], other=0, eviction_policy="evict_first")
+    return w
+
+
+@triton.jit
+def product(
+    x, sums, weight, scale, zero, n, live, m, k_from, k_to, M, MP,
+    N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
+    HOW: tl.constexpr, DT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """float32 [BN, BM] of W x^T over the columns k_from..k_to of the rows n, `live` where n is a
+    row of the weight, and the tokens m.
+
+    x: [M, K]. sums: float32 [K / GROUP, MP], x summed over each group, read by HOW "sums" alone.
+    scale: [K / GROUP, N] of int4, else float32 [N]; zero: [K / GROUP, N].
+    HOW, of int4: "sums" leaves zeros and scales to the sums, so neither touches a weight; "after"
+    subtracts the zeros from the weights and scales the sums; "before" does both to the weights,
+    which rounds them to DT once.
+    """
+    X: tl.constexpr = x.dtype.element_ty
+    at = tl.arange(0, BK)
+    acc = tl.zeros((BN, BM), tl.float32)
+    for k in range(k_from, k_to, BK):
+        seen = m[:, None] < M
+        if not EVEN_K:
+            seen = seen & ((k + at)[None, :] < K)
+        xt = tl.trans(tl.load(x + m[:, None] * K + (k + at)[None, :], mask=seen, other=0.0))
+        if FORMAT == "dense":
+            inside = live[:, None] & ((k + at)[None, :] < K)
+            p = weight + n[:, None] * K + (k + at)[None, :]
+            if EVEN_N and EVEN_K:
+                w = tl.load(p, eviction_policy="evict_first")
+            else:
+                w = tl.load(p, mask=inside, other=0.0, eviction_policy="evict_first")
+            acc = tl.dot(w, xt, acc, input_precision="ieee")
+        elif FORMAT == "int8":
+            w = load_words(weight, k, n, live, N, 16, BK, EVEN_N)
+            acc = tl.dot(octets(w, BN, BK, DT, PACKED).to(X), xt, acc, input_precision="ieee")
+        elif FORMAT == "fp8":
+            w = load_words(weight, k, n, live, N, 16, BK, EVEN_N)
+            acc = tl.dot(floats8(w, BN, BK, DT, PACKED).to(X), xt, acc, input_precision="ieee")
+        else:
+            w = load_words(weight, k, n, live, N, 32, BK, EVEN_N)
+            g = (k // GROUP) * N + n
+            s = tl.load(scale + g, mask=live, other=0.0)
+            z = tl.load(zero + g, mask=live, other=0.0)
+            if HOW == "sums":
+                part = tl.dot(nibbles(w, BN, BK, DT).to(X), xt, input_precision="ieee")
+                total = tl.load(sums + (k // GROUP) * MP + m)
+                offset = z.to(tl.float32) + (128 if DT == tl.bfloat16 else 1024)
+                acc += (part - offset[:, None] * total[None, :]) * s.to(tl.float32)[:, None]
+            elif HOW == "after":
+                w = nibbles_minus(w, z, BN, BK, DT, PACKED)
+                part = tl.dot(w.to(X), xt, input_precision="ieee")
+                acc += part * s.to(tl.float32)[:, None]
+            else:
+                w = nibbles_minus(w, z, BN, BK, DT, PACKED) * s.to(DT)[:, None]
+                acc = tl.dot(w.to(X), xt, acc, input_precision="ieee")
+    if FORMAT == "int8" or FORMAT == "fp8":
+        acc *= tl.load(scale + n, mask=live, other=0.0)[:, None]
+    return acc

@@ -1,0 +1,198 @@
+"""GpuLinear: a base linear in the layout that gemm_kernel reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deltaserve.kernels.base import words
+from deltaserve.kernels.base.linear import BaseLinear, tensor_bytes
+from deltaserve.kernels.base.quantize import dequantize
+from deltaserve.kernels.base.quantize import quantize as quantize_weight
+from deltaserve.kernels.gpu.device import COMPUTE_DTYPES, default_device
+from deltaserve.kernels.gpu.gemm import Output, choose, run_gemm
+from deltaserve.kernels.gpu.inputs import run_inputs
+from deltaserve.kernels.gpu.weights import Weights
+from deltaserve.kernels.gpu.workspace import Workspace
+
+INT4_GROUP = 128
+FORMATS = ("none", "int8", "int4", "fp8")
+
+
+class GpuLinear(BaseLinear):
+    """A base linear on the GPU; made by `make_linear` and `concat`.
+
+    format: "dense", "int8", "int4" or "fp8". weights: what the kernels read.
+    """
+
+    def __init__(
+        self,
+        held: dict[str, Tensor],
+        format: str,
+        dtype: torch.dtype,
+        group_size: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
+        if dtype not in COMPUTE_DTYPES:
+            raise ValueError(f"dtype is {dtype}; a GPU linear computes in one of {COMPUTE_DTYPES}")
+        self.format = format
+        self.dtype = dtype
+        self.device = device or default_device()
+        first = held["weight"] if format == "dense" else held["q"]
+        self.out_features, self.in_features = first.shape
+        self.group_size = _group_size(group_size, self.in_features) if format == "int4" else 0
+        bias = held.get("bias")
+        self.bias = None if bias is None else bias.to(self.device, dtype).contiguous()
+        self.weights = self._pack(held)
+        self.nbytes = tensor_bytes(self.weights.weight, self.bias)
+        if format != "dense":
+            self.nbytes += tensor_bytes(self.weights.scale)
+        if format == "int4":
+            self.nbytes += tensor_bytes(self.weights.zero)
+        self._workspace = Workspace(self.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        if not len(x):
+            return x.new_empty(0, self.out_features)
+        config = choose(self.weights, len(x))
+        parts = (self.out_features,)
+        nothing = self._workspace.take("nothing", 1)
+        inputs = run_inputs(x, self.weights, None, config, 1, None, self._workspace)
+        return run_gemm(
+            inputs, nothing, nothing, self.weights, parts, None, config, None, self._workspace,
+            Output(),
+        )  # fmt: skip
+
+    def weight(self) -> Tensor:
+        held = self.held()
+        if self.format == "dense":
+            return held["weight"].float()
+        if self.format == "int4":
+            return dequantize(held["q"], held["scale"], held["zero"], self.group_size)
+        if self.format == "fp8":
+            return held["q"].view(torch.float8_e4m3fn).float() * held["scale"][:, None]
+        return dequantize(held["q"], held["scale"], None)
+
+    def held(self) -> dict[str, Tensor]:
+        w = self.weights
+        found: dict[str, Tensor] = {}
+        if self.format == "dense":
+            found["weight"] = w.weight.cpu()
+        elif self.format == "int4":
+            found["q"] = words.unpack_nibbles(w.weight.cpu(), self.in_features)
+            found["scale"] = w.scale.T.float().cpu().contiguous()
+            found["zero"] = w.zero.T.float().cpu().contiguous()
+        else:
+            octets = words.unpack_bytes(w.weight.cpu(), self.in_features)
+            signed = (octets ^ 128).view(torch.int8)
+            found["q"] = octets if self.format == "fp8" else signed
+            found["scale"] = w.scale.cpu()
+        if self.bias is not None:
+            found["bias"] = self.bias.cpu()
+        return found
+
+    def _pack(self, held: dict[str, Tensor]) -> Weights:
+        none = torch.zeros(16, device=self.device)
+        weight, scale, zero, whole = none, none, none, True
+        if self.format == "dense":
+            weight = held["weight"].to(self.device, self.dtype).contiguous()
+        elif self.format == "int4":
+            weight = words.pack_nibbles(held["q"])
+            whole = bool(torch.equal(held["zero"], held["zero"].round()))
+            scale = _narrow(held["scale"], self.dtype).T.contiguous()
+            zero = _narrow(held["zero"], self.dtype).T.contiguous()
+        else:
+            q = held["q"].view(torch.uint8)
+            weight = words.pack_bytes(q if self.format == "fp8" else q ^ 128)
+            scale = held["scale"].float()
+        return Weights(
+            self.format, self.in_features, self.out_features, self.group_size, self.dtype,
+            weight.to(self.device), scale.to(self.device), zero.to(self.device), self.bias, whole,
+        )  # fmt: skip
+
+
+def make_linear(
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    quantize: str = "none",
+    group_size: int = INT4_GROUP,
+    device: torch.device | None = None,
+) -> GpuLinear:
+    """From a float weight [out, in]. quantize: "none", "int8" and "fp8" (e4m3), both with a scale
+    per output row, or "int4" in groups of `group_size` inputs: 32, 64, a multiple of 128, or at
+    least in_features for one group of all."""
+    if quantize not in FORMATS:
+        raise ValueError(f'quantize is "{quantize}"; it must be one of {", ".join(FORMATS)}')
+    if quantize == "none":
+        held = {"weight": weight.detach()}
+    elif quantize == "fp8":
+        held = quantize_fp8(weight)
+    elif quantize == "int8":
+        held = quantize_weight(weight, 8)
+    else:
+        held = quantize_weight(weight, 4, _group_size(group_size, weight.shape[1]))
+    if bias is not None:
+        held["bias"] = bias
+    return GpuLinear(held, "dense" if quantize == "none" else quantize, dtype, group_size, device)
+
+
+def quantize_fp8(weight: Tensor) -> dict[str, Tensor]:
+    """q: uint8 [out, in], the bits of float8 e4m3; scale: float32 [out], the largest weight of a
+    row is 448, the largest number of the format."""
+    w = weight.detach().float()
+    if not bool(torch.isfinite(w).all()):
+        raise ValueError("weight has values that are not finite; they cannot be quantized")
+    scale = w.abs().amax(1) / 448
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return {"q": (w / scale[:, None]).to(torch.float8_e4m3fn).view(torch.uint8), "scale": scale}
+
+
+def concat(linears: Sequence[GpuLinear]) -> GpuLinear:
+    """One linear whose outputs are those of `linears`, one after the other; of one format, dtype,
+    group size and in_features. A missing bias is zeros if another has one."""
+    first = linears[0]
+    for other in linears[1:]:
+        if (other.format, other.dtype, other.group_size, other.in_features) != (
+            first.format,
+            first.dtype,
+            first.group_size,
+            first.in_features,
+        ):
+            raise ValueError(f"cannot join {_name(first)} and {_name(other)}")
+    if len(linears) == 1:
+        return first
+    held = [linear.held() for linear in linears]
+    if any("bias" in h for h in held):
+        for h, linear in zip(held, linears, strict=True):
+            h.setdefault("bias", torch.zeros(linear.out_features, dtype=linear.dtype))
+    joined = {name: torch.cat([h[name] for h in held]) for name in held[0]}
+    return GpuLinear(joined, first.format, first.dtype, first.group_size, first.device)
+
+
+def _group_size(group_size: int, in_features: int) -> int:
+    if group_size >= in_features or group_size == -1:
+        return -(-in_features // 128) * 128
+    if group_size not in (32, 64) and (group_size <= 0 or group_size % 128):
+        raise ValueError(
+            f"group_size is {group_size}; the GPU takes 32, 64, multiples of 128 and -1 for one "
+            "group of all inputs"
+        )
+    return group_size
+
+
+def _narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """In `dtype` if that is exact."""
+    narrow = values.to(dtype)
+    return narrow if torch.equal(narrow.double(), values.double()) else values.float()
+
+
+def _name(linear: GpuLinear) -> str:
+    return (
+        f"{linear.format} in {linear.dtype}, in_features {linear.in_features}, "
+        f"group_size {linear.group_size}"
+    )

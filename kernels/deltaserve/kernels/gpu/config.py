@@ -1,0 +1,130 @@
+"""How kernels are cut: from the committed table of the GPU's architecture, else by one rule.
+
+Nothing is tuned while serving. `deltaserve tune` measures and writes a table; configs/sm_90.json
+and its neighbours are read once. A table's keys are "format group in out[ gated]", then the token
+bucket; its values the fields of `GemmConfig`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
+"""Numbers of tokens that a step is rounded up to, for tables and graphs; above, multiples of 256."""
+
+FOLDER = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True, slots=True)
+class GemmConfig:
+    """Of gemm_kernel: tile of tokens, rows, columns; pieces of the sum; how zeros and scales of
+    int4 are applied (see `product`)."""
+
+    bm: int
+    bn: int
+    bk: int
+    split_k: int = 1
+    how: str = "sums"
+    num_warps: int = 4
+    num_stages: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class AuxConfig:
+    """Of aux_kernel: tokens of an item, rank rows and columns of a shrink step, pieces of its sum,
+    columns of a 1-bit step, tokens of a sparse item."""
+
+    block: int
+    rows: int = 64
+    bk_shrink: int = 128
+    h_split: int = 1
+    bk_bit: int = 256
+    gathers: int = 8
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class GroupKey:
+    """What a table knows a base linear by."""
+
+    format: str
+    group_size: int
+    in_features: int
+    out_features: int
+    gated: bool = False
+
+    def __str__(self) -> str:
+        gated = " gated" if self.gated else ""
+        return f"{self.format} {self.group_size} {self.in_features} {self.out_features}{gated}"
+
+
+def bucket(tokens: int) -> int:
+    """The number of tokens that a step of so many is planned for."""
+    for b in BUCKETS:
+        if tokens <= b:
+            return b
+    return -(-tokens // 256) * 256
+
+
+def gemm_config(key: GroupKey, tokens: int, arch: int) -> GemmConfig:
+    """The table's, or the rule's."""
+    found = table(arch).get(str(key), {}).get(str(bucket(tokens)))
+    return GemmConfig(**found) if found else rule(key, tokens)
+
+
+def rule(key: GroupKey, tokens: int) -> GemmConfig:
+    """Without a measurement: small token tiles while the weights' bytes are the cost, then square
+    ones; enough tiles to fill the machine by halving rows, then by sharing out the sum."""
+    many = bucket(tokens)
+    deep = min(128, key.group_size) if key.format == "int4" else 128
+    if key.format == "dense":
+        deep = 64
+    if many <= 32:
+        bm = 8 if many <= 8 else 16 if many <= 16 else 32
+        wide = key.out_features >= 16384 or key.gated
+        stages = 4 if key.format != "dense" else 5
+        return GemmConfig(bm, 128 if wide else 64, deep, 1, "sums", 4, stages)
+    if many <= 64:
+        return GemmConfig(64, 128 if key.gated else 64, min(deep, 64), 1, "after", 4, 4)
+    return GemmConfig(128, 128, min(deep, 64), 1, "before", 8, 3)
+
+
+def aux_config(tokens: int, in_features: int) -> AuxConfig:
+    """By rule: what decides is how few tokens there are."""
+    many = bucket(tokens)
+    bits = 256 if -(-in_features // 128) % 2 == 0 else 128
+    gathers = 1 if many <= 2 else 8
+    if many <= 16:
+        return AuxConfig(16, h_split=4, bk_bit=bits, gathers=gathers)
+    if many <= 64:
+        return AuxConfig(16 if many <= 32 else 64, h_split=2, bk_bit=128, gathers=gathers)
+    return AuxConfig(64, h_split=1, bk_bit=128, gathers=gathers)
+
+
+@cache
+def table(arch: int) -> dict[str, dict[str, dict[str, Any]]]:
+    """The committed measurements for an architecture; empty if there are none."""
+    path = FOLDER / f"sm_{arch}.json"
+    if not path.exists():
+        return {}
+    found: dict[str, dict[str, dict[str, Any]]] = json.loads(path.read_text())["gemm"]
+    return found
+
+
+def write_table(
+    arch: int, found: dict[GroupKey, dict[int, GemmConfig]], about: dict[str, str], folder: Path
+) -> Path:
+    """Writes measurements where `table` looks for them; about: GPU, versions, date."""
+    path = folder / f"sm_{arch}.json"
+    gemm = {
+        str(key): {str(tokens): asdict(config) for tokens, config in sorted(by.items())}
+        for key, by in found.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"about": about, "gemm": gemm}, indent=1) + "\n")
+    return path

@@ -1,0 +1,140 @@
+"""The launch of gemm_kernel: which configuration, which tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from deltaserve.kernels.gpu import device as gpu
+from deltaserve.kernels.gpu.arena import Arena
+from deltaserve.kernels.gpu.config import GemmConfig, gemm_config
+from deltaserve.kernels.gpu.gemm_kernel import gemm_kernel
+from deltaserve.kernels.gpu.inputs import Inputs
+from deltaserve.kernels.gpu.launch import launch
+from deltaserve.kernels.gpu.step import StepPlan
+from deltaserve.kernels.gpu.weights import Weights
+from deltaserve.kernels.gpu.workspace import Workspace
+
+ROWS = 64
+"""Rank rows of an expand step."""
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Output:
+    """What the epilogue does after the deltas.
+
+    activation: "silu" or "gelu_tanh" of a group of two equal parts, gate and up: y is
+    ``activation(gate) * up`` [M, N / 2]. residual: added to y, of y's shape and dtype. y: where to
+    write, else a new tensor.
+    """
+
+    activation: str | None = None
+    residual: Tensor | None = None
+    y: Tensor | None = None
+
+    def check(self, parts: Sequence[int], apart: bool) -> None:
+        """Raises ValueError if the group cannot have this activation."""
+        if self.activation is None:
+            return
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f'activation is "{self.activation}"; it must be one of {", ".join(ACTIVATIONS)}'
+            )
+        if len(parts) != 2 or parts[0] != parts[1]:
+            raise ValueError(f"an activation needs two equal parts, gate and up, not {parts}")
+        if apart:
+            raise ValueError("gate and up want different inputs: no activation in the epilogue")
+
+
+def choose(weights: Weights, tokens: int, gated: bool = False) -> GemmConfig:
+    """The table's configuration, made to fit what the base needs."""
+    config = gemm_config(weights.key(gated), tokens, gpu.arch(weights.device))
+    if weights.format != "int4":
+        return config
+    if not weights.whole_zeros:
+        return replace(config, how="sums")
+    if weights.dtype == torch.float32 and config.how == "sums":
+        return replace(config, how="after")  # 1024 + q and back costs float32 its last digits
+    return config
+
+
+def run_gemm(
+    inputs: Inputs,
+    h: Tensor,
+    planes: Tensor,
+    weights: Weights,
+    parts: Sequence[int],
+    plan: StepPlan | None,
+    config: GemmConfig,
+    arena: Arena | None,
+    workspace: Workspace,
+    output: Output,
+) -> Tensor:
+    """Returns y [M, N], or [M, N / 2] with an activation."""
+    output.check(parts, inputs.apart)
+    count = inputs.x.shape[0]
+    width = weights.out_features // (2 if output.activation else 1)
+    y = output.y
+    if y is None:
+        y = inputs.x.new_empty(count, width)
+    rows = config.bn // 2 if output.activation else config.bn
+    tiles = column_tiles(tuple(parts), rows, output.activation is not None, inputs.x.device)
+    columns, down = len(tiles), inputs.padded // config.bm
+    split = config.split_k
+    partial = config.bm * config.bn * columns * down * split if split > 1 else 1
+    t = plan.tables if plan else {}
+    ints, floats = workspace.take("nothing", 1, torch.int32), workspace.take("nothing", 1)
+    groups = -(-weights.in_features // weights.group_size) if weights.group_size else 0
+    pdl = gpu.overlaps(inputs.x.device) and plan is not None
+    launch(
+        gemm_kernel,
+        (-(-count // config.bm), columns, split),
+        (
+            inputs.base, inputs.sums, weights.weight, weights.scale, weights.zero,
+            weights.bias, y, output.residual, workspace.take("partial", partial),
+            workspace.take("counters", columns * down, torch.int32), tiles,
+            arena.view(inputs.x.dtype) if arena else inputs.x,
+            arena.view(torch.float32) if arena else floats, h, planes,
+            t.get("page_b", ints), t.get("page_col", ints), t.get("page_lo", ints),
+            t.get("page_hi", ints), t.get("page_bounds", ints), t.get("vec_offset", ints),
+            t.get("vec_lo", ints), t.get("vec_hi", ints), t.get("vec_strength", floats),
+            t.get("vec_bounds", ints), t.get("plane_count", ints),
+            count, inputs.tiles, plan.width // 8 if plan else 0,
+            count if inputs.apart else 0, groups if inputs.apart else 0,
+        ),
+        dict(
+            N=weights.out_features, K=weights.in_features, PARTS=len(parts),
+            FORMAT=weights.format, GROUP=weights.group_size or 1, HOW=config.how,
+            DT=gpu.unpacked_type(weights.dtype), BM=config.bm, BN=config.bn, BK=config.bk,
+            SPLIT_K=split, TOKENS=inputs.tokens, ROWS=ROWS,
+            H_SPLIT=plan.aux.h_split if plan else 1, ACTIVATION=output.activation,
+            EVEN_N=all(n % rows == 0 for n in parts),
+            EVEN_K=weights.in_features % (config.bk * split) == 0,
+            HAS_BIAS=weights.bias is not None, RESIDUAL=output.residual is not None,
+            ADAPTERS=plan is not None, PACKED=not gpu.interpreted(), PDL=pdl,
+        ),
+        config.num_warps,
+        config.num_stages,
+        pdl,
+    )  # fmt: skip
+    return y
+
+
+@cache
+def column_tiles(
+    parts: tuple[int, ...], rows: int, gated: bool, device: torch.device
+) -> Tensor:
+    """int32 [tiles, 4]: (part, first row in it, first column of the part, rows of the part). A
+    tile lies in one part; gated: the tiles of the first part stand for both."""
+    found = []
+    start = 0
+    for part, size in enumerate(parts[:1] if gated else parts):
+        found += [(part, first, start, size) for first in range(0, size, rows)]
+        start += size
+    return torch.tensor(found, dtype=torch.int32, device=device)

@@ -1,0 +1,166 @@
+"""The second launch of a group: base product, factors, bias, expand, ready deltas, activation and
+residual, rounded once."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from deltaserve.kernels.base.kernel import product
+from deltaserve.kernels.lowrank.kernel import expand
+from deltaserve.kernels.scale.kernel import biases, factors
+
+
+@triton.jit
+def add_planes(
+    acc, planes, plane_count, part, m, n, M, MP, live, N: tl.constexpr, BM: tl.constexpr
+):
+    """acc [BN, BM] plus each token's ready deltas: its module's first few planes."""
+    count = tl.load(plane_count + part * MP + m, mask=m < M, other=0)
+    for p in range(0, tl.max(count, axis=0)):
+        place = planes + (p * MP + m)[None, :].to(tl.int64) * N + n[:, None]
+        acc += tl.load(place, mask=(p < count)[None, :] & live[:, None], other=0.0)
+    return acc
+
+
+@triton.jit
+def deltas(
+    acc, arena, arena_float, bias, h, planes, page_b, page_col, page_lo, page_hi, page_bounds,
+    vec_offset, vec_lo, vec_hi, vec_strength, vec_bounds, plane_count,
+    tile, part, m, n0, column, out_features, M, MP, WIDTH,
+    N: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr,
+    H_SPLIT: tl.constexpr, EVEN_N: tl.constexpr, HAS_BIAS: tl.constexpr, ADAPTERS: tl.constexpr,
+):  # fmt: skip
+    """acc [BN, BM], the base product of rows n0.. of a module, -> its served output in float32."""
+    n = n0 + tl.arange(0, BN)
+    live = n < out_features
+    at = tile * PARTS + part
+    if ADAPTERS:
+        v = vec_bounds + at * 2
+        v0, v1, v2 = tl.load(v), tl.load(v + 1), tl.load(v + 2)
+        acc = factors(
+            acc, arena_float, vec_offset, vec_lo, vec_hi, vec_strength, v0, v1, m, n, live, BM, BN
+        )
+    if HAS_BIAS:
+        acc += tl.load(bias + column + n, mask=live, other=0.0).to(tl.float32)[:, None]
+    if ADAPTERS:
+        acc = biases(
+            acc, arena_float, vec_offset, vec_lo, vec_hi, vec_strength, v1, v2, m, n, live
+        )
+        acc = expand(
+            acc, arena, h, page_b, page_col, page_lo, page_hi,
+            tl.load(page_bounds + at), tl.load(page_bounds + at + 1),
+            m, n, out_features, MP, WIDTH, BM, BN, ROWS, H_SPLIT, EVEN_N,
+        )  # fmt: skip
+        acc = add_planes(acc, planes, plane_count, part, m, column + n, M, MP, live, N, BM)
+    return acc
+
+
+@triton.jit
+def gated(gate, up, ACTIVATION: tl.constexpr):
+    """The activation of gate times up."""
+    if ACTIVATION == "silu":
+        g = gate * tl.sigmoid(gate)
+    else:  # gelu_tanh: 0.5 x (1 + tanh(u)) is x sigmoid(2 u)
+        g = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    return g * up
+
+
+@triton.jit(do_not_specialize=["M", "TILES", "WIDTH8", "x_part", "sums_part"])
+def gemm_kernel(
+    x, sums, weight, scale, zero, bias, y, residual, partial, counter, tiles,
+    arena, arena_float, h, planes, page_b, page_col, page_lo, page_hi, page_bounds,
+    vec_offset, vec_lo, vec_hi, vec_strength, vec_bounds, plane_count,
+    M, TILES, WIDTH8, x_part, sums_part,
+    N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, FORMAT: tl.constexpr,
+    GROUP: tl.constexpr, HOW: tl.constexpr, DT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT_K: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, H_SPLIT: tl.constexpr,
+    ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ADAPTERS: tl.constexpr,
+    PACKED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y [M, N] = the group's output for x [M, K]; grid (token tiles, column tiles, SPLIT_K).
+
+    Token tiles vary fastest, so that programs that share weights run together. tiles: int32
+    [column tiles, 4] of (part, first row in it, first column of the part, rows of the part).
+    TILES: token tiles that the step's tables are laid out for, of TOKENS tokens each, BM of them
+    here; WIDTH8: rows of h / 8. x_part, sums_part: in units of K and MP, from one part's inputs to
+    the next one's, 0 if all share them.
+    ACTIVATION "silu" or "gelu_tanh": of two parts of equal size, gate and up; y is [M, N / 2].
+    SPLIT_K: the last program of a tile adds the others' sums, in order, and goes on alone.
+    """
+    mt, nt = tl.program_id(0), tl.program_id(1)
+    MP = TILES * TOKENS
+    WIDTH = WIDTH8 * 8
+    HALF: tl.constexpr = BN // 2 if ACTIVATION else BN
+    part = tl.load(tiles + nt * 4)
+    n0 = tl.load(tiles + nt * 4 + 1)
+    column = tl.load(tiles + nt * 4 + 2)
+    out_features = tl.load(tiles + nt * 4 + 3)
+    r = tl.arange(0, BN)
+    m = mt * BM + tl.arange(0, BM)
+    if EVEN_N:
+        first = nt * HALF
+        live = r < BN
+    else:
+        first = column + n0
+        live = n0 + r % HALF < out_features
+    n = first + r
+    if ACTIVATION:
+        n = first + r % HALF + (r // HALF) * (N // 2)
+    span: tl.constexpr = ((K + BK * SPLIT_K - 1) // (BK * SPLIT_K)) * BK
+    k_from = tl.program_id(2) * span
+    acc = product(
+        x + (part * x_part).to(tl.int64) * K, sums + (part * sums_part) * MP, weight, scale, zero,
+        n, live, m, k_from, tl.minimum(k_from + span, K), M, MP, N, K, FORMAT, GROUP, HOW, DT,
+        BM, BN, BK, EVEN_N, EVEN_K, PACKED,
+    )  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()  # the first launch's h and planes are needed only now
+    last = True
+    if SPLIT_K > 1:
+        own = partial + (nt * tl.num_programs(0) + mt).to(tl.int64) * (SPLIT_K * BN * BM)
+        at = r[:, None] * BM + tl.arange(0, BM)[None, :]
+        tl.store(own + tl.program_id(2) * (BN * BM) + at, acc)
+        tl.debug_barrier()
+        done = counter + nt * tl.num_programs(0) + mt
+        last = tl.atomic_add(done, 1, sem="acq_rel") == SPLIT_K - 1
+        if last:
+            acc = tl.zeros((BN, BM), tl.float32)
+            for s in tl.static_range(SPLIT_K):
+                acc += tl.load(own + s * (BN * BM) + at, cache_modifier=".cg")
+            tl.atomic_xchg(done, 0)
+    if last:
+        tile = mt * BM // TOKENS
+        if ACTIVATION:
+            both = tl.permute(tl.reshape(acc, (2, HALF, BM)), (1, 2, 0))
+            gate, up = tl.split(both)
+            gate = deltas(
+                gate, arena, arena_float, bias, h, planes, page_b, page_col, page_lo, page_hi,
+                page_bounds, vec_offset, vec_lo, vec_hi, vec_strength, vec_bounds, plane_count,
+                tile, 0, m, n0, 0, N // 2, M, MP, WIDTH,
+                N, PARTS, BM, HALF, ROWS, H_SPLIT, EVEN_N, HAS_BIAS, ADAPTERS,
+            )  # fmt: skip
+            up = deltas(
+                up, arena, arena_float, bias, h, planes, page_b, page_col, page_lo, page_hi,
+                page_bounds, vec_offset, vec_lo, vec_hi, vec_strength, vec_bounds, plane_count,
+                tile, 1, m, n0, N // 2, N // 2, M, MP, WIDTH,
+                N, PARTS, BM, HALF, ROWS, H_SPLIT, EVEN_N, HAS_BIAS, ADAPTERS,
+            )  # fmt: skip
+            out = gated(gate, up, ACTIVATION)
+            WIDE: tl.constexpr = N // 2
+        else:
+            out = deltas(
+                acc, arena, arena_float, bias, h, planes, page_b, page_col, page_lo, page_hi,
+                page_bounds, vec_offset, vec_lo, vec_hi, vec_strength, vec_bounds, plane_count,
+                tile, part, m, n0, column, out_features, M, MP, WIDTH,
+                N, PARTS, BM, BN, ROWS, H_SPLIT, EVEN_N, HAS_BIAS, ADAPTERS,
+            )  # fmt: skip
+            WIDE: tl.constexpr = N
+        i = tl.arange(0, HALF)
+        place = m[None, :].to(tl.int64) * WIDE + (first + i)[:, None]
+        mask = (m < M)[None, :] & (n0 + i < out_features)[:, None]
+        if RESIDUAL:
+            out += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y + place, out.to(y.dtype.element_ty), mask=mask)

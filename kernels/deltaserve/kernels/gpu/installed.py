@@ -1,0 +1,104 @@
+"""An adapter's parts with the offsets that they have in the arena, as the planner reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from deltaserve.kernels.gpu.prepared import GpuPrepared
+from deltaserve.kernels.lowrank.pages import PAGE
+
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Pages:
+    """One entry per page, modules one after the other; col: the page's first row of h."""
+
+    a: Ints
+    b: Ints
+    part: Ints
+    gathers: Ints
+    col: Ints
+    scale: Floats
+
+    def __len__(self) -> int:
+        return len(self.a)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Installed:
+    """blob: its offset. signs, sells, panels: part -> entries of 4 numbers as the kernels read
+    them; panel_tiles: part -> chunks of each tile, summed over panels; the rest: part -> vectors'
+    offsets."""
+
+    blob: int
+    pages: Pages
+    signs: dict[int, list[tuple[int, int, int, int]]]
+    sells: dict[int, tuple[int, int, int, int]]
+    panels: dict[int, list[tuple[int, int, int, int]]]
+    panel_tiles: dict[int, Ints]
+    factors: dict[int, tuple[int, ...]]
+    biases: dict[int, tuple[int, ...]]
+    inputs: dict[int, int]
+    scales_apart: bool
+    """Whether the modules want different inputs."""
+
+
+def install(prepared: GpuPrepared, blob: int, parts: int) -> Installed:
+    """blob: where prepared.blob lies in the arena; parts: of the group."""
+    own = prepared.parts
+    inputs = {i: p.input for i, p in own.items() if p.input is not None}
+    apart = bool(inputs) and (len(inputs) < parts or len(set(inputs.values())) > 1)
+    return Installed(
+        blob=blob,
+        pages=_pages(prepared, blob),
+        signs={
+            i: [(blob + s.words, blob + s.scales, s.planes, 0) for s in p.signs]
+            for i, p in own.items()
+            if p.signs
+        },
+        sells={
+            i: (
+                blob + p.sell.starts,
+                blob + p.sell.rows,
+                blob + p.sell.columns,
+                blob + p.sell.values,
+            )
+            for i, p in own.items()
+            if p.sell is not None
+        },
+        panels={
+            i: [(blob + q.starts, blob + q.chunks, blob, 0) for q in p.panels]
+            for i, p in own.items()
+            if p.panels
+        },
+        panel_tiles={
+            i: np.sum([q.tiles for q in p.panels], axis=0, dtype=np.int32)
+            for i, p in own.items()
+            if p.panels
+        },
+        factors={i: tuple(blob + v for v in p.factors) for i, p in own.items() if p.factors},
+        biases={i: tuple(blob + v for v in p.biases) for i, p in own.items() if p.biases},
+        inputs={i: blob + v for i, v in inputs.items()},
+        scales_apart=apart,
+    )
+
+
+def _pages(prepared: GpuPrepared, blob: int) -> Pages:
+    flat = [(i, page) for i, part in prepared.parts.items() for page in part.pages]
+
+    def ints(values: list[int]) -> Ints:
+        return np.array(values, dtype=np.int32)
+
+    return Pages(
+        a=ints([blob + page.a for _, page in flat]),
+        b=ints([blob + page.b for _, page in flat]),
+        part=ints([i for i, _ in flat]),
+        gathers=ints([page.gathers for _, page in flat]),
+        col=ints([PAGE * n for n in range(len(flat))]),
+        scale=np.array([page.scale for _, page in flat], dtype=np.float32),
+    )

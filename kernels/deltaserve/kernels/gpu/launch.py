@@ -1,0 +1,26 @@
+"""One way to launch a kernel: on the GPU, or in the interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deltaserve.kernels.gpu.device import interpreted
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: Sequence[Any],
+    constants: Mapping[str, Any],
+    num_warps: int,
+    num_stages: int,
+    pdl: bool = False,
+) -> None:
+    """pdl: the launch may start before the one before it ends; the kernel's constant PDL says the
+    same, and waits."""
+    if interpreted():
+        kernel[grid](*arguments, **constants)
+        return
+    options = {"launch_pdl": True} if pdl else {}
+    kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages, **options)

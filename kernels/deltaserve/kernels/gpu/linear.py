@@ -1,0 +1,153 @@
+"""GpuLinearDeltas: `LinearDeltas` on the GPU: a group's whole mixed batch in two launches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from deltaserve.kernels.check import check_linear
+from deltaserve.kernels.gpu import device as gpu
+from deltaserve.kernels.gpu import step
+from deltaserve.kernels.gpu.arena import Arena
+from deltaserve.kernels.gpu.base import GpuLinear
+from deltaserve.kernels.gpu.aux import run_aux
+from deltaserve.kernels.gpu.config import AuxConfig, GemmConfig, aux_config
+from deltaserve.kernels.gpu.gemm import Output, choose, run_gemm
+from deltaserve.kernels.gpu.inputs import run_inputs
+from deltaserve.kernels.gpu.installed import Installed, install
+from deltaserve.kernels.gpu.plan import Tiling, build
+from deltaserve.kernels.gpu.prepared import GpuPrepared, prepare
+from deltaserve.kernels.gpu.step import Limits, StepPlan
+from deltaserve.kernels.gpu.workspace import Workspace
+from deltaserve.kernels.primitives import Primitive
+from deltaserve.kernels.segments import Segments
+from deltaserve.kernels.table import Group
+
+
+class GpuLinearDeltas:
+    """in_features; out_features of each part; dtype: of x and y.
+
+    arena: where adapters lie; one of its own if not given. workspace: likewise.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: Sequence[int],
+        dtype: torch.dtype,
+        *,
+        device: torch.device | None = None,
+        arena: Arena | None = None,
+        workspace: Workspace | None = None,
+    ) -> None:
+        self.group = Group(in_features, tuple(out_features), dtype)
+        self.device = device or gpu.default_device()
+        self.arena = arena or Arena(self.device)
+        self.workspace = workspace or Workspace(self.device)
+        self.slots: dict[int, Installed] = {}
+        self._bytes: dict[int, int] = {}
+
+    def prepare(self, parts: Mapping[int, tuple[Primitive, ...]]) -> GpuPrepared:
+        """Casts and packs the primitives of each part for serving. Safe from any thread.
+
+        Raises ValueError for a primitive that linears do not take, or of the wrong shape.
+        """
+        for part, primitives in parts.items():
+            check_linear(part, primitives, self.group)
+        return prepare(parts, self.group)
+
+    def install(self, slot: int, prepared: GpuPrepared) -> None:
+        """Publishes an adapter in a slot, in place of what the slot held. Engine thread."""
+        self.remove(slot)
+        if prepared.parts:
+            blob = self.arena.put(prepared.blob)
+            self.slots[slot] = install(prepared, blob, len(self.group.out_features))
+            self._bytes[slot] = prepared.nbytes
+
+    def remove(self, slot: int) -> None:
+        """Empties a slot; an empty one may be removed again."""
+        found = self.slots.pop(slot, None)
+        if found is not None:
+            self.arena.drop(found.blob)
+            del self._bytes[slot]
+
+    @property
+    def nbytes(self) -> int:
+        """Exact bytes installed."""
+        return sum(self._bytes.values())
+
+    def plan(
+        self,
+        segments: Segments,
+        base: GpuLinear,
+        *,
+        limits: Limits | None = None,
+        config: GemmConfig | None = None,
+        aux: AuxConfig | None = None,
+        gated: bool = False,
+    ) -> StepPlan:
+        """The step's tables on the device. limits: room for other steps of as many tokens, whose
+        tables `replan` puts at the same addresses."""
+        config = config or choose(base.weights, segments.tokens, gated)
+        aux = aux or aux_config(segments.tokens, self.group.in_features)
+        tiling = Tiling(
+            tokens=max(config.bm, aux.block, 16),
+            block=aux.block,
+            rows=aux.rows,
+            h_split=aux.h_split,
+            depth=aux.bk_bit,
+            gathers=aux.gathers,
+            programs=4 * gpu.multiprocessors(self.device),
+        )
+        tiles = -(-segments.tokens // tiling.tokens)
+        apart = limits is not None and limits.apart
+        tables = build(self.group, self.slots, segments, tiles, tiling, apart)
+        return step.make(tables, segments.tokens, tiles, tiling, aux, self.device, limits)
+
+    def replan(self, plan: StepPlan, segments: Segments) -> None:
+        """Fills a plan anew, for at most as many tokens. Raises StepTooLarge."""
+        if segments.tokens > plan.tokens:
+            raise step.StepTooLarge(
+                f"the step has {segments.tokens} tokens; the plan was made for {plan.tokens}"
+            )
+        apart = plan.limits is not None and plan.apart
+        tables = build(self.group, self.slots, segments, plan.tiles, plan.tiling, apart)
+        step.fill(plan, tables)
+
+    def forward(self, x: Tensor, base: GpuLinear, segments: Segments) -> Tensor:
+        """x: [T, in]. Returns [T, sum of out_features] of x's dtype.
+
+        Tokens without an adapter get exactly what ``base(x)`` gives.
+        """
+        if segments.slots.isdisjoint(self.slots) or not len(x):
+            return base(x)
+        return self.run(x, base, self.plan(segments, base))
+
+    def run(
+        self,
+        x: Tensor,
+        base: GpuLinear,
+        plan: StepPlan | None,
+        *,
+        config: GemmConfig | None = None,
+        output: Output | None = None,
+    ) -> Tensor:
+        """The launches of a planned step: at most one for the inputs, one for what the adapters
+        need first and the base product, whose epilogue does the rest. plan None: no adapters.
+
+        config: as given to `plan`. output: an activation, a residual, a place for y.
+        """
+        x = x.contiguous()
+        output = output or Output()
+        weights, parts, space = base.weights, self.group.out_features, self.workspace
+        config = config or choose(weights, len(x), output.activation is not None)
+        inputs = run_inputs(x, weights, plan, config, len(parts), self.arena, space)
+        h = planes = space.take("nothing", 1)
+        if plan is not None:
+            h, planes = run_aux(inputs, plan, self.group, self.arena, space)
+        arena = None if plan is None else self.arena
+        return run_gemm(
+            inputs, h, planes, weights, parts, plan, config, arena, space, output
+        )

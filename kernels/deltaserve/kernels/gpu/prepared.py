@@ -1,0 +1,149 @@
+"""What one adapter has in one group, packed into a blob, and where in the blob what lies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltaserve.kernels.bit.words import ROWS, pack_signs
+from deltaserve.kernels.cast import cast
+from deltaserve.kernels.gpu.blob import BlobWriter
+from deltaserve.kernels.lowrank.pages import Page, pack_columns, pack_lowrank
+from deltaserve.kernels.primitives import (
+    Bias,
+    Bit,
+    LowRank,
+    Primitive,
+    Replace,
+    ReplaceRows,
+    Scale,
+    SparseBlocks,
+    SparseCols,
+    SparseCsr,
+    SparseRows,
+)
+from deltaserve.kernels.sparse import panels
+from deltaserve.kernels.sparse.panels import Panel
+from deltaserve.kernels.sparse.sell import Sell, entries_of_blocks, pack_entries
+from deltaserve.kernels.table import Group
+
+
+@dataclass(frozen=True, slots=True)
+class Signs:
+    """Offsets of the words of all sign planes and of their scales, float32."""
+
+    words: int
+    scales: int
+    planes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One module. factors, biases, input: offsets of float32 vectors."""
+
+    pages: tuple[Page, ...] = ()
+    signs: tuple[Signs, ...] = ()
+    sell: Sell | None = None
+    panels: tuple[Panel, ...] = ()
+    factors: tuple[int, ...] = ()
+    biases: tuple[int, ...] = ()
+    input: int | None = None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class GpuPrepared:
+    """blob: uint8, in host memory, what is copied to the device as it is; parts: by number."""
+
+    blob: Tensor
+    parts: Mapping[int, Part]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.blob,)
+
+    @property
+    def nbytes(self) -> int:
+        """Exact bytes, padding included."""
+        return self.blob.numel()
+
+
+def prepare(parts: Mapping[int, Sequence[Primitive]], group: Group) -> GpuPrepared:
+    """Casts to the serving dtype and packs."""
+    blob = BlobWriter()
+    packed = {
+        part: _part(primitives, group.out_features[part], group, blob)
+        for part, primitives in sorted(parts.items())
+        if primitives
+    }
+    return GpuPrepared(blob.bytes(), packed)
+
+
+def _part(
+    primitives: Sequence[Primitive], out_features: int, group: Group, blob: BlobWriter
+) -> Part:
+    pages: list[Page] = []
+    signs: list[Signs] = []
+    entries: list[SparseCsr] = []
+    found: list[Panel] = []
+    factors: list[int] = []
+    biases: list[int] = []
+    scaled: int | None = None
+    for p in primitives:
+        match p:
+            case LowRank():
+                pages += pack_lowrank(p, group.dtype, blob)
+            case SparseCols():
+                pages += pack_columns(p, group.dtype, blob)
+            case Bit():
+                signs.append(_signs(p, group, blob))
+            case SparseCsr():
+                entries.append(p)
+            case SparseBlocks() if not panels.takes(p):
+                entries.append(entries_of_blocks(p, out_features))
+            case SparseBlocks():
+                found.append(panels.pack_blocks(p, out_features, group.dtype, blob))
+            case SparseRows(index, values):
+                found.append(panels.pack_rows(index, values, out_features, group.dtype, blob))
+            case Scale(inputs, outputs):
+                if outputs is not None:
+                    factors.append(blob.add(_vector(outputs)))
+                if inputs is not None:
+                    scaled = blob.add(_vector(inputs))
+            case Bias(bias):
+                biases.append(blob.add(_vector(bias)))
+            case Replace(weight):
+                # W' x is a delta beside a base product that counts for nothing.
+                factors.append(blob.add(torch.zeros(_padded(out_features))))
+                found.append(panels.pack_rows(None, weight, out_features, group.dtype, blob))
+            case ReplaceRows(index, values):
+                keep = torch.ones(_padded(out_features))
+                keep[index] = 0
+                factors.append(blob.add(keep))
+                found.append(panels.pack_rows(index, values, out_features, group.dtype, blob))
+    sell = None
+    if entries:
+        sell = pack_entries(entries, out_features, group.in_features, group.dtype, blob)
+    return Part(
+        tuple(pages), tuple(signs), sell, tuple(found), tuple(factors), tuple(biases), scaled
+    )
+
+
+def _signs(primitive: Bit, group: Group, blob: BlobWriter) -> Signs:
+    scale = cast(primitive.scale, torch.float32)
+    return Signs(
+        blob.add(pack_signs(primitive.signs, group.in_features)),
+        blob.add(F.pad(scale, (0, -scale.shape[1] % ROWS))),
+        scale.shape[0],
+    )
+
+
+def _vector(vector: Tensor) -> Tensor:
+    """Float32 whatever the compute dtype: vectors are small, and 1 + w (s - 1) must not round."""
+    return F.pad(cast(vector, torch.float32), (0, -vector.numel() % 4))
+
+
+def _padded(n: int) -> int:
+    return n + -n % 4

@@ -1,0 +1,39 @@
+"""Weights: a base linear's tensors in the layout that gemm_kernel reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltaserve.kernels.gpu.config import GroupKey
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Weights:
+    """format: "dense", "int8", "int4" or "fp8". weight: int32 words (base/words.py), or [out, in]
+    of a dense format. scale, zero: [groups, out] of int4; scale float32 [out] of int8 and fp8;
+    else unused. bias: [out] or None. dtype: of x and y. whole_zeros: whether the zeros of int4 are
+    whole numbers, as all but HQQ's are."""
+
+    format: str
+    in_features: int
+    out_features: int
+    group_size: int
+    dtype: torch.dtype
+    weight: Tensor
+    scale: Tensor
+    zero: Tensor
+    bias: Tensor | None
+    whole_zeros: bool = True
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def key(self, gated: bool = False) -> GroupKey:
+        """What tables of configurations know it by."""
+        return GroupKey(
+            self.format, self.group_size, self.in_features, self.out_features, gated
+        )

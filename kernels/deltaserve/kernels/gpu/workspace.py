@@ -1,0 +1,37 @@
+"""Workspace: what launches write for the launches after them, shared by all groups of a model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Workspace:
+    """Named buffers that grow on demand; one per stream, since groups run one after the other.
+
+    Nothing in it is cleared between steps, save the counters, which come back to zero by
+    themselves: kernels read only what the step wrote.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A flat buffer of at least `count` numbers, the same one for the same name."""
+        key = (name, dtype)
+        found = self._buffers.get(key)
+        if found is None or found.numel() < count:
+            found = torch.zeros(max(count, 16), dtype=dtype, device=self.device)
+            self._buffers[key] = found
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        return sum(b.numel() * b.element_size() for b in self._buffers.values())
+
+    def poison(self) -> None:
+        """Fills all but the counters with NaN: for tests that nothing stale is read."""
+        for (name, _), buffer in self._buffers.items():
+            if name != "counters":
+                buffer.fill_(float("nan"))
