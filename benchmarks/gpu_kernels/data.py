@@ -8,10 +8,10 @@ from functools import cached_property
 from typing import TypeAlias
 
 import torch
-from gpu_kernels.shapes import Batch, Group
 from torch import Tensor
 
 from deltaserve.kernels.primitives import Bit, LowRank, Primitive, SparseCsr
+from gpu_kernels.shapes import Batch, Group
 
 Adapter: TypeAlias = Mapping[int, tuple[Primitive, ...]]
 """The primitives of each part of a group."""
@@ -144,11 +144,3 @@ def distinct(make: Sequence[Adapter], adapters: int) -> tuple[Adapter, ...]:
     """`adapters` adapters that hold the given ones in turn: each is installed in memory of its
     own, so only the time to make them is saved."""
     return tuple(make[i % len(make)] for i in range(adapters))
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    """Of the whole, by the 2-norm; nan if anything is not finite."""
-    got = got.double()
-    if not bool(torch.isfinite(got).all()):
-        return float("nan")
-    return float((got - expected).norm() / expected.norm())

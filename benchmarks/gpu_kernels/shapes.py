@@ -40,7 +40,7 @@ TINY = (Group("qkv", 256, (128, 64, 64)), Group("down", 512, (128,)))
 """For the interpreter."""
 
 Batch = tuple[int, ...]
-"""The adapter of each token, -1 for none; equal ones are neighbours, as the scheduler orders them."""
+"""The adapter of each token, -1 for none; equal ones are neighbours, as in a scheduled batch."""
 
 
 def spread(tokens: int, adapters: int, first: int = 0) -> Batch:

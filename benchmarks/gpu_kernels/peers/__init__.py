@@ -2,12 +2,15 @@
 
 They are carried, never committed: `benchmarks/carried/` (or `--peers DIR`) is expected to hold
 
-| folder | from | what of it | imports there |
-|---|---|---|---|
-| `vllm/lora/ops/triton_ops/` | vllm-project/vllm, `vllm/lora/ops/triton_ops`, 0.33.0 | `kernel_utils`, `lora_shrink_op`, `lora_expand_op`, `lora_kernel_metadata`, `utils` | `vllm.envs`, `.logger`, `.platforms`, `.triton_utils`, `.utils` are stood in for |
-| `sglang/kernels/ops/lora/dense/` | sgl-project/sglang, `python/sglang/kernels/ops/lora/dense`, 0.5.23 | all of it, with `csgmv_configs/` | `sglang.srt.*` is stood in for |
-| `bitdelta/` | FasterDecoding/BitDelta, `bitdelta`, commit ecbee1e | `binary_gemm_kernel.py` | nothing |
-| `gemlite/` | dropbox/gemlite, 0.6.0.post2 (the sdist on PyPI) | the package, of `configs/` only `h100.json` | asks for the device's name when imported |
+- `vllm/lora/ops/triton_ops/`: `kernel_utils`, `lora_shrink_op`, `lora_expand_op`,
+  `lora_kernel_metadata` and `utils` of vllm-project/vllm 0.33.0 (in its sdist). `vllm.envs`,
+  `vllm.logger`, `vllm.platforms`, `vllm.triton_utils` and `vllm.utils` are stood in for.
+- `sglang/kernels/ops/lora/dense/`: all of `sglang/kernels/ops/lora/dense` of sgl-project/sglang
+  0.5.23 (in its wheel), with `csgmv_configs/`. `sglang.srt` is stood in for.
+- `bitdelta/binary_gemm_kernel.py`: `bitdelta/` of FasterDecoding/BitDelta, commit ecbee1e. It
+  imports nothing of its own.
+- `gemlite/`: the package of dropbox/gemlite 0.6.0.post2 (in its sdist), of `configs/` only
+  `h100.json`. It asks for the device's name while it is imported, so it needs one.
 
 What torch itself brings (cuBLAS, tinygemm, cuSPARSE) needs no folder. A peer that is not there, or
 that does not run, is reported as absent with the reason. What is stood in for is host code that

@@ -6,11 +6,11 @@ import contextlib
 from pathlib import Path
 
 import torch
-from gpu_kernels.data import DEVICE, ON_GPU, Problem
-from gpu_kernels.peers.work import AbsentError, Work, load, stand_in
 from torch import Tensor
 
 from deltaserve.kernels.primitives import Bit
+from gpu_kernels.data import DEVICE, ON_GPU, Problem
+from gpu_kernels.peers.work import AbsentError, Work, load, stand_in
 
 NAME = "BitDelta binary_bmm"
 

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from gpu_kernels.data import DEVICE, DTYPE
 from gpu_kernels.peers.quantized import Int4
 from gpu_kernels.peers.work import Work, load, stand_in
-from torch import Tensor
 
 NAME = "gemlite 0.6.0"
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from deltaserve.kernels.primitives import LowRank, SparseCsr
 from gpu_kernels.data import DEVICE, DTYPE, ON_GPU, Problem
 from gpu_kernels.peers.quantized import Int4
 from gpu_kernels.peers.work import AbsentError, Work
 from gpu_kernels.shapes import QUANTIZED_GROUP
-from torch import Tensor
-
-from deltaserve.kernels.primitives import LowRank, SparseCsr
 
 CUBLAS = "cuBLAS 16-bit"
 TINYGEMM = "tinygemm (torch) int4"

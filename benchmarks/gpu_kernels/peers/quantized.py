@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from gpu_kernels.data import DEVICE, DTYPE
 from gpu_kernels.shapes import QUANTIZED_GROUP, Group
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from gpu_kernels.data import DEVICE, DTYPE, Problem
-from gpu_kernels.peers.work import Work, load, stand_in
 from torch import Tensor
 
 from deltaserve.kernels.primitives import LowRank
+from gpu_kernels.data import DEVICE, DTYPE, Problem
+from gpu_kernels.peers.work import Work, load, stand_in
 
 CSGMV = "SGLang 0.5.23 csgmv"
 TRITON = "SGLang 0.5.23 triton"
@@ -76,8 +76,8 @@ def _work(problem: Problem, copies: int, run: Callable[[Tensor, Tensor, Tensor],
 
 
 def _stacks(problem: Problem) -> tuple[Tensor, Tensor]:
-    """A [slots, parts * rank, in], an adapter's rows without gaps, and B [slots, out, rank]. The last
-    slot is the base's, of rank 0."""
+    """A [slots, parts * rank, in], an adapter's rows without gaps, and B [slots, out, rank]. The
+    last slot is the base's, of rank 0."""
     group, slots = problem.group, len(problem.adapters) + 1
     parts = len(group.parts)
     rank = max(_ranks(problem))

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from gpu_kernels.data import DEVICE, DTYPE, Problem
-from gpu_kernels.peers.work import Work, load, stand_in
 from torch import Tensor
 
 from deltaserve.kernels.primitives import LowRank
+from gpu_kernels.data import DEVICE, DTYPE, Problem
+from gpu_kernels.peers.work import Work, load, stand_in
 
 NAME = "vLLM 0.33.0"
 OPS = "vllm.lora.ops.triton_ops"

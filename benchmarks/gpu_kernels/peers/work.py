@@ -19,9 +19,9 @@ class AbsentError(RuntimeError):
 
 @dataclass(frozen=True)
 class Work:
-    """calls[i](): runs on copy i of the weights and returns y [tokens, out_features]. reset(): makes
-    y what it has to be before a call for y to be the expected one (a call may add to y). nbytes: of
-    one copy of the weights as held."""
+    """calls[i](): runs on copy i of the weights and returns y [tokens, out_features].
+    reset(): makes y what it has to be before a call (a call may add to it).
+    nbytes: of one copy of the weights as held."""
 
     calls: Sequence[Callable[[], Tensor]]
     reset: Callable[[], object]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from deltaserve.kernels.gpu import device as gpu
 from deltaserve.kernels.gpu.arena import Arena
 from deltaserve.kernels.gpu.aux_kernel import aux_kernel
+from deltaserve.kernels.gpu.config import AuxConfig
 from deltaserve.kernels.gpu.inputs import Inputs
 from deltaserve.kernels.gpu.launch import launch
 from deltaserve.kernels.gpu.step import StepPlan
@@ -39,14 +42,19 @@ def run_aux(
             h, planes, t["page_a"], t["page_col"], t["page_lo"], t["page_hi"], t["page_scale"],
             t["entries"], t["strengths"], x.shape[0], plan.tiles, plan.width // 8,
         ),
-        dict(
-            N=outputs, K=group.in_features, DT=gpu.unpacked_type(x.dtype), BM=aux.block,
-            TOKENS=plan.tiling.tokens, ROWS=aux.rows, BK_SHRINK=aux.bk_shrink,
-            H_SPLIT=aux.h_split, BN=64, BK_BIT=aux.bk_bit, BT=aux.gathers, C=sell.ROWS,
-            DEPTH=DEPTH, EVEN_K=group.in_features % 256 == 0, PDL=pdl,
-        ),
+        constants(group, aux, plan.tiling.tokens, pdl),
         aux.num_warps,
         aux.num_stages,
         pdl,
     )  # fmt: skip
     return h, planes
+
+
+def constants(group: Group, aux: AuxConfig, tokens: int, pdl: bool) -> dict[str, Any]:
+    """The kernel's constants: facts of the base and of the number of tokens."""
+    return dict(
+        N=sum(group.out_features), K=group.in_features, DT=gpu.unpacked_type(group.dtype),
+        BM=aux.block, TOKENS=tokens, ROWS=aux.rows, BK_SHRINK=aux.bk_shrink,
+        H_SPLIT=aux.h_split, BN=64, BK_BIT=aux.bk_bit, BT=aux.gathers, C=sell.ROWS,
+        DEPTH=DEPTH, EVEN_K=group.in_features % 256 == 0, PDL=pdl,
+    )  # fmt: skip

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltaserve.kernels.gpu import device as gpu
 from deltaserve.kernels.gpu.arena import Arena
-from deltaserve.kernels.gpu.config import GemmConfig, gemm_config
+from deltaserve.kernels.gpu.config import GemmConfig, GroupKey, gemm_config
 from deltaserve.kernels.gpu.gemm_kernel import gemm_kernel
 from deltaserve.kernels.gpu.inputs import Inputs
 from deltaserve.kernels.gpu.launch import launch
@@ -108,16 +109,10 @@ def run_gemm(
             count, inputs.tiles, plan.width // 8 if plan else 0,
             count if inputs.apart else 0, groups if inputs.apart else 0,
         ),
-        dict(
-            N=weights.out_features, K=weights.in_features, PARTS=len(parts),
-            FORMAT=weights.format, GROUP=weights.group_size or 1, HOW=config.how,
-            DT=gpu.unpacked_type(weights.dtype), BM=config.bm, BN=config.bn, BK=config.bk,
-            SPLIT_K=split, TOKENS=inputs.tokens, ROWS=ROWS,
-            H_SPLIT=plan.aux.h_split if plan else 1, ACTIVATION=output.activation,
-            EVEN_N=all(n % rows == 0 for n in parts),
-            EVEN_K=weights.in_features % (config.bk * split) == 0,
-            HAS_BIAS=weights.bias is not None, RESIDUAL=output.residual is not None,
-            ADAPTERS=plan is not None, PACKED=not gpu.interpreted(), PDL=pdl,
+        constants(
+            weights.key(), weights.dtype, tuple(parts), config, tokens=inputs.tokens,
+            h_split=plan.aux.h_split if plan else 0, activation=output.activation,
+            bias=weights.bias is not None, residual=output.residual is not None, pdl=pdl,
         ),
         config.num_warps,
         config.num_stages,
@@ -126,15 +121,34 @@ def run_gemm(
     return y
 
 
+def constants(
+    key: GroupKey, dtype: torch.dtype, parts: tuple[int, ...], config: GemmConfig, *,
+    tokens: int, h_split: int, activation: str | None, bias: bool, residual: bool, pdl: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """The kernel's constants: facts of the base and of the launch, none of an adapter. h_split: 0
+    without adapters."""
+    rows = config.bn // 2 if activation else config.bn
+    return dict(
+        N=key.out_features, K=key.in_features, PARTS=len(parts), FORMAT=key.format,
+        GROUP=key.group_size or 1, HOW=config.how, DT=gpu.unpacked_type(dtype),
+        BM=config.bm, BN=config.bn, BK=config.bk, SPLIT_K=config.split_k, TOKENS=tokens,
+        ROWS=ROWS, H_SPLIT=max(h_split, 1), ACTIVATION=activation,
+        EVEN_N=all(n % rows == 0 for n in parts),
+        EVEN_K=key.in_features % (config.bk * config.split_k) == 0,
+        HAS_BIAS=bias, RESIDUAL=residual, ADAPTERS=h_split > 0,
+        PACKED=not gpu.interpreted(), PDL=pdl,
+    )  # fmt: skip
+
+
 @cache
 def column_tiles(
     parts: tuple[int, ...], rows: int, gated: bool, device: torch.device
 ) -> Tensor:
-    """int32 [tiles, 4]: (part, first row in it, first column of the part, rows of the part). A
-    tile lies in one part; gated: the tiles of the first part stand for both."""
+    """int32 [tiles, 4]: (part, number in it, first column of the part, rows of the part). A tile
+    lies in one part; gated: the tiles of the first part stand for both."""
     found = []
     start = 0
     for part, size in enumerate(parts[:1] if gated else parts):
-        found += [(part, first, start, size) for first in range(0, size, rows)]
+        found += [(part, i, start, size) for i in range(-(-size // rows))]
         start += size
     return torch.tensor(found, dtype=torch.int32, device=device)

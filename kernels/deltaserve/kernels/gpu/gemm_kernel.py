@@ -27,13 +27,16 @@ def add_planes(
 def deltas(
     acc, arena, arena_float, bias, h, planes, page_b, page_col, page_lo, page_hi, page_bounds,
     vec_offset, vec_lo, vec_hi, vec_strength, vec_bounds, plane_count,
-    tile, part, m, n0, column, out_features, M, MP, WIDTH,
+    tile, part, m, n0, first, out_features, M, MP, WIDTH,
     N: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr,
     H_SPLIT: tl.constexpr, EVEN_N: tl.constexpr, HAS_BIAS: tl.constexpr, ADAPTERS: tl.constexpr,
 ):  # fmt: skip
-    """acc [BN, BM], the base product of rows n0.. of a module, -> its served output in float32."""
+    """acc [BN, BM], the base product of rows n0.. of a module, columns first.. of the group, -> its
+    served output in float32."""
     n = n0 + tl.arange(0, BN)
     live = n < out_features
+    if EVEN_N:
+        live = tl.arange(0, BN) < BN
     at = tile * PARTS + part
     if ADAPTERS:
         v = vec_bounds + at * 2
@@ -42,7 +45,7 @@ def deltas(
             acc, arena_float, vec_offset, vec_lo, vec_hi, vec_strength, v0, v1, m, n, live, BM, BN
         )
     if HAS_BIAS:
-        acc += tl.load(bias + column + n, mask=live, other=0.0).to(tl.float32)[:, None]
+        acc += tl.load(bias + first + tl.arange(0, BN), mask=live, other=0.0).to(tl.float32)[:, None]
     if ADAPTERS:
         acc = biases(
             acc, arena_float, vec_offset, vec_lo, vec_hi, vec_strength, v1, v2, m, n, live
@@ -52,7 +55,9 @@ def deltas(
             tl.load(page_bounds + at), tl.load(page_bounds + at + 1),
             m, n, out_features, MP, WIDTH, BM, BN, ROWS, H_SPLIT, EVEN_N,
         )  # fmt: skip
-        acc = add_planes(acc, planes, plane_count, part, m, column + n, M, MP, live, N, BM)
+        acc = add_planes(
+            acc, planes, plane_count, part, m, first + tl.arange(0, BN), M, MP, live, N, BM
+        )
     return acc
 
 
@@ -83,7 +88,7 @@ def gemm_kernel(
     """y [M, N] = the group's output for x [M, K]; grid (token tiles, column tiles, SPLIT_K).
 
     Token tiles vary fastest, so that programs that share weights run together. tiles: int32
-    [column tiles, 4] of (part, first row in it, first column of the part, rows of the part).
+    [column tiles, 4] of (part, number in it, first column of the part, rows of the part).
     TILES: token tiles that the step's tables are laid out for, of TOKENS tokens each, BM of them
     here; WIDTH8: rows of h / 8. x_part, sums_part: in units of K and MP, from one part's inputs to
     the next one's, 0 if all share them.
@@ -95,17 +100,16 @@ def gemm_kernel(
     WIDTH = WIDTH8 * 8
     HALF: tl.constexpr = BN // 2 if ACTIVATION else BN
     part = tl.load(tiles + nt * 4)
-    n0 = tl.load(tiles + nt * 4 + 1)
+    n0 = tl.load(tiles + nt * 4 + 1) * HALF
     column = tl.load(tiles + nt * 4 + 2)
     out_features = tl.load(tiles + nt * 4 + 3)
     r = tl.arange(0, BN)
     m = mt * BM + tl.arange(0, BM)
-    if EVEN_N:
+    first = column + n0
+    live = n0 + r % HALF < out_features
+    if EVEN_N:  # the same, known before anything is loaded, and known to be aligned
         first = nt * HALF
         live = r < BN
-    else:
-        first = column + n0
-        live = n0 + r % HALF < out_features
     n = first + r
     if ACTIVATION:
         n = first + r % HALF + (r // HALF) * (N // 2)
@@ -139,13 +143,13 @@ def gemm_kernel(
             gate = deltas(
                 gate, arena, arena_float, bias, h, planes, page_b, page_col, page_lo, page_hi,
                 page_bounds, vec_offset, vec_lo, vec_hi, vec_strength, vec_bounds, plane_count,
-                tile, 0, m, n0, 0, N // 2, M, MP, WIDTH,
+                tile, 0, m, n0, first, N // 2, M, MP, WIDTH,
                 N, PARTS, BM, HALF, ROWS, H_SPLIT, EVEN_N, HAS_BIAS, ADAPTERS,
             )  # fmt: skip
             up = deltas(
                 up, arena, arena_float, bias, h, planes, page_b, page_col, page_lo, page_hi,
                 page_bounds, vec_offset, vec_lo, vec_hi, vec_strength, vec_bounds, plane_count,
-                tile, 1, m, n0, N // 2, N // 2, M, MP, WIDTH,
+                tile, 1, m, n0, first + N // 2, N // 2, M, MP, WIDTH,
                 N, PARTS, BM, HALF, ROWS, H_SPLIT, EVEN_N, HAS_BIAS, ADAPTERS,
             )  # fmt: skip
             out = gated(gate, up, ACTIVATION)
@@ -154,13 +158,15 @@ def gemm_kernel(
             out = deltas(
                 acc, arena, arena_float, bias, h, planes, page_b, page_col, page_lo, page_hi,
                 page_bounds, vec_offset, vec_lo, vec_hi, vec_strength, vec_bounds, plane_count,
-                tile, part, m, n0, column, out_features, M, MP, WIDTH,
+                tile, part, m, n0, first, out_features, M, MP, WIDTH,
                 N, PARTS, BM, BN, ROWS, H_SPLIT, EVEN_N, HAS_BIAS, ADAPTERS,
             )  # fmt: skip
             WIDE: tl.constexpr = N
         i = tl.arange(0, HALF)
         place = m[None, :].to(tl.int64) * WIDE + (first + i)[:, None]
-        mask = (m < M)[None, :] & (n0 + i < out_features)[:, None]
+        mask = (m < M)[None, :]
+        if not EVEN_N:
+            mask = mask & (n0 + i < out_features)[:, None]
         if RESIDUAL:
             out += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
         tl.store(y + place, out.to(y.dtype.element_ty), mask=mask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,12 +84,22 @@ def run_inputs(
             tables.get("in_hi", nothing), tables.get("in_strength", no_floats),
             tables.get("in_bounds", nothing), count, tiles,
         ),
-        dict(
-            K=width, PARTS=parts, GROUP=group, TOKENS=tokens, BT=BLOCK, SUMS=wants_sums,
-            SCALED=scaled, TURNED=turned, PDL=pdl,
+        constants(
+            width, parts, group, tokens, sums=wants_sums, scaled=scaled, turned=turned, pdl=pdl
         ),
         num_warps=4,
         num_stages=1,
         pdl=pdl,
     )  # fmt: skip
     return inputs
+
+
+def constants(
+    in_features: int, parts: int, group: int, tokens: int, *,
+    sums: bool, scaled: bool, turned: bool, pdl: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """The kernel's constants."""
+    return dict(
+        K=in_features, PARTS=parts, GROUP=group, TOKENS=tokens, BT=BLOCK, SUMS=sums,
+        SCALED=scaled, TURNED=turned, PDL=pdl,
+    )  # fmt: skip
