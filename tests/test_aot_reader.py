@@ -48,11 +48,10 @@ ABSOLUTE = """
         /*0030*/                   IADD3 R0, R0, 0x1, RZ ;
         /*0040*/               @P5 CALL.REL.NOINC 0x60 ;
         /*0050*/                   BRA 0x10 ;
-        /*0060*/                   BRA.DIV UR4, 0xa0 ;
+        /*0060*/                   BRA.DIV UR4, 0x90 ;
         /*0070*/                   HMMA.16816.F32.BF16 R4, R8, R2, R4 ;
         /*0080*/               @P0 BRA P1, 0x70 ;
         /*0090*/                   EXIT ;
-        /*00a0*/                   BRA 0x70 ;
 """
 
 STREAMING = """
@@ -125,19 +124,34 @@ def test_a_jump_into_the_middle_makes_no_loop() -> None:
 
 def test_loops_with_one_head_are_one() -> None:
     code = sass.parse("""
-        /*0000*/                   IADD3 R0, R0, 0x1, RZ ;
-        /*0010*/               @P0 BRA 0x0 ;
-        /*0020*/               @P1 BRA 0x0 ;
-        /*0030*/                   EXIT ;
+        /*0000*/               @P0 BRA 0x30 ;
+        /*0010*/                   IADD3 R0, R0, 0x1, RZ ;
+        /*0020*/                   BRA 0x0 ;
+        /*0030*/                   IADD3 R0, R0, 0x2, RZ ;
+        /*0040*/               @P1 BRA 0x0 ;
+        /*0050*/                   EXIT ;
     """)
-    assert natural_loops(code) == [{0, 1, 2}]
+    assert natural_loops(code) == [{0, 1, 2, 3, 4}]
     assert innermost([frozenset({1}), frozenset({0, 1}), frozenset({2})]) == [{1}, {2}]
 
 
-@pytest.mark.parametrize("text", ["", "/*0000*/ ??? R1 ;"])
-def test_what_is_not_understood_is_an_error(text: str) -> None:
-    with pytest.raises(ValueError, match=r"no instructions|not understood"):
-        sass.read(text)
+def test_a_loop_of_one_instruction() -> None:
+    code = sass.parse("""
+        /*0000*/                   IADD3 R0, R0, 0x1, RZ ;
+        /*0010*/               @P0 BRA 0x10 ;
+        /*0020*/                   EXIT ;
+    """)
+    assert natural_loops(code) == [{1}]
+
+
+def test_a_program_without_instructions_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no instructions"):
+        sass.read(".text.kernel:")
+
+
+def test_a_line_that_is_not_understood_is_an_error() -> None:
+    with pytest.raises(ValueError, match="not understood"):
+        sass.read("/*0000*/ EXIT ;\n/*0010*/ ??? R1 ;")
 
 
 def test_iterations_that_ptxas_unrolled_are_counted() -> None:
@@ -157,7 +171,7 @@ $L__BB0_2:
     assert ptx.unrolled(text, loops * 2) == (1, 1)
     assert ptx.unrolled(text, (replace(loops[0], copies=3),)) == (3,)
     doubled = text.replace("$L__BB0_1:", "$L__BB0_1:\n\tld.global.b32 %r1, [%rd1];")
-    assert ptx.unrolled(doubled, (replace(loops[0], copies=3),)) == (1,)
+    assert ptx.unrolled(doubled, (replace(loops[0], copies=5),)) == (1,)
 
 
 def test_matrix_products_of_ptx_are_counted() -> None:
