@@ -1,0 +1,134 @@
+"""Whether the GPU kernels are right, and how long they take beside other projects'.
+
+    python benchmarks/gpu.py check [--quick]
+    python benchmarks/gpu.py kernels [--part base lowrank ...] [--seconds 90] [--save]
+
+`check` compares every kernel with float64 at the sizes of Llama-3.1-8B, in mixed batches and in
+graphs replayed with other batches than they were captured with; it exits with 1 if any is wrong.
+
+`kernels` prints microseconds by replay of a CUDA graph that rotates through copies of the weights,
+more than four times the L2 together: the median of two rounds of twenty replays, and beside it the
+floor, the larger of the task's bytes at the measured copy rate and its operations at the measured
+rate of a large product. Every figure is compared with float64 before it is timed. Rows are appended
+to benchmarks/results/gpu.jsonl (`--save`, or `--out FILE`) one by one. Other projects' kernels are
+looked for in benchmarks/carried (gpu_kernels/peers/__init__.py says what goes there).
+
+Without a GPU both run on tiny sizes in Triton's interpreter, to show that the code works; then
+nothing is saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+try:
+    import deltaserve.kernels  # noqa: F401
+except ImportError:  # the package is not installed: use the folder beside this one
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+
+PARTS = ("ceilings", "base", "lowrank", "bit", "sparse", "mixed")
+CARRIED = Path(__file__).parent / "carried"
+
+
+def check(args: argparse.Namespace) -> int:
+    from gpu_kernels import check
+
+    return check.run(quick=args.quick)
+
+
+def kernels(args: argparse.Namespace) -> int:
+    if args.warm:
+        warm(args)
+    from gpu_kernels import case, cases, ceilings, record
+
+    if args.shard:
+        for part in args.part:
+            if part in cases.PARTS:
+                case.warm(cases.PARTS[part](args.peers), *args.shard)
+        return 0
+    file = args.out or (record.RESULTS if args.save else None)
+    if file is not None and not torch.cuda.is_available():
+        sys.exit("figures of the interpreter are not saved")
+    recorder = record.Recorder(file, args.commit)
+    print(recorder.machine, flush=True)
+    for part in args.part:
+        begin = time.monotonic()
+        if part == "ceilings":
+            for what, (value, unit) in ceilings.all_ceilings().items():
+                recorder.write({"part": part, "what": what, "value": round(value, 4), "unit": unit})
+        else:
+            found, again = cases.PARTS[part](args.peers), partial(start_again, args, part)
+            seconds, first = args.resume or (args.seconds, 0)
+            args.resume = None
+            case.run(found, recorder, float(seconds), again, int(first))
+        print(f"[{part}: {time.monotonic() - begin:.0f} s]", flush=True)
+    return 0
+
+
+def start_again(args: argparse.Namespace, part: str, first: int, seconds: float) -> NoReturn:
+    """This program once more, in place of this process, at a case of a part."""
+    rest = args.part[args.part.index(part) :]
+    command = [sys.executable, __file__, "kernels", "--part", *rest]
+    command += ["--peers", str(args.peers), "--seconds", str(args.seconds)]
+    command += ["--resume", str(seconds), str(first)]
+    command += ["--save"] * args.save + (["--out", str(args.out)] if args.out else [])
+    command += ["--commit", args.commit] if args.commit else []
+    print("[the device does not answer: going on in a new process]", flush=True)
+    os.execv(sys.executable, command)
+
+
+def warm(args: argparse.Namespace) -> None:
+    """Compiles in that many processes first: each makes its share of the cases once."""
+    begin = time.monotonic()
+    command = [sys.executable, __file__, "kernels", "--peers", str(args.peers)]
+    command += ["--part", *args.part, "--shards", str(args.warm), "--shard"]
+    workers = [subprocess.Popen([*command, str(i)]) for i in range(args.warm)]
+    for worker in workers:
+        try:
+            worker.wait(max(1.0, begin + args.warm_seconds - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+    print(f"[compiled for {time.monotonic() - begin:.0f} s]", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("check")
+    one.add_argument("--quick", action="store_true", help="fewer sizes")
+    two = commands.add_parser("kernels")
+    two.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    two.add_argument("--seconds", type=float, default=90, help="for each part")
+    two.add_argument("--save", action="store_true", help="append to benchmarks/results/gpu.jsonl")
+    two.add_argument("--out", type=Path, help="append to this file instead")
+    two.add_argument("--commit", help="of the source, where there is no git")
+    two.add_argument(
+        "--peers", type=Path, default=CARRIED, help="folder of other projects' kernels"
+    )
+    two.add_argument("--warm", type=int, default=0, help="processes that compile before the timing")
+    two.add_argument("--warm-seconds", type=float, default=120)
+    two.add_argument("--resume", nargs=2, help=argparse.SUPPRESS)  # seconds, first case
+    two.add_argument("--shard", type=int, help=argparse.SUPPRESS)
+    two.add_argument("--shards", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.command == "check":
+        return check(args)
+    args.shard = (args.shard, args.shards) if args.shards else None
+    return kernels(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

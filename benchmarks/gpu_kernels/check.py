@@ -1,0 +1,235 @@
+"""Correctness of every kernel at real sizes: base products, each family, mixed batches, graphs."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from deltaserve.kernels.primitives import (
+    Bias,
+    Bit,
+    LowRank,
+    Primitive,
+    Replace,
+    Scale,
+    SparseBlocks,
+    SparseCols,
+    SparseCsr,
+    SparseRows,
+)
+from deltaserve.kernels.segments import Mix, Segments
+from gpu_kernels import data, ours, shapes
+from gpu_kernels.data import DEVICE, ON_GPU, Adapter
+from gpu_kernels.reference import relative_error, served
+from gpu_kernels.shapes import Group
+
+GROUPS = shapes.LLAMA_8B if ON_GPU else shapes.TINY
+TOKENS = (1, 5, 16, 40, 64, 200, 256) if ON_GPU else (1, 5, 40)
+MAKERS = {
+    "LowRank r=8": lambda g, n: LowRank(_rand(8, g.in_features, g), _rand(n, 8, g), 0.5),
+    "LowRank r=3": lambda g, n: LowRank(_rand(3, g.in_features, g), _rand(n, 3, g), 2.0),
+    "LowRank r=64": lambda g, n: LowRank(_rand(64, g.in_features, g), _rand(n, 64, g)),
+    "Bit": lambda g, n: _bit(g, n, 1),
+    "Bit, two planes": lambda g, n: _bit(g, n, 2),
+    "SparseCsr": lambda g, n: _csr(g, n),
+    "SparseRows": lambda g, n: SparseRows(_some(n), _rand(len(_some(n)), g.in_features, g)),
+    "SparseCols": lambda g, n: _columns(g, n),
+    "SparseBlocks": lambda g, n: _blocks(g, n),
+    "Scale": lambda g, n: Scale(_factors(g.in_features), _factors(n)),
+    "Scale of outputs": lambda g, n: Scale(None, _factors(n)),
+    "Bias": lambda g, n: Bias(torch.randn(n)),
+    "Replace": lambda g, n: Replace(_rand(n, g.in_features, g)),
+}
+
+MIXED = ("LowRank r=8", "LowRank r=64", "LowRank r=3", "Bit", "SparseCsr", "SparseCols", "Bias")
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """One rounding of y and one of what is multiplied between, and some room: a wrong index or a
+    missing piece is far above it."""
+    return {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 1e-4}[dtype]
+
+
+class Report:
+    """Counts what was wrong, a line for each check."""
+
+    def __init__(self) -> None:
+        self.wrong = self.checks = 0
+
+    def line(self, what: str, error: float, dtype: torch.dtype) -> None:
+        right = error < tolerance(dtype)
+        self.checks += 1
+        self.wrong += not right
+        print(f"{what:72} {error:.2e} {'ok' if right else 'WRONG'}", flush=True)
+
+    def fact(self, what: str, right: bool) -> None:
+        self.checks += 1
+        self.wrong += not right
+        print(f"{what:72} {'ok' if right else 'WRONG'}", flush=True)
+
+
+def run(quick: bool) -> int:
+    """Returns the exit code."""
+    torch.manual_seed(int(time.time()))
+    report, begin = Report(), time.monotonic()
+    dtypes = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float16, torch.float32]
+    for group in GROUPS[:1] if quick else GROUPS:
+        for dtype in dtypes:
+            bases(report, group, dtype, quick)
+            batches(report, group, dtype, quick)
+        families(report, group, dtypes[0])
+        graphs(report, group, dtypes[0], quick)
+        if ON_GPU:
+            ours.linear.cache_clear()
+            torch.cuda.empty_cache()
+    print(f"{report.checks} checks, {report.wrong} wrong, {time.monotonic() - begin:.0f} s")
+    return 1 if report.wrong else 0
+
+
+def bases(report: Report, group: Group, dtype: torch.dtype, quick: bool) -> None:
+    """The base product in every form."""
+    for form in ours.FORMS:
+        linear, weight = ours.linear(group, form, dtype)
+        for tokens in _tokens(quick):
+            x = torch.randn(tokens, group.in_features, device=DEVICE).to(dtype)
+            y = linear(x)
+            error = relative_error(y, x.double() @ weight.double().T)
+            report.line(f"{group.name} base {form} {_name(dtype)} M={tokens}", error, dtype)
+
+
+def families(report: Report, group: Group, dtype: torch.dtype) -> None:
+    """Each primitive alone, on some of the tokens."""
+    tokens = 21 if ON_GPU else 6
+    step = ours.Step(group, "int4", dtype, tokens)
+    for slot, (name, make) in enumerate(MAKERS.items(), 1):
+        adapter = {part: (make(group, out),) for part, out in enumerate(group.parts)}
+        step.install({slot: adapter})
+        if slot in step.refused:
+            print(f"{group.name} {name}: refused, {step.refused[slot]}", flush=True)
+            continue
+        segments = Segments([(2, tokens - 1, ((slot, 0.75),))], tokens)
+        _compare(report, f"{group.name} {name}", step, {slot: adapter}, segments)
+        step.layer.remove(slot)
+
+
+def batches(report: Report, group: Group, dtype: torch.dtype, quick: bool) -> None:
+    """Batches that mix every family with compositions of two and tokens of the base, whose rows
+    must be the base's own to the bit."""
+    for form in ("int4",) if quick else ("int4", "bf16"):
+        step = ours.Step(group, form, dtype, max(TOKENS))
+        slots = _mixed_slots(group)
+        step.install(slots)
+        for tokens in _tokens(quick):
+            segments = Segments.of(_mixes(slots, tokens))
+            what = f"{group.name} mixed {form} {_name(dtype)} M={tokens}"
+            y = _compare(report, what, step, slots, segments)
+            bare = [m for m in range(tokens) if not _covers(segments, m)]
+            if bare:
+                plain = step.base(step.x[:tokens])
+                report.fact(f"{what}, rows of the base", torch.equal(y[bare], plain[bare]))
+
+
+def graphs(report: Report, group: Group, dtype: torch.dtype, quick: bool) -> None:
+    """A step captured with few adapters, replayed with more, with fewer and with none."""
+    sizes = (40,) if quick or not ON_GPU else (1, 16, 40, 200)
+    for tokens, apart in itertools.product(sizes, (False, True)):
+        step = ours.Step(group, "int4", dtype, tokens)
+        slots = _mixed_slots(group, inputs=apart)
+        step.install(slots)
+        many = Segments.of(_mixes(slots, tokens))
+        one = Segments([(0, tokens, ((1, 1.0),))], tokens)
+        last = Segments([(tokens - 1, tokens, ((len(slots), 0.5),))], tokens)
+        none = Segments((), tokens)
+        for name, captured in (("one", one), ("many", many)):
+            replay = step.captured(captured, apart)
+            for other, segments in (("many", many), ("last", last), ("none", none), ("one", one)):
+                step.x.copy_(torch.randn(step.x.shape, device=DEVICE))
+                y = replay(segments)
+                expected = served(group, step.x[:tokens], step.weight, slots, segments)
+                what = f"{group.name} graph of {name}, replayed with {other} M={tokens}"
+                what += ", inputs apart" if apart else ""
+                report.line(what, relative_error(y, expected), dtype)
+
+
+def _compare(
+    report: Report, what: str, step: ours.Step, slots: dict[int, Adapter], segments: Segments
+) -> torch.Tensor:
+    step.x.copy_(torch.randn(step.x.shape, device=DEVICE))
+    y = step.once(segments)
+    x = step.x[: segments.tokens]
+    expected = served(step.group, x, step.weight, slots, segments)
+    report.line(what, relative_error(y, expected), step.dtype)
+    return y
+
+
+def _mixed_slots(group: Group, inputs: bool = True) -> dict[int, Adapter]:
+    """Adapters of one family each, of two in one module, and of one module alone. inputs: whether
+    one scales the modules' inputs, each its own."""
+    adapters: list[Adapter] = []
+    for name in MIXED:
+        make = MAKERS[name]
+        adapters.append({part: (make(group, out),) for part, out in enumerate(group.parts)})
+    out = group.parts[0]
+    both = (MAKERS["LowRank r=8"](group, out), MAKERS["SparseCsr"](group, out))
+    adapters.append({0: both})
+    scale = MAKERS["Scale" if inputs else "Scale of outputs"]
+    adapters.append({part: (scale(group, out),) for part, out in enumerate(group.parts)})
+    return dict(enumerate(adapters, 1))
+
+
+def _mixes(slots: Sequence[int] | dict[int, Adapter], tokens: int) -> list[Mix]:
+    """Every slot, two compositions, and the base, in turn; equal ones beside each other."""
+    known: list[Mix] = [(), *(((slot, 1.0),) for slot in slots)]
+    known += [((2, 0.5), (4, -1.25)), ((5, 2.0), (1, 0.25), (7, 1.0))]
+    order = sorted((5 * i + 1) % len(known) for i in range(tokens))
+    return [known[i] for i in order]
+
+
+def _covers(segments: Segments, token: int) -> bool:
+    return any(start <= token < end for start, end, _ in segments.runs)
+
+
+def _tokens(quick: bool) -> Iterator[int]:
+    return iter((5, 40) if quick else TOKENS)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _rand(rows: int, columns: int, group: Group) -> torch.Tensor:
+    return torch.randn(rows, columns) / min(columns, group.in_features) ** 0.5
+
+
+def _factors(count: int) -> torch.Tensor:
+    return 0.5 + torch.rand(count)
+
+
+def _some(count: int) -> torch.Tensor:
+    return torch.arange(1, count, 37)
+
+
+def _bit(group: Group, out: int, planes: int) -> Bit:
+    signs = torch.randint(0, 256, (planes, out, group.in_features // 8), dtype=torch.uint8)
+    return Bit(signs, torch.rand(planes, out) / group.in_features**0.5)
+
+
+def _csr(group: Group, out: int) -> Primitive:
+    found = data.sparse(Group("one", group.in_features, (out,)), 0.01)[0][0]
+    assert isinstance(found, SparseCsr)
+    return found
+
+
+def _columns(group: Group, out: int) -> SparseCols:
+    index = _some(group.in_features)
+    return SparseCols(index, _rand(out, len(index), group))
+
+
+def _blocks(group: Group, out: int) -> SparseBlocks:
+    places = torch.arange(0, (out // 32) * (group.in_features // 32), 11)
+    columns = group.in_features // 32
+    index = torch.stack([places // columns, places % columns], 1)
+    return SparseBlocks(index, torch.randn(len(index), 32, 32) / group.in_features**0.5)
