@@ -6,28 +6,26 @@ a step serves every step that fits its maxima.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltaserve.kernels.attention.kernel import (
-    decode_kernel,
-    prefill_kernel,
-    reduce_kernel,
-    write_kernel,
-)
+from deltaserve.kernels.attention.cells import write_kernel
+from deltaserve.kernels.attention.decode import decode_kernel, reduce_kernel
 from deltaserve.kernels.attention.launch import (
-    LOG2E,
     MAX_SPLITS,
+    Launch,
     Shape,
     Splits,
     decode_splits,
+    logit_factors,
     write_launch,
 )
+from deltaserve.kernels.attention.prefill import prefill_kernel
 from deltaserve.kernels.attention.tables import AttentionTables
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from deltaserve.kernels.gpu.device import COMPUTE_DTYPES, multiprocessors
+from deltaserve.kernels.gpu.launch import launch
 
 
 def paged_attention(
@@ -57,51 +55,52 @@ def paged_attention(
     """
     out = query.new_empty(*query.shape[:2], values.shape[2]) if out is None else out
     _check(query, keys, values, out, sinks)
-    if not scale > 0 or (softcap is not None and not softcap > 0):
-        raise ValueError(f"scale {scale} and softcap {softcap} must be above 0")
+    for name, number in (("scale", scale), ("window", window), ("softcap", softcap)):
+        if number is not None and not number > 0:
+            raise ValueError(f"{name} is {number}; it must be above 0")
     shape = Shape(query.shape[1], keys.shape[1], keys.shape[2], values.shape[2], steps.block_size)
     query, step = _token_rows(query, shape.query_unit)
     sequences = (steps.query_start, steps.lengths, steps.tables, steps.rows)
     read = (query, keys, values, sinks, *sequences)
-    how = (*_logit_factors(scale, softcap), window or 0, steps.tables.stride(0), step)
+    how = (*logit_factors(scale, softcap), window or 0, steps.tables.stride(0), step)
     forms = {"WINDOW": window is not None, "SOFTCAP": softcap is not None}
     if steps.max_queries > 1:
-        launch = shape.prefill(query.element_size())
-        grid = (len(query) // launch.tokens + steps.max_rows, shape.kv_programs)
-        prefill_kernel[grid](out, *read, *how, **forms, **launch.arguments)
+        prefill = shape.prefill(query.element_size())
+        grid = (len(query) // prefill.tokens + steps.max_rows, shape.kv_programs)
+        _launch(prefill_kernel, grid, (out, *read, *how), prefill, forms)
     if splits is None:
         split = _default_splits(shape, steps, window, query)
     else:
         split = Splits(max(1, min(splits, MAX_SPLITS)), 1)
-    _decode(shape, steps.max_rows, split, out, read, how, forms)
+    _decode(shape, steps, split, out, read, how, forms)
     return out
 
 
 def _decode(
     shape: Shape,
-    rows: int,
+    steps: AttentionTables,
     split: Splits,
     out: Tensor,
     read: tuple[Tensor | None, ...],
     how: tuple[float, ...],
     forms: dict[str, bool],
 ) -> None:
-    launch = shape.decode(out.element_size())
-    grid = (rows, shape.kv_programs, split.count)
+    """The sequences of one query. read, how: the arguments that all attention kernels share."""
+    rows, programs = steps.max_rows, split.programs
     planes = stats = None
-    if split.count > 1:
-        planes = out.new_empty(split.count, rows, shape.heads, shape.value_dim, dtype=torch.float32)
-        stats = out.new_empty(split.count, rows, shape.heads, 2, dtype=torch.float32)
-    decode_kernel[grid](
-        out, planes, stats, *read, *how, split.tiles, SPLIT=split.count > 1, **forms,
-        **launch.arguments,
-    )  # fmt: skip
-    if split.count > 1:
-        _, _, _, sinks, query_start, lengths, _, in_use = read
-        reduce_kernel[(rows, shape.heads)](
-            out, planes, stats, sinks, query_start, lengths, in_use, how[2], split.count,
-            split.tiles, WINDOW=forms["WINDOW"], **shape.reduce(out.element_size()).arguments,
-        )  # fmt: skip
+    if programs > 1:
+        planes = out.new_empty(programs, rows, shape.heads, shape.value_dim, dtype=torch.float32)
+        stats = out.new_empty(programs, rows, shape.heads, 2, dtype=torch.float32)
+    grid = (rows, shape.kv_programs, programs)
+    arguments = (out, planes, stats, *read, *how, split.tiles)
+    size = out.element_size()
+    _launch(decode_kernel, grid, arguments, shape.decode(size), {"SPLIT": programs > 1, **forms})
+    if programs > 1:
+        sinks, window = read[3], how[2]
+        sums = (out, planes, stats, sinks, steps.query_start, steps.lengths, steps.rows)
+        windowed = {"WINDOW": forms["WINDOW"]}
+        arguments = (*sums, window, programs, split.tiles)
+        _launch(reduce_kernel, (rows, shape.heads), arguments, shape.reduce(size), windowed)
 
 
 def write_cells(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, cells: Tensor) -> None:
@@ -125,20 +124,21 @@ def write_cells(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, cells:
         raise ValueError("keys, values and cells must be contiguous, and the first two aligned")
     if not len(cells):
         return
-    launch = write_launch(keys.shape[1], keys.shape[2], values.shape[2])
-    key, key_step = _token_rows(key, launch.constants["KEY_UNIT"])
-    value, value_step = _token_rows(value, launch.constants["VALUE_UNIT"])
-    write_kernel[(len(cells),)](
-        keys, values, key, value, cells, key_step, value_step, **launch.arguments
-    )
+    how = write_launch(keys.shape[1], keys.shape[2], values.shape[2])
+    key, key_step = _token_rows(key, how.constants["KEY_UNIT"])
+    value, value_step = _token_rows(value, how.constants["VALUE_UNIT"])
+    arguments = (keys, values, key, value, cells, key_step, value_step)
+    _launch(write_kernel, (len(cells),), arguments, how, {})
 
 
-def _logit_factors(scale: float, softcap: float | None) -> tuple[float, float]:
-    """From a product of query and key to the exponent of tanh's exponential, and from there to an
-    exponent, both of 2."""
-    if softcap is None:
-        return 0.0, scale * LOG2E
-    return 2 * LOG2E * scale / softcap, softcap * LOG2E
+def _launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple[Tensor | float | None, ...],
+    how: Launch,
+    forms: dict[str, bool],
+) -> None:
+    launch(kernel, grid, arguments, {**how.constants, **forms}, how.num_warps, how.num_stages)
 
 
 def _default_splits(
@@ -147,14 +147,7 @@ def _default_splits(
     longest = steps.max_length if window is None else min(steps.max_length, window)
     tile = shape.block_n(query.element_size())
     programs = steps.max_rows * shape.kv_programs
-    return decode_splits(programs, longest, tile, _processors(query.device))
-
-
-@lru_cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1  # the interpreter
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return decode_splits(programs, longest, tile, multiprocessors(query.device))
 
 
 def _token_rows(x: Tensor, unit: int) -> tuple[Tensor, int]:
@@ -174,7 +167,7 @@ def _aligned(x: Tensor) -> bool:
 def _check(query: Tensor, keys: Tensor, values: Tensor, out: Tensor, sinks: Tensor | None) -> None:
     tokens, heads, dim = query.shape
     kv_heads = keys.shape[1]
-    if query.dtype not in DTYPES or {keys.dtype, values.dtype, out.dtype} != {query.dtype}:
+    if query.dtype not in COMPUTE_DTYPES or {keys.dtype, values.dtype, out.dtype} != {query.dtype}:
         raise ValueError(
             f"query {query.dtype}, keys {keys.dtype}, values {values.dtype}, out {out.dtype}: "
             "one of float32, float16 and bfloat16 for all"

@@ -12,28 +12,24 @@ LOG2E = 1.4426950408889634
 MAX_SPLITS = 64
 """Programs that may share one decoding sequence and KV head."""
 TILE_BYTES = 32 << 10
-"""Of K and V that one iteration holds: twice or three times that lies in shared memory."""
+"""Of K and V that one iteration takes; pipelining holds two or three times that."""
 LONG = 4096
 """Cells that one program may take while others have less: a wait of about 30 us."""
 
 
 class Launch(NamedTuple):
-    """constants: the kernel's `tl.constexpr` arguments. tokens: the queries of one tile."""
+    """constants: `tl.constexpr` arguments of a kernel. tokens: the queries of one tile."""
 
     constants: dict[str, int]
     num_warps: int
     num_stages: int
     tokens: int = 1
 
-    @property
-    def arguments(self) -> dict[str, int]:
-        return self.constants | {"num_warps": self.num_warps, "num_stages": self.num_stages}
-
 
 class Splits(NamedTuple):
-    """count: programs per decoding sequence and KV head. tiles: the least that each is given."""
+    """programs: that share a decoding sequence and KV head. tiles: the least that one is given."""
 
-    count: int
+    programs: int
     tiles: int
 
 
@@ -53,8 +49,9 @@ class Shape:
 
     @property
     def head_tile(self) -> int:
-        """Heads of a group that one program takes: all, up to 64."""
-        return -(-self.group // -(-self.group // 64))
+        """Heads of a group that one program takes: all, up to what its registers hold."""
+        most = 64 if self._widest <= 256 else 32
+        return -(-self.group // -(-self.group // most))
 
     @property
     def kv_programs(self) -> int:
@@ -71,7 +68,14 @@ class Shape:
         return Launch(self._constants(block_m, element_size), 4, 5)
 
     def prefill(self, element_size: int) -> Launch:
-        return Launch(self._constants(64, element_size), 4, 3, 64 // self.head_tile)
+        """As many rows as registers hold on every architecture: wider tiles of K, or more rows,
+        spill on some."""
+        even = self.key_dim % 16 == self.value_dim % 16 == 0
+        rows = 32 if self._widest > 256 else 128 if 32 < self._widest <= 128 and even else 64
+        constants = self._constants(rows, element_size)
+        constants["BN"] = min(32, constants["BN"])
+        warps = 4 if self._widest <= 32 else 8
+        return Launch(constants, warps, 3, rows // self.head_tile)
 
     def reduce(self, element_size: int) -> Launch:
         constants = {
@@ -83,6 +87,10 @@ class Shape:
             "MAX_SPLITS": MAX_SPLITS,
         }
         return Launch(constants, 2, 1)
+
+    @property
+    def _widest(self) -> int:
+        return max(_padded(self.key_dim), _padded(self.value_dim))
 
     def block_n(self, element_size: int) -> int:
         """Cells of a tile."""
@@ -105,6 +113,14 @@ class Shape:
         }
 
 
+def logit_factors(scale: float, softcap: float | None) -> tuple[float, float]:
+    """(inner, outer): inner turns the product of a query and a key into the argument of the power
+    of two within tanh, outer what comes of that, or the product itself, into a logit in base 2."""
+    if softcap is None:
+        return 0.0, scale * LOG2E
+    return 2 * LOG2E * scale / softcap, softcap * LOG2E
+
+
 def write_launch(kv_heads: int, key_dim: int, value_dim: int) -> Launch:
     """Of the kernel that writes cells."""
     widest = kv_heads * max(key_dim, value_dim)
@@ -120,7 +136,7 @@ def write_launch(kv_heads: int, key_dim: int, value_dim: int) -> Launch:
 
 
 def _padded(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, int(triton.next_power_of_2(dim)))
 
 
 def decode_splits(programs: int, longest: int, tile: int, processors: int) -> Splits:
@@ -132,5 +148,5 @@ def decode_splits(programs: int, longest: int, tile: int, processors: int) -> Sp
     """
     fill = -(-2 * processors // programs)
     even = -(-longest // LONG)
-    count = max(1, min(max(fill, even), MAX_SPLITS, -(-longest // tile)))
-    return Splits(count, 1 if fill >= even else max(1, 256 // tile))
+    shared = max(1, min(max(fill, even), MAX_SPLITS, -(-longest // tile)))
+    return Splits(shared, 1 if fill >= even else max(1, 256 // tile))

@@ -46,7 +46,9 @@ class AttentionTables:
         """Tables of a step without sequences, in one piece of memory."""
         width = -(-max_length // block_size)
         held = torch.zeros(2 + max_rows * (2 + width), dtype=torch.int32, device=device)
-        rows, start, lengths, tables = held.split([1, max_rows + 1, max_rows, max_rows * width])
+        rows, start, lengths, tables = torch.split(
+            held, [1, max_rows + 1, max_rows, max_rows * width]
+        )
         table = tables.view(max_rows, width)
         return cls(rows, start, lengths, table, block_size, max_queries, max_length)
 
