@@ -65,8 +65,8 @@ def kernels(args: argparse.Namespace) -> int:
     for part in args.part:
         begin = time.monotonic()
         if part == "ceilings":
-            for what, (value, unit) in ceilings.all_ceilings().items():
-                recorder.write({"part": part, "what": what, "value": round(value, 4), "unit": unit})
+            for row in ceilings.rows():
+                recorder.write(row)
         else:
             found, again = cases.PARTS[part](args.peers), partial(start_again, args, part)
             seconds, first = args.resume or (args.seconds, 0)

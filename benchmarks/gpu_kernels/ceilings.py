@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -66,13 +67,19 @@ def has_pdl() -> bool:
     return ON_GPU and torch.cuda.get_device_capability() >= (9, 0)
 
 
-def all_ceilings() -> dict[str, tuple[float, str]]:
-    """name -> (value, unit)."""
-    found = {
-        "device copy": (copy_tb_per_s(), "TB/s"),
-        "16-bit matmul": (matmul_tflop_per_s(), "TFLOP/s"),
-        "launch in a graph": (launch_us(False), "us"),
-    }
-    if has_pdl():
-        found["launch in a graph, PDL"] = (launch_us(True), "us")
-    return found
+def rows() -> Iterator[dict[str, Any]]:
+    """A row of each ceiling."""
+    for what, unit, find in (
+        ("device copy", "TB/s", copy_tb_per_s),
+        ("16-bit matmul", "TFLOP/s", matmul_tflop_per_s),
+        ("launch in a graph", "us", lambda: launch_us(False)),
+        ("launch in a graph, PDL", "us", lambda: launch_us(True)),
+    ):
+        head = {"part": "ceilings", "what": what}
+        if what.endswith("PDL") and not has_pdl():
+            yield {**head, "absent": "needs compute capability 9.0"}
+            continue
+        try:
+            yield {**head, "value": round(find(), 4), "unit": unit}
+        except RuntimeError as error:
+            yield {**head, "absent": str(error)[:300]}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -28,7 +29,7 @@ from gpu_kernels.shapes import Group
 
 GROUPS = shapes.LLAMA_8B if ON_GPU else shapes.TINY
 TOKENS = (1, 5, 16, 40, 64, 200, 256) if ON_GPU else (1, 5, 40)
-MAKERS = {
+MAKERS: dict[str, Callable[[Group, int], Primitive]] = {
     "LowRank r=8": lambda g, n: LowRank(_rand(8, g.in_features, g), _rand(n, 8, g), 0.5),
     "LowRank r=3": lambda g, n: LowRank(_rand(3, g.in_features, g), _rand(n, 3, g), 2.0),
     "LowRank r=64": lambda g, n: LowRank(_rand(64, g.in_features, g), _rand(n, 64, g)),
@@ -84,6 +85,7 @@ def run(quick: bool) -> int:
         graphs(report, group, dtypes[0], quick)
         if ON_GPU:
             ours.linear.cache_clear()
+            ours.held_weight.cache_clear()
             torch.cuda.empty_cache()
     print(f"{report.checks} checks, {report.wrong} wrong, {time.monotonic() - begin:.0f} s")
     return 1 if report.wrong else 0
@@ -92,7 +94,7 @@ def run(quick: bool) -> int:
 def bases(report: Report, group: Group, dtype: torch.dtype, quick: bool) -> None:
     """The base product in every form."""
     for form in ours.FORMS:
-        linear, weight = ours.linear(group, form, dtype)
+        linear, weight = ours.linear(group, form, dtype), ours.held_weight(group, form, dtype)
         for tokens in _tokens(quick):
             x = torch.randn(tokens, group.in_features, device=DEVICE).to(dtype)
             y = linear(x)
@@ -201,7 +203,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _rand(rows: int, columns: int, group: Group) -> torch.Tensor:
-    return torch.randn(rows, columns) / min(columns, group.in_features) ** 0.5
+    return torch.randn(rows, columns) / math.sqrt(min(columns, group.in_features))
 
 
 def _factors(count: int) -> torch.Tensor:

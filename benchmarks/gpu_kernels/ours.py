@@ -28,9 +28,9 @@ ROOM = Limits(width=2048, planes=8, items=1 << 14, pages=1 << 13, vectors=1 << 1
 
 
 @lru_cache(maxsize=64)
-def linear(group: Group, form: str, dtype: torch.dtype = DTYPE) -> tuple[GpuLinear, Tensor]:
-    """A base of random weights on the device, and the weights that it holds, float32 [out, in]."""
-    made = make_linear(
+def linear(group: Group, form: str, dtype: torch.dtype) -> GpuLinear:
+    """A base of random weights on the device."""
+    return make_linear(
         weight(group),
         None,
         dtype=dtype,
@@ -38,7 +38,12 @@ def linear(group: Group, form: str, dtype: torch.dtype = DTYPE) -> tuple[GpuLine
         group_size=QUANTIZED_GROUP,
         device=DEVICE,
     )
-    return made, made.weight().to(DEVICE).float()
+
+
+@lru_cache(maxsize=64)
+def held_weight(group: Group, form: str, dtype: torch.dtype) -> Tensor:
+    """float32 [out, in]: what that base computes with."""
+    return linear(group, form, dtype).weight().to(DEVICE).float()
 
 
 def layers(group: Group, adapters: Sequence[Adapter], count: int) -> list[GpuLinearDeltas]:
@@ -65,8 +70,8 @@ class Held:
     """One problem on one base: what is timed with deltas and without is the same."""
 
     def __init__(self, problem: Problem, form: str) -> None:
-        self.problem = problem
-        self.first, self.weight = linear(problem.group, form)
+        self.problem, self.form = problem, form
+        self.first = linear(problem.group, form, DTYPE)
 
     def base(self, copies: int) -> Work:
         """The product alone."""
@@ -94,7 +99,8 @@ class Held:
 
     def expected_base(self) -> Tensor:
         """float64, of the weights as held."""
-        return self.problem.x.double() @ self.weight.double().T
+        weight = held_weight(self.problem.group, self.form, DTYPE)
+        return self.problem.x.double() @ weight.double().T
 
     def _bases(self, copies: int) -> list[GpuLinear]:
         return [self.first, *(copy.deepcopy(self.first) for _ in range(copies - 1))]
@@ -106,7 +112,7 @@ class Step:
 
     def __init__(self, group: Group, form: str, dtype: torch.dtype, most: int) -> None:
         self.group, self.dtype = group, dtype
-        self.base, self.weight = linear(group, form, dtype)
+        self.base, self.weight = linear(group, form, dtype), held_weight(group, form, dtype)
         self.layer = GpuLinearDeltas(group.in_features, group.parts, dtype, device=DEVICE)
         self.x = torch.zeros(most, group.in_features, dtype=dtype, device=DEVICE)
         self.y = torch.zeros(most, group.out_features, dtype=dtype, device=DEVICE)

@@ -51,7 +51,7 @@ def capture(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, int]:
         call()
     torch.cuda.synchronize()
     repeats = -(-GRAPH_CALLS // len(calls))
-    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    graph = torch.cuda.CUDAGraph(keep_graph=True)  # so that its nodes can be counted
     with torch.cuda.graph(graph):
         for _ in range(repeats):
             for call in calls:

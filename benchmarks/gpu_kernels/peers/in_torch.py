@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from deltaserve.kernels.primitives import LowRank, SparseCsr
-from gpu_kernels.data import DEVICE, DTYPE, ON_GPU, Problem
+from gpu_kernels.data import DEVICE, DTYPE, ON_GPU, Problem, primitive_delta
 from gpu_kernels.peers.quantized import Int4
 from gpu_kernels.peers.work import AbsentError, Work
 from gpu_kernels.shapes import QUANTIZED_GROUP
@@ -15,6 +15,9 @@ CUBLAS = "cuBLAS 16-bit"
 TINYGEMM = "tinygemm (torch) int4"
 CUSPARSE = "cuSPARSE (torch) CSR"
 BMM = "torch baddbmm"
+DENSE = "cuBLAS, dense deltas"
+MOST_DENSE = 16 << 30
+"""Bytes that dense deltas may take."""
 
 
 def cublas(x: Tensor, weight: Tensor, copies: int) -> Work:
@@ -85,6 +88,34 @@ def sparse(problem: Problem, copies: int) -> Work:
         return y
 
     nbytes = sum(m.values().numel() * (m.values().element_size() + 4) for m in matrices)
+    return Work([lambda i=i: call(i) for i in range(copies)], y.zero_, nbytes)
+
+
+def dense(problem: Problem, copies: int) -> Work:
+    """Every delta as a 16-bit matrix: one batched product a part. Of one primitive a part."""
+    adapters = _of_equal_runs(problem)
+    group, x = problem.group, problem.x.view(adapters, -1, problem.group.in_features)
+    if 2 * adapters * group.weights * copies > MOST_DENSE:
+        raise AbsentError("dense deltas do not fit in memory")
+    identity = torch.eye(group.in_features, device=DEVICE).double()
+    first: list[Tensor] = []
+    for part, out in enumerate(group.parts):
+        each = [
+            primitive_delta(p, identity, out).to(DTYPE)
+            for adapter in problem.adapters
+            for p in adapter[part]
+        ]
+        first.append(torch.stack(each))
+    held = [first, *([t.clone() for t in first] for _ in range(copies - 1))]
+    y = torch.zeros(len(problem.batch), group.out_features, dtype=DTYPE, device=DEVICE)
+    columns = y.view(adapters, -1, y.shape[1]).split(group.parts, 2)
+
+    def call(i: int) -> Tensor:
+        for weight, column in zip(held[i], columns, strict=True):
+            column.baddbmm_(x, weight)
+        return y
+
+    nbytes = 2 * sum(t.numel() for t in first)
     return Work([lambda i=i: call(i) for i in range(copies)], y.zero_, nbytes)
 
 

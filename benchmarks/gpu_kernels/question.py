@@ -1,0 +1,91 @@
+"""Question: one batch of one group, asked of our kernels and of the peers'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+from torch import Tensor
+
+from gpu_kernels import ours, shapes
+from gpu_kernels.case import Case
+from gpu_kernels.data import Problem
+from gpu_kernels.peers.work import Work
+from gpu_kernels.shapes import Group
+
+BASE = "int4"
+"""The form of the base that our deltas are added to."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """nbytes: of the adapters, at least. form: what kind they are, for the table. problem: makes
+    the adapters and the batch the first time, and gives the same ones again."""
+
+    part: str
+    group: Group
+    tokens: int
+    adapters: int
+    form: str
+    nbytes: int
+    problem: Callable[[], Problem]
+
+    def of(self, part: str) -> Question:
+        """The same question in another part."""
+        return replace(self, part=part)
+
+    def own(self) -> Iterator[Case]:
+        """The base alone and with the deltas, on the same weights and activations."""
+        yield self._own("base", lambda n: self._held.base(n), lambda: self._held.expected_base())
+        yield self._own(
+            "base+deltas", lambda n: self._held.deltas(n), lambda: self._held.expected()
+        )
+
+    def own_with_room(self) -> Case:
+        """The same step in a plan with room for any other, as a server's graph is captured."""
+        case = self._own(
+            "base+deltas",
+            lambda n: self._held.deltas(n, ours.ROOM),
+            lambda: self._held.expected(),
+        )
+        return replace(case, where={**self._where, "form": f"{self.form}, room for any"})
+
+    def peers(self, peers: Mapping[str, Callable[[Problem, int], Work]]) -> Iterator[Case]:
+        """What each peer adds to a finished base product: y is read and written once more."""
+        activations = shapes.activation_bytes(self.group, self.tokens)
+        again = 2 * self.tokens * self.group.out_features
+        for name, peer in peers.items():
+            yield Case(
+                self.part,
+                name,
+                "deltas",
+                partial(self._ask, peer),
+                lambda: self.problem().delta,
+                self.nbytes + activations + again,
+                where=self._where,
+            )
+
+    def _ask(self, peer: Callable[[Problem, int], Work], copies: int) -> Work:
+        return peer(self.problem(), copies)
+
+    def _own(self, what: str, make: Callable[[int], Work], expected: Callable[[], Tensor]) -> Case:
+        nbytes = shapes.base_bytes(self.group, BASE)
+        nbytes += shapes.activation_bytes(self.group, self.tokens)
+        nbytes += self.nbytes if what != "base" else 0
+        work = shapes.operations(self.group, self.tokens)
+        return Case(self.part, ours.NAME, what, make, expected, nbytes, work, self._where)
+
+    @cached_property
+    def _held(self) -> ours.Held:
+        return ours.Held(self.problem(), BASE)
+
+    @property
+    def _where(self) -> dict[str, Any]:
+        return {
+            "group": self.group.name,
+            "tokens": self.tokens,
+            "adapters": self.adapters,
+            "form": self.form,
+        }
