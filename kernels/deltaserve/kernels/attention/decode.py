@@ -111,9 +111,9 @@ def reduce_kernel(
     step = tl.num_programs(0).to(tl.int64) * HEADS
     plane = row.to(tl.int64) * HEADS + head
     every = tl.arange(0, MAX_SPLITS)
-    at = (plane + every * step) * 2
-    peaks = tl.load(stats + at, mask=every < used, other=float("-inf"))
-    totals = tl.load(stats + at + 1, mask=every < used, other=0.0)
+    stat = stats + (plane + every * step) * 2
+    peaks = tl.load(stat, mask=every < used, other=float("-inf"))
+    totals = tl.load(stat + 1, mask=every < used, other=0.0)
     peak = tl.max(peaks, 0)
     if sinks is not None:
         sink = tl.load(sinks + head).to(tl.float32) * LOG2E

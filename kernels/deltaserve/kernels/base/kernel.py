@@ -145,9 +145,9 @@ def product(
 
     x: [M, K]. sums: float32 [K / GROUP, MP], x summed over each group, read by HOW "sums" alone.
     scale: [K / GROUP, N] of int4, else float32 [N]; zero: [K / GROUP, N].
-    HOW, of int4: "sums" leaves zeros and scales to the sums, so neither touches a weight; "after"
-    subtracts the zeros from the weights and scales the sums; "before" does both to the weights,
-    which rounds them to DT once.
+    HOW, of int4: "sums" leaves the zeros to the sums of x, so that nothing touches a weight after
+    it is unpacked, which pays while tokens are few; "after" subtracts whole zeros from the
+    weights. Both scale the sums of each group: no weight is ever rounded.
     """
     X: tl.constexpr = x.dtype.element_ty
     at = tl.arange(0, BK)
@@ -181,13 +181,10 @@ def product(
                 total = tl.load(sums + (k // GROUP) * MP + m)
                 offset = z.to(tl.float32) + (128 if DT == tl.bfloat16 else 1024)
                 acc += (part - offset[:, None] * total[None, :]) * s.to(tl.float32)[:, None]
-            elif HOW == "after":
+            else:
                 w = nibbles_minus(w, z, BN, BK, DT, PACKED)
                 part = tl.dot(w.to(X), xt, input_precision="ieee")
                 acc += part * s.to(tl.float32)[:, None]
-            else:
-                w = nibbles_minus(w, z, BN, BK, DT, PACKED) * s.to(DT)[:, None]
-                acc = tl.dot(w.to(X), xt, acc, input_precision="ieee")
     if FORMAT == "int8" or FORMAT == "fp8":
         acc *= tl.load(scale + n, mask=live, other=0.0)[:, None]
     return acc

@@ -41,12 +41,12 @@ def bit_tile(
     at = tl.arange(0, BK)
     w_at = tl.arange(0, BK // 32)
     total = tl.zeros((BN, BM), tl.float32)
-    for e in range(first, last):
+    for e in tl.range(first, last, disable_licm=True):
         words = arena_int + tl.load(entries + e * 4).to(tl.int64) * 4
         scales = arena_float + tl.load(entries + e * 4 + 1).to(tl.int64) * 4
         depth = tl.load(entries + e * 4 + 2)
         strength = tl.load(strengths + e)
-        for p in range(0, depth):
+        for p in tl.range(0, depth, disable_licm=True):
             acc = tl.zeros((BN, BM), tl.float32)
             for k in range(k_from, k_to, BK):
                 chunk = (p * KP + k // 128 + w_at // 4)[None, :].to(tl.int64)

@@ -21,8 +21,8 @@ FOLDER = Path(__file__).parent / "configs"
 
 @dataclass(frozen=True, slots=True)
 class GemmConfig:
-    """Of gemm_kernel: tile of tokens, rows, columns; pieces of the sum; how zeros and scales of
-    int4 are applied (see `product`)."""
+    """Of gemm_kernel: tile of tokens, rows, columns; pieces of the sum; how zeros of int4 are
+    applied (see `product`)."""
 
     bm: int
     bn: int
@@ -90,8 +90,11 @@ def rule(key: GroupKey, tokens: int) -> GemmConfig:
         stages = 4 if key.format != "dense" else 5
         return GemmConfig(bm, 128 if wide else 64, deep, 1, "sums", 4, stages)
     if many <= 64:
-        return GemmConfig(64, 128 if key.gated else 64, min(deep, 64), 1, "after", 4, 4)
-    return GemmConfig(128, 128, min(deep, 64), 1, "before", 8, 3)
+        wide = key.out_features >= 16384 or key.gated
+        if wide:
+            return GemmConfig(64, 128, deep, 1, "after", 8, 3)
+        return GemmConfig(64, 64, deep, 1, "after", 4, 3)
+    return GemmConfig(128, 128, deep, 1, "after", 8, 3)
 
 
 def aux_config(tokens: int, in_features: int) -> AuxConfig:
@@ -101,9 +104,9 @@ def aux_config(tokens: int, in_features: int) -> AuxConfig:
     gathers = 1 if many <= 2 else 8
     if many <= 16:
         return AuxConfig(16, h_split=4, bk_bit=bits, gathers=gathers)
-    if many <= 64:
-        return AuxConfig(16 if many <= 32 else 64, h_split=2, bk_bit=128, gathers=gathers)
-    return AuxConfig(64, h_split=1, bk_bit=128, gathers=gathers)
+    if many <= 32:
+        return AuxConfig(32, h_split=2, bk_bit=128, gathers=gathers)
+    return AuxConfig(64, h_split=1, bk_bit=128, gathers=gathers, num_warps=8)
 
 
 @cache

@@ -98,7 +98,9 @@ def gemm_kernel(
     mt, nt = tl.program_id(0), tl.program_id(1)
     MP = TILES * TOKENS
     WIDTH = WIDTH8 * 8
-    HALF: tl.constexpr = BN // 2 if ACTIVATION else BN
+    GATED: tl.constexpr = ACTIVATION is not None
+    HALF: tl.constexpr = BN // 2 if GATED else BN
+    WIDE: tl.constexpr = N // 2 if GATED else N
     part = tl.load(tiles + nt * 4)
     n0 = tl.load(tiles + nt * 4 + 1) * HALF
     column = tl.load(tiles + nt * 4 + 2)
@@ -111,7 +113,7 @@ def gemm_kernel(
         first = nt * HALF
         live = r < BN
     n = first + r
-    if ACTIVATION:
+    if GATED:
         n = first + r % HALF + (r // HALF) * (N // 2)
     span: tl.constexpr = ((K + BK * SPLIT_K - 1) // (BK * SPLIT_K)) * BK
     k_from = tl.program_id(2) * span
@@ -137,7 +139,7 @@ def gemm_kernel(
             tl.atomic_xchg(done, 0)
     if last:
         tile = mt * BM // TOKENS
-        if ACTIVATION:
+        if GATED:
             both = tl.permute(tl.reshape(acc, (2, HALF, BM)), (1, 2, 0))
             gate, up = tl.split(both)
             gate = deltas(
@@ -153,7 +155,6 @@ def gemm_kernel(
                 N, PARTS, BM, HALF, ROWS, H_SPLIT, EVEN_N, HAS_BIAS, ADAPTERS,
             )  # fmt: skip
             out = gated(gate, up, ACTIVATION)
-            WIDE: tl.constexpr = N // 2
         else:
             out = deltas(
                 acc, arena, arena_float, bias, h, planes, page_b, page_col, page_lo, page_hi,
@@ -161,7 +162,6 @@ def gemm_kernel(
                 tile, part, m, n0, first, out_features, M, MP, WIDTH,
                 N, PARTS, BM, BN, ROWS, H_SPLIT, EVEN_N, HAS_BIAS, ADAPTERS,
             )  # fmt: skip
-            WIDE: tl.constexpr = N
         i = tl.arange(0, HALF)
         place = m[None, :].to(tl.int64) * WIDE + (first + i)[:, None]
         mask = (m < M)[None, :]

@@ -173,15 +173,16 @@ def _shrinks(kind: Ints, in_features: int, tiling: Tiling) -> Ints:
     ends = np.concatenate((edges, [len(kind)]))
     first = np.concatenate([np.arange(a, b, size) for a, b in zip(starts, ends, strict=True)])
     last = np.minimum(first + size, np.repeat(ends, -(-(ends - starts) // size)))
-    m0 = kind[first] // 2 * tiling.tokens
-    blocks = -(-tiling.tokens // tiling.block)
+    blocks = tiling.tokens // tiling.block
+    m0 = kind[first] // 2 * blocks
     first, last = np.repeat(first, blocks), np.repeat(last, blocks)
-    m0 = np.repeat(m0, blocks) + np.tile(np.arange(blocks) * tiling.block, len(m0))
+    m0 = np.repeat(m0, blocks) + np.tile(np.arange(blocks), len(m0))
     gather = kind[first] % 2 == 1
     found = [_items([GATHER.value, first[gather], last[gather], m0[gather]], int(gather.sum()))]
-    step = -(-in_features // (tiling.h_split * 128)) * 128
+    whole = -(-in_features // 128)
+    step = -(-whole // tiling.h_split)
     for s in range(tiling.h_split):
-        begin, end = min(s * step, in_features), min((s + 1) * step, in_features)
+        begin, end = min(s * step, whole), min((s + 1) * step, whole)
         columns = [SHRINK.value, first[~gather], last[~gather], m0[~gather], begin, end, s]
         found.append(_items(columns, int((~gather).sum())))
     return np.concatenate(found)
@@ -246,12 +247,13 @@ class _Deltas:
             sum(self._tiles(part) * self._blocks(start, end) for start, end, part, *_ in wanted),
             -(-inner // (4 * depth)),
         )
-        step = -(-inner // (pieces * depth)) * depth
-        pieces = -(-inner // step)
+        step = -(-inner // (pieces * depth)) * depth // 128
+        whole = -(-inner // 128)
+        pieces = -(-whole // step)
         for start, end, part, first, last in wanted:
             plane = self._place(part, start, end, pieces)
             for piece in range(pieces):
-                span = (piece * step, min((piece + 1) * step, inner))
+                span = (piece * step, min((piece + 1) * step, whole))
                 found.append(
                     self._tiled(BIT.value, start, end, part, first, last, together)
                 )
@@ -299,7 +301,7 @@ class _Deltas:
             slices = -(-self.group.out_features[part] // sell.ROWS)
             together = window if last - first > 1 else max(1, slices // (4 * self.tiling.programs))
             s = np.arange(0, slices, together)
-            m0 = np.arange(start // step * step, end, step)
+            m0 = np.arange(start // step, -(-end // step))
             column, rows = self.group.columns(part).start, self.group.out_features[part]
             found.append(
                 _items(

@@ -27,13 +27,13 @@ def sell_tile(
     r = tl.arange(0, C)
     m = m0 + tl.arange(0, BT)
     own = (m >= lo) & (m < hi)
-    for e in range(first, last):
+    for e in tl.range(first, last, disable_licm=True):
         starts = arena_int + tl.load(entries + e * 4).to(tl.int64) * 4
         rows = arena_int + tl.load(entries + e * 4 + 1).to(tl.int64) * 4
         columns = arena_column + tl.load(entries + e * 4 + 2).to(tl.int64) * WIDE
         values = arena + tl.load(entries + e * 4 + 3).to(tl.int64) * UNIT
         strength = tl.load(strengths + e)
-        for s in range(slice_from, slice_to):
+        for s in tl.range(slice_from, slice_to, disable_licm=True):
             begin = tl.load(starts + s) * C
             length = tl.load(starts + s + 1) - tl.load(starts + s)
             acc = tl.zeros((DEPTH, C, BT), tl.float32)
@@ -65,12 +65,13 @@ def panel_tile(
     x, arena, arena_int, planes, entries, strengths,
     m0, count, first, last, tile, share, shares, column, out_features, plane, M, MP,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """One work item: BN rows of a module, number `tile`, for `count` tokens from m0 that have the
     entries first..last; one of `shares` parts of each entry's chunks; written to one plane.
 
     An entry is (chunk starts by tile, chunks, blob, -). A chunk is 8 numbers: first column / 8,
-    columns, values, row stride / 8, first row, one past the last, row numbers or -1, -; its
+    columns / 8, values, row stride / 8, first row, one past the last, row numbers or -1, -; its
     offsets are relative to the blob. Its rows are those first..last of the module, or what the row
     numbers say each row of the tile is, -1 for none.
     """
@@ -81,17 +82,21 @@ def panel_tile(
     n = tile * BN + r
     at = tl.arange(0, BK)
     total = tl.zeros((BN, BM), tl.float32)
-    for e in range(first, last):
+    for e in tl.range(first, last, disable_licm=True):
         starts = arena_int + tl.load(entries + e * 4).to(tl.int64) * 4
         chunks = arena_int + tl.load(entries + e * 4 + 1).to(tl.int64) * 4
         blob = tl.load(entries + e * 4 + 2).to(tl.int64)
         begin = tl.load(starts + tile)
         number = tl.load(starts + tile + 1) - begin
         acc = tl.zeros((BN, BM), tl.float32)
-        for c in range(begin + number * share // shares, begin + number * (share + 1) // shares):
+        for c in tl.range(
+            begin + number * share // shares,
+            begin + number * (share + 1) // shares,
+            disable_licm=True,
+        ):
             chunk = chunks + c * 8
             k0 = tl.load(chunk) * 8
-            width = tl.load(chunk + 1)
+            width = tl.load(chunk + 1) * 8
             values = arena + (blob + tl.load(chunk + 2)) * UNIT
             stride = tl.load(chunk + 3) * 8
             lo, hi = tl.load(chunk + 4), tl.load(chunk + 5)
@@ -102,15 +107,17 @@ def panel_tile(
                 row = tl.load(arena_int + (blob + numbers) * 4 + r)
                 held = row >= 0
             for k in range(0, width, BK):
-                inside = (k + at) < width
+                inside = ((k + at) < width)[None, :]
                 w = tl.load(
                     values + row.to(tl.int64)[:, None] * stride + (k + at)[None, :],
-                    mask=held[:, None] & inside[None, :],
+                    mask=held[:, None] & inside,
                     other=0.0,
                 )
+                if not EVEN_K:
+                    inside = inside & ((k0 + k + at) < K)[None, :]
                 xt = tl.load(
                     x + m[:, None] * K + (k0 + k + at)[None, :],
-                    mask=(i < count)[:, None] & inside[None, :],
+                    mask=(i < count)[:, None] & inside,
                     other=0.0,
                 )
                 acc = tl.dot(w, tl.trans(xt), acc, input_precision="ieee")

@@ -57,7 +57,7 @@ def pack_rows(
             at = -1 if index is None else place + tile * (TILE * 4 // UNIT)
             for k, count in spans:
                 shift = k * held.element_size() // UNIT
-                chunks.append([k // 8, count, offset + shift, stride // 8, 0, rows, at, 0])
+                chunks.append([k // 8, -(-count // 8), offset + shift, stride // 8, 0, rows, at, 0])
         starts.append(len(chunks))
     return _panel(starts, chunks, blob)
 
@@ -74,7 +74,7 @@ def pack_blocks(
         lo, hi = p * height, (p + 1) * height
         for tile in range(lo // TILE, -(-hi // TILE)):
             at = offset + i * size
-            tiles[tile].append([q * width // 8, width, at, width // 8, lo, hi, -1, 0])
+            tiles[tile].append([q * width // 8, width // 8, at, width // 8, lo, hi, -1, 0])
     starts = [0, *np.cumsum([len(t) for t in tiles]).tolist()]
     return _panel(starts, [chunk for tile in tiles for chunk in tile], blob)
 

@@ -1,0 +1,180 @@
+"""Every compiled form that a server of a model needs: what start-up compiles, and the gate reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deltaserve.kernels.gpu import aux, gemm, inputs
+from deltaserve.kernels.gpu.aux_kernel import aux_kernel
+from deltaserve.kernels.gpu.config import AuxConfig, GemmConfig, GroupKey, aux_config, gemm_config
+from deltaserve.kernels.gpu.device import NAMES
+from deltaserve.kernels.gpu.gemm_kernel import gemm_kernel
+from deltaserve.kernels.gpu.inputs_kernel import inputs_kernel
+from deltaserve.kernels.gpu.variant import Variant
+from deltaserve.kernels.table import Group
+
+FLOATS = frozenset({
+    "sums", "partial", "arena_float", "h", "planes", "page_scale", "vec_strength", "strengths",
+})  # fmt: skip
+COMPUTE = frozenset({"x", "scaled", "turned", "arena", "bias", "y", "residual"})
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpec:
+    """A group of linears of a model, as its kernels know it."""
+
+    name: str
+    format: str
+    in_features: int
+    parts: tuple[int, ...]
+    group_size: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    activation: str | None = None
+    residual: bool = False
+    bias: bool = False
+
+    @property
+    def key(self) -> GroupKey:
+        size = self.group_size if self.format == "int4" else 0
+        gated = self.activation is not None
+        return GroupKey(self.format, size, self.in_features, sum(self.parts), gated)
+
+    @property
+    def group(self) -> Group:
+        return Group(self.in_features, self.parts, self.dtype)
+
+
+def gemm_variant(
+    spec: GroupSpec, config: GemmConfig, tokens: int, h_split: int, pdl: bool = True
+) -> Variant:
+    """h_split: 0 without adapters."""
+    adapters = h_split > 0
+    constants = gemm.constants(
+        spec.key, spec.dtype, spec.parts, config, tokens=tokens, h_split=h_split,
+        activation=spec.activation, bias=spec.bias, residual=spec.residual, pdl=pdl and adapters,
+    )  # fmt: skip
+    constants["PACKED"] = True
+    types: dict[str, str] = {}
+    if spec.format == "dense":
+        types = {"weight": _pointer(spec.dtype), "scale": "*fp32", "zero": "*fp32"}
+    elif spec.format == "int4":
+        types = {"scale": _pointer(spec.dtype), "zero": _pointer(spec.dtype)}
+    else:
+        types = {"scale": "*fp32", "zero": "*fp32"}
+    absent = [n for n, here in (("bias", spec.bias), ("residual", spec.residual)) if not here]
+    name = f"gemm {spec.name} {spec.format} {config.bm}x{config.bn}x{config.bk}"
+    name += f" {config.how}" if spec.format == "int4" else ""
+    name += " adapters" if adapters else ""
+    return _variant(
+        name, gemm_kernel, constants, spec.dtype, config.num_warps, config.num_stages, types,
+        absent, weights=config.bn * config.bk, pdl=pdl and adapters,
+    )  # fmt: skip
+
+
+def aux_variant(spec: GroupSpec, config: AuxConfig, tokens: int, pdl: bool = True) -> Variant:
+    constants = aux.constants(spec.group, config, tokens, pdl)
+    columns = "*i16" if spec.in_features <= 1 << 16 else "*i32"
+    return _variant(
+        f"aux {spec.name} {config.block} tokens", aux_kernel, constants, spec.dtype,
+        config.num_warps, config.num_stages, {"arena_column": columns}, pdl=pdl,
+    )  # fmt: skip
+
+
+def inputs_variant(
+    spec: GroupSpec, tokens: int, sums: bool, scaled: bool, turned: bool, pdl: bool = True
+) -> Variant:
+    constants = inputs.constants(
+        spec.in_features, len(spec.parts), spec.key.group_size if sums else 128, tokens,
+        sums=sums, scaled=scaled, turned=turned, pdl=pdl,
+    )  # fmt: skip
+    flags = [n for n, on in (("sums", sums), ("scaled", scaled), ("turned", turned)) if on]
+    return _variant(
+        f"inputs {spec.name} {' '.join(flags)}", inputs_kernel, constants, spec.dtype, 4, 1, {},
+        pdl=pdl,
+    )  # fmt: skip
+
+
+def of_group(spec: GroupSpec, buckets: Sequence[int], arch: int) -> Iterator[Variant]:
+    """What a group needs for these numbers of tokens, with adapters and without."""
+    seen: set[str] = set()
+    for bucket in buckets:
+        config = gemm_config(spec.key, bucket, arch)
+        own = aux_config(bucket, spec.in_features)
+        tokens = max(config.bm, own.block, 16)
+        sums = spec.format == "int4" and config.how == "sums"
+        found = [
+            gemm_variant(spec, config, max(config.bm, 16), 0),
+            gemm_variant(spec, config, tokens, own.h_split),
+            aux_variant(spec, own, tokens),
+            inputs_variant(spec, tokens, sums, True, own.gathers > 1),
+        ]
+        for variant in found:
+            if variant.name not in seen:
+                seen.add(variant.name)
+                yield variant
+
+
+def llama_8b(format: str) -> list[GroupSpec]:
+    """The groups of Llama-3.1-8B, which the committed tables and the gate are about."""
+    return [
+        GroupSpec("qkv", format, 4096, (4096, 1024, 1024)),
+        GroupSpec("o", format, 4096, (4096,), residual=True),
+        GroupSpec("gate_up", format, 4096, (14336, 14336), activation="silu"),
+        GroupSpec("down", format, 14336, (4096,), residual=True),
+    ]
+
+
+def all_variants(arch: int = 90) -> list[Variant]:
+    """What the compile gate checks: one layer in int4 at every tile size, the other formats on one
+    group, a model with small groups of 64 and biases."""
+    found: list[Variant] = []
+    for spec in llama_8b("int4"):
+        found += of_group(spec, (1, 16, 64, 256), arch)
+    for format in ("int8", "fp8", "dense"):
+        found += of_group(llama_8b(format)[0], (16, 64, 256), arch)
+    small = GroupSpec("qkv g64 bias", "int4", 2048, (2048, 512, 512), 64, bias=True)
+    found += of_group(small, (16, 64), arch)
+    unique = {variant.name: variant for variant in found}
+    return list(unique.values())
+
+
+def _variant(
+    name: str,
+    kernel: Any,
+    constants: dict[str, Any],
+    dtype: torch.dtype,
+    num_warps: int,
+    num_stages: int,
+    types: dict[str, str],
+    absent: Sequence[str] = (),
+    weights: int = 0,
+    pdl: bool = False,
+) -> Variant:
+    constants = {**constants, **dict.fromkeys(absent)}
+    signature = {
+        argument: types.get(argument) or _type(argument, dtype)
+        for argument in kernel.arg_names
+        if argument not in constants
+    }
+    aligned = frozenset(a for a, t in signature.items() if t.startswith("*"))
+    return Variant(
+        name, kernel, signature, constants, aligned, num_warps, num_stages, weights, pdl
+    )
+
+
+def _type(argument: str, dtype: torch.dtype) -> str:
+    if argument in COMPUTE:
+        return _pointer(dtype)
+    if argument in FLOATS or argument == "strengths":
+        return "*fp32"
+    if argument in ("M", "TILES", "WIDTH8", "x_part", "sums_part"):
+        return "i32"
+    return "*i32"
+
+
+def _pointer(dtype: torch.dtype) -> str:
+    return f"*{NAMES[dtype]}"
