@@ -154,6 +154,51 @@ def test_a_line_that_is_not_understood_is_an_error() -> None:
         sass.read("/*0000*/ EXIT ;\n/*0010*/ ??? R1 ;")
 
 
+TABLE = """
+        /*0000*/                   BRX R6 -0x10      (*"BRANCH_TARGETS .L_x_1,.L_x_2,.L_x_3"*);
+.L_x_1:
+        /*0010*/                   HMMA.16816.F32.BF16 R4, R8, R2, R4 ;
+        /*0020*/               @P0 BRA `(.L_x_1) ;
+        /*0030*/                   EXIT ;
+.L_x_2:
+        /*0040*/                   EXIT ;
+.L_x_3:
+        /*0050*/                   HMMA.16816.F32.BF16 R4, R8, R2, R4 ;
+        /*0060*/                   IADD3 R0, R0, 0x1, RZ ;
+        /*0070*/               @P0 BRA `(.L_x_3) ;
+        /*0080*/                   EXIT ;
+"""
+
+
+def test_a_jump_table_leads_to_every_loop() -> None:
+    assert [loop.instructions for loop in sass.read(TABLE).loops] == [2, 3]
+
+
+@pytest.mark.parametrize("jump", ["BRX R6 -0x360 ;", "BRA 0x40 ;", "BRA `(.L_x_9) ;"])
+def test_a_jump_to_an_unknown_place_is_an_error(jump: str) -> None:
+    with pytest.raises(ValueError, match="a jump to an unknown place"):
+        sass.read(f"/*0000*/ {jump}")
+
+
+def test_a_jump_table_of_ptx_is_followed() -> None:
+    text = """
+JTI0_0:
+	.branchtargets
+		$L__BB0_1,
+		$L__BB0_2;
+	brx.idx 	%r135, JTI0_0;
+$L__BB0_1:
+	ret;
+$L__BB0_2:
+	mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %r1 }, { %r2 }, { %r3 }, { %r1 };
+	@!complete bra.uni waitLoop;
+	@%p2 bra 	$L__BB0_2;
+	ret;
+"""
+    (loop,) = sass.main_loops(ptx.parse(text))
+    assert [i.op for i in loop] == ["MMA", "BRA"]
+
+
 def test_iterations_that_ptxas_unrolled_are_counted() -> None:
     text = """
 $L__BB0_1:

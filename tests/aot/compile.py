@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -92,7 +93,9 @@ def explain(error: str, output: str) -> str:
     lines = [line.strip() for line in f"{error}\n{output}".splitlines() if line.strip()]
     said = [line for line in lines if line.startswith("ptxas") and "info" not in line.split()[:2]]
     if not said:
-        said = lines[:1] + [line for line in lines[1:] if re.search(r"\berror:|Error", line)]
+        named = [line for line in lines[1:] if re.search(r"\berror:|Error", line)]
+        pointed = [pair[0] for pair in pairwise(lines) if pair[1] == "^"]  # at a line of source
+        said = [lines[0], *pointed, *(named or error.strip().splitlines()[-1:])]
     said = [re.sub(r"^ptxas /\S+, ", "ptxas ", line) for line in said]
     return "\n".join(list(dict.fromkeys(said))[:6])
 

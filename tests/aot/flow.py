@@ -10,12 +10,12 @@ from dataclasses import dataclass
 class Instruction:
     """One instruction; `op` is the opcode with its suffixes ("LDG.E.128").
 
-    target: the index it may jump to, in the same list, or None.
+    targets: the indices it may jump to, in the same list.
     falls: whether the next instruction may follow it.
     """
 
     op: str
-    target: int | None = None
+    targets: tuple[int, ...] = ()
     falls: bool = True
 
     @property
@@ -56,8 +56,7 @@ def innermost(loops: Sequence[frozenset[int]]) -> list[frozenset[int]]:
 
 def _successors(code: Code, index: int) -> Iterator[int]:
     instruction = code[index]
-    if instruction.target is not None:
-        yield instruction.target
+    yield from instruction.targets
     if instruction.falls and index + 1 < len(code):
         yield index + 1
 

@@ -11,6 +11,7 @@ LABEL = re.compile(r"^(\$L\w+):")
 INSTRUCTION = re.compile(
     r"^\s*(?:@(?P<guard>!?%\w+)\s+)?(?P<op>[a-z]\w*(?:[.:]+\w+)*)\s*(?P<operands>[^;]*);"
 )
+TABLE = re.compile(r"^(\w+):\s*\.branchtargets([^;]*);", re.MULTILINE)
 MMA = re.compile(r"(wgmma\.mma_async|mma\.(sync|sp)|tcgen05\.mma)\b")
 COPY = re.compile(r"(ld\.global|ld\.relaxed|ld\.acquire|cp\.async\.c[ag]|cp\.async\.bulk)\b")
 
@@ -24,7 +25,8 @@ def parse(text: str) -> Code:
             labels[label[1]] = len(found)
         elif match := INSTRUCTION.match(line):
             found.append(match)
-    return [_instruction(match, labels) for match in found]
+    tables = {name: re.findall(r"\$L\w+", entries) for name, entries in TABLE.findall(text)}
+    return [_instruction(match, labels, tables) for match in found]
 
 
 def unrolled(text: str, loops: tuple[Loop, ...]) -> tuple[int, ...]:
@@ -45,7 +47,9 @@ def _ratio(before: Code, loop: Loop) -> int:
     return times // whole if whole and times and times % whole == 0 else 1
 
 
-def _instruction(match: re.Match[str], labels: dict[str, int]) -> Instruction:
+def _instruction(
+    match: re.Match[str], labels: dict[str, int], tables: dict[str, list[str]]
+) -> Instruction:
     op = match["op"]
     if MMA.match(op):
         return Instruction("MMA")
@@ -53,7 +57,12 @@ def _instruction(match: re.Match[str], labels: dict[str, int]) -> Instruction:
         return Instruction("LDG")
     if op in ("bra", "bra.uni"):
         target = labels.get(match["operands"].strip())
-        return Instruction("BRA", target, falls=match["guard"] is not None)
+        if target is None:  # inside inline assembly
+            return Instruction("other")
+        return Instruction("BRA", (target,), falls=match["guard"] is not None)
+    if op == "brx.idx":
+        names = tables[match["operands"].rpartition(",")[2].strip()]
+        return Instruction("BRX", tuple(labels[name] for name in names), falls=False)
     if op in ("ret", "exit"):
         return Instruction("RET", falls=match["guard"] is not None)
     return Instruction("other")

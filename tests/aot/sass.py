@@ -19,9 +19,10 @@ INSTRUCTION = re.compile(
     r"(?P<op>[A-Z]\w*(?:\.\w+)*)"
     r"\s*(?P<operands>[^;]*);"
 )
-TARGET = re.compile(r"`\((?P<label>\.L_\w+)\)|^(?:.*[ ,])?(?P<address>0x[0-9a-f]+)\s*$")
-JUMPS = {"BRA", "CALL", "JMP"}
-ENDS = {"BRA", "BRX", "JMP", "JMX", "EXIT", "RET"}
+LABELS = re.compile(r"\.L_\w+")
+ABSOLUTE = re.compile(r"(?:^|[ ,])(0x[0-9a-f]+)$")
+JUMPS = {"BRA", "BRX", "BRXU", "JMP", "JMX", "JMXU"}
+ENDS = JUMPS | {"EXIT", "RET"}
 COPIES = {"LD", "LDG", "LDGSTS", "UTMALDG", "UBLKCP"}
 
 
@@ -54,7 +55,7 @@ def read(text: str) -> Program:
     """What the gate wants to know of a disassembled kernel, its main loop first in `loops`.
 
     Raises ValueError if `text` has no instructions, or a line that looks like one and is not
-    understood: an instruction passed over would flatter every figure.
+    understood, or jumps to an unknown place: what is passed over would flatter the figures.
     """
     code = parse(text)
     if not code:
@@ -110,15 +111,23 @@ def _instruction(
 ) -> Instruction:
     base = match["op"].split(".", 1)[0]
     operands = match["operands"].strip()
-    target = None
-    if base in JUMPS and (found := TARGET.search(operands)):
-        if found["label"]:
-            target = labels.get(found["label"])
-        else:
-            target = addresses.get(int(found["address"], 16))
+    targets: tuple[int, ...] = ()
+    if base in JUMPS or base == "CALL":
+        targets = _targets(operands, labels, addresses)
+    if base in JUMPS and not targets:
+        raise ValueError(f"a jump to an unknown place: {match[0].strip()}")
     # a branch may also be conditional by a first operand: `BRA.U UP0, ...`, `BRA.DIV UR4, ...`
     conditional = match["guard"] is not None or (base == "BRA" and operands[:1] not in ("`", "0"))
-    return Instruction(match["op"], target, falls=base not in ENDS or conditional)
+    return Instruction(match["op"], targets, falls=base not in ENDS or conditional)
+
+
+def _targets(operands: str, labels: dict[str, int], addresses: dict[int, int]) -> tuple[int, ...]:
+    named = LABELS.findall(operands)
+    if named:
+        return tuple(labels[name] for name in named if name in labels)
+    found = ABSOLUTE.search(operands)
+    address = int(found[1], 16) if found else -1
+    return (addresses[address],) if address in addresses else ()
 
 
 def _loop(body: Code) -> Loop:
