@@ -42,12 +42,19 @@ def test_a_budget_is_what_was_measured() -> None:
     assert not list(compare(reading(), BUDGET))
 
 
+def test_further_loops_count_too() -> None:
+    first = reading().program.loops[0]
+    further = replace(first, instructions=900, copies=9, wide=1, sts=5, i2f=7)
+    both = reading(program=sass.Program(0, "HGMMA", (first, further)), unrolled=(1, 1))
+    assert figures(both) == BUDGET | {"wide": 4, "narrow": 9, "sts": 7}
+
+
 @pytest.mark.parametrize(
     ("changes", "failure"),
     [
         ({"registers": 95}, "95 registers, budget 94"),
-        ({"copies": 5}, "2 copies below 16 bytes in the main loop, budget 1"),
-        ({"sts": 3}, "3 STS in the main loop, budget 2"),
+        ({"copies": 5}, "2 copies below 16 bytes in its loops, budget 1"),
+        ({"sts": 3}, "3 STS in its loops, budget 2"),
         ({"instructions": 331}, "2.59 instructions per weight in the main loop, budget 2.34"),
         ({"wide": 0, "copies": 1}, "no 16-byte copies in the main loop, its 1 are all narrower"),
         ({"i2f": 1}, "1 I2F in the main loop, must be 0"),
@@ -66,7 +73,7 @@ def test_a_kernel_without_weights_keeps_its_wide_copies() -> None:
     plain = {key: value for key, value in BUDGET.items() if key != "per_weight"}
     assert not list(compare(reading(weights=0, i2f=9), plain))
     lost = list(compare(reading(weights=0, wide=0, copies=1), plain))
-    assert lost == ["bit sm_90: no 16-byte copies in the main loop, budget 3"]
+    assert lost == ["bit sm_90: no 16-byte copies in its loops, budget 3"]
 
 
 def test_tcgen05_loops_are_not_counted_by_weight() -> None:
@@ -88,7 +95,7 @@ def test_no_budget_says_how_to_add_one() -> None:
     (failure,) = compare(reading(), None)
     assert failure.startswith("bit sm_90: no budget") and "gate.py --update" in failure
     (failure,) = compare(reading(), {k: v for k, v in BUDGET.items() if k != "sts"})
-    assert "no budget for STS in the main loop" in failure
+    assert "no budget for STS in its loops" in failure
 
 
 def test_a_budget_without_a_variant_fails() -> None:

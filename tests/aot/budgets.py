@@ -71,13 +71,13 @@ class Budgets:
 
 
 def figures(reading: Reading) -> dict[str, float]:
-    """What a budget holds of a reading; all but registers belong to the main loop."""
-    main = reading.program.loops[0]
+    """What a budget holds of a reading: copies and stores of one turn of every main loop."""
+    loops = reading.program.loops
     found: dict[str, float] = {
         "registers": reading.registers,
-        "wide": main.wide,
-        "narrow": main.copies - main.wide,
-        "sts": main.sts,
+        "wide": sum(loop.wide for loop in loops),
+        "narrow": sum(loop.copies - loop.wide for loop in loops),
+        "sts": sum(loop.sts for loop in loops),
     }
     per_weight = reading.instructions_per_weight
     return found if per_weight is None else found | {"per_weight": round(per_weight, 2)}
@@ -110,7 +110,7 @@ def compare(reading: Reading, budget: Figures | None) -> Iterator[str]:
         yield f"{where}: no budget; if its row is as it should be, add it with {ADD}"
         return
     if budget.get("wide") and not found["wide"]:
-        yield f"{where}: no 16-byte copies in the main loop, budget {budget['wide']}"
+        yield f"{where}: no 16-byte copies in its loops, budget {budget['wide']}"
     for key, name in MEASURES.items():
         allowed = budget.get(key)
         if key not in found:
@@ -123,8 +123,8 @@ def compare(reading: Reading, budget: Figures | None) -> Iterator[str]:
 
 MEASURES = {
     "registers": "registers",
-    "narrow": "copies below 16 bytes in the main loop",
-    "sts": "STS in the main loop",
+    "narrow": "copies below 16 bytes in its loops",
+    "sts": "STS in its loops",
     "per_weight": "instructions per weight in the main loop",
 }
 
