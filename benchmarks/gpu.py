@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py check [--quick]
     python benchmarks/gpu.py kernels [--part base lowrank ...] [--seconds 90] [--save]
+    python benchmarks/gpu.py report [--svg FILE]
 
 `check` compares every kernel with float64 at the sizes of Llama-3.1-8B, in mixed batches and in
 graphs replayed with other batches than they were captured with; it exits with 1 if any is wrong.
@@ -13,8 +14,10 @@ rate of a large product. Every figure is compared with float64 before it is time
 to benchmarks/results/gpu.jsonl (`--save`, or `--out FILE`) one by one. Other projects' kernels are
 looked for in benchmarks/carried (gpu_kernels/peers/__init__.py says what goes there).
 
-Without a GPU both run on tiny sizes in Triton's interpreter, to show that the code works; then
-nothing is saved.
+`report` prints the tables of the saved results and draws what LoRA adds to a layer.
+
+Without a GPU `check` and `kernels` run on tiny sizes in Triton's interpreter, to show that the code
+works; nothing is saved then.
 """
 
 from __future__ import annotations
@@ -76,6 +79,20 @@ def kernels(args: argparse.Namespace) -> int:
     return 0
 
 
+def report(args: argparse.Namespace) -> int:
+    from gpu_kernels import report
+
+    rows = report.load(args.results)
+    if not rows:
+        print(f"no results in {args.results}", file=sys.stderr)
+        return 0
+    print(report.markdown(rows))
+    drawn = report.plot(rows)
+    if args.svg and drawn is not None:
+        args.svg.write_text(drawn)
+    return 0
+
+
 def start_again(args: argparse.Namespace, part: str, first: int, seconds: float) -> NoReturn:
     """This program once more, in place of this process, at a case of a part."""
     rest = args.part[args.part.index(part) :]
@@ -123,9 +140,12 @@ def main() -> int:
     two.add_argument("--resume", nargs=2, help=argparse.SUPPRESS)  # seconds, first case
     two.add_argument("--shard", type=int, help=argparse.SUPPRESS)
     two.add_argument("--shards", type=int, help=argparse.SUPPRESS)
+    three = commands.add_parser("report")
+    three.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    three.add_argument("--svg", type=Path, help="where to write the plot")
     args = parser.parse_args()
-    if args.command == "check":
-        return check(args)
+    if args.command != "kernels":
+        return check(args) if args.command == "check" else report(args)
     args.shard = (args.shard, args.shards) if args.shards else None
     return kernels(args)
 

@@ -108,7 +108,7 @@ def run_one(case: Case) -> dict[str, Any]:
     except AbsentError as reason:
         return case.row(absent=str(reason))
     except Exception as error:  # a peer's own failure must not end the run
-        return case.row(absent=f"{type(error).__name__}: {str(error)[:300]}")
+        return case.row(absent=f"failed, {type(error).__name__}: {str(error)[:300]}")
     limits = ceilings.copy_tb_per_s(), ceilings.matmul_tflop_per_s()
     floor = floor_us(case.nbytes, case.operations, *limits)
     return case.row(

@@ -1,0 +1,263 @@
+"""benchmarks/gpu.py: its arithmetic, its tables, how it treats peers that fail; and the whole of
+`check --quick` in Triton's interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from gpu_kernels import case, data, record, report, shapes  # noqa: E402
+from gpu_kernels.check import Report  # noqa: E402
+from gpu_kernels.peers import in_torch, quantized, vllm  # noqa: E402
+from gpu_kernels.peers.work import AbsentError, Work  # noqa: E402
+from gpu_kernels.reference import relative_error  # noqa: E402
+from gpu_kernels.svg import Cluster, bars  # noqa: E402
+
+QKV, OUT, GATE_UP, DOWN = shapes.LLAMA_8B
+TINY = shapes.TINY[0]
+
+
+def test_check_in_the_interpreter_finds_every_kernel_right() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "check", "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    checks = [line for line in done.stdout.splitlines() if line.endswith(" ok")]
+    assert f"{len(checks)} checks, 0 wrong" in done.stdout
+    for kind in ("base int4", "base fp8", "LowRank r=3", "Bit", "SparseCsr", "mixed", "graph of"):
+        assert any(kind in line for line in checks), kind
+
+
+def test_a_wrong_figure_and_a_figure_that_is_not_finite_are_counted() -> None:
+    found = Report()
+    found.line("right", 1e-4, torch.float16)
+    found.line("too far off", 2e-3, torch.float16)
+    found.line("not finite", float("nan"), torch.float16)
+    found.fact("not equal", False)
+    assert (found.checks, found.wrong) == (4, 3)
+
+
+def test_one_wrong_element_cannot_hide_in_a_large_result() -> None:
+    expected = torch.randn(256, 4096).double()
+    assert relative_error(expected, expected) == 0
+    got = expected.clone()
+    got[17, 5] += 1
+    assert relative_error(got, expected) > 0.05
+    got[17, 5] = float("nan")
+    assert not relative_error(got, expected) < 1
+
+
+def test_rows_without_a_delta_must_stay_zero() -> None:
+    expected = torch.randn(4, 64).double()
+    expected[2] = 0
+    got = expected.clone()
+    assert relative_error(got, expected) == 0
+    got[2, 3] = 1
+    assert relative_error(got, expected) > 0.05
+
+
+def test_bytes_of_the_cost_model() -> None:
+    layer = sum(g.weights for g in shapes.LLAMA_8B)
+    assert layer == 218_103_808
+    assert sum(shapes.base_bytes(g, "int4") for g in shapes.LLAMA_8B) == 115_867_648
+    assert shapes.base_bytes(OUT, "bf16") == 2 * 4096 * 4096
+    assert shapes.base_bytes(OUT, "int8") == 4096 * 4096 + 4 * 4096
+    assert sum(shapes.lowrank_bytes(g, [16]) for g in shapes.LLAMA_8B) == 2_621_440
+    assert shapes.lowrank_bytes(QKV, [8, 16]) == 2 * 24 * (3 * 4096 + 6144)
+    assert shapes.bit_bytes(OUT, 2) == 2 * (4096 * 512 + 4 * 4096)
+    assert shapes.sparse_bytes(OUT, 1, 0.01) == round(0.04 * 4096 * 4096) + 4 * 4096
+    assert shapes.activation_bytes(DOWN, 16) == 2 * 16 * (14336 + 4096)
+    with pytest.raises(ValueError, match="int3"):
+        shapes.base_bytes(OUT, "int3")
+
+
+def test_the_floor_is_the_larger_of_bytes_and_operations() -> None:
+    assert shapes.floor_us(4e6, 0, tb_per_s=4, tflop_per_s=800) == pytest.approx(1)
+    assert shapes.floor_us(4e6, 8e9, tb_per_s=4, tflop_per_s=800) == pytest.approx(10)
+
+
+def test_copies_are_more_than_four_caches_and_no_fewer_than_eight() -> None:
+    cache = 60 << 20
+    small = shapes.base_bytes(OUT, "int4")
+    assert shapes.copies(small, cache) * small > 4 * cache
+    assert shapes.copies(1 << 30, cache) == 8
+    assert shapes.copies(1, cache) == 64
+
+
+def test_batches_keep_an_adapters_tokens_together() -> None:
+    assert shapes.spread(5, 2) == (0, 0, 0, 1, 1)
+    assert shapes.spread(3, 3, first=4) == (4, 5, 6)
+
+
+@pytest.mark.parametrize("kind", ["cublas", "tinygemm", "baddbmm", "sparse", "dense"])
+def test_peers_that_come_with_torch_are_right(kind: str) -> None:
+    torch.manual_seed(0)
+    batch = shapes.spread(6, 3)
+    x = data.activations(6, TINY)
+    adapters = {
+        "baddbmm": lambda: data.low_rank(TINY, 8),
+        "sparse": lambda: data.sparse(TINY, 0.05),
+        "dense": lambda: data.one_bit(TINY),
+    }
+    if kind in adapters:
+        problem = data.Problem(TINY, batch, x, tuple(adapters[kind]() for _ in range(3)))
+        peer = {"baddbmm": in_torch.lora, "sparse": in_torch.sparse, "dense": in_torch.dense}[kind]
+        work, expected = peer(problem, 2), problem.delta
+    elif kind == "cublas":
+        weight = data.weight(TINY)
+        work, expected = in_torch.cublas(x, weight, 2), x.double() @ weight.double().T
+    else:
+        int4 = quantized.random_int4(TINY)
+        work, expected = in_torch.tinygemm(x, int4, 2), x.double() @ int4.weight.T
+    for call in work.calls:
+        work.reset()
+        assert relative_error(call(), expected) < case.TOLERANCE
+
+
+def test_a_peer_that_is_not_carried_is_absent_with_the_reason(tmp_path: Path) -> None:
+    problem = data.Problem(TINY, (0,), data.activations(1, TINY), (data.low_rank(TINY, 8),))
+    with pytest.raises(AbsentError, match="vllm is not in"):
+        vllm.lora(tmp_path, problem, 1)
+
+
+def _case(make: Any, engine: str = "a peer") -> case.Case:
+    expected = torch.ones(2, 3).double()
+    where = {"group": "o", "tokens": 2, "adapters": 1, "form": "r8"}
+    return case.Case("lowrank", engine, "deltas", make, lambda: expected, 64, where=where)
+
+
+def _work(value: float) -> Work:
+    return Work([lambda: torch.full((2, 3), value)] * 2, lambda: None, 64)
+
+
+def _no_restart(first: int, seconds: float) -> Any:
+    raise AssertionError("nothing here leaves the device unusable")
+
+
+def test_rows_are_saved_one_by_one_and_failures_do_not_end_the_run(tmp_path: Path) -> None:
+    def fails(copies: int) -> Work:
+        raise RuntimeError("no kernel image")
+
+    def absent(copies: int) -> Work:
+        raise AbsentError("not carried")
+
+    cases = [_case(fails), _case(absent), _case(lambda n: _work(2.0)), _case(lambda n: _work(1.0))]
+    file = tmp_path / "results" / "gpu.jsonl"
+    recorder = record.Recorder(file, commit="abc1234")
+    seen: list[int] = []
+
+    def counted() -> Any:
+        for one in cases:
+            seen.append(len(file.read_text().splitlines()) if file.exists() else 0)
+            yield one
+
+    case.run(counted(), recorder, 60, _no_restart)
+    assert seen == [0, 1, 2, 3]
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert "no kernel image" in rows[0]["absent"]
+    assert rows[1]["absent"] == "not carried"
+    assert rows[2]["wrong"] == pytest.approx(1)
+    assert "us" not in rows[2]
+    assert rows[3]["us"] > 0
+    assert rows[3]["commit"] == "abc1234"
+    assert {"gpu", "torch", "triton", "date", "floor_us", "fraction", "rounds"} <= rows[3].keys()
+
+
+def test_what_does_not_fit_in_the_time_is_not_run(capsys: pytest.CaptureFixture[str]) -> None:
+    def slow(copies: int) -> Work:
+        time.sleep(0.3)
+        return _work(1.0)
+
+    case.run([_case(slow)] * 4, record.Recorder(None), 0.2, _no_restart)
+    assert "3 more figures did not fit" in capsys.readouterr().out
+
+
+def test_a_device_that_does_not_answer_is_left_to_a_new_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Restart(Exception):
+        pass
+
+    def again(first: int, seconds: float) -> Any:
+        assert 0 < seconds <= 60
+        raise Restart(first)
+
+    monkeypatch.setattr(case, "usable", lambda: False)
+    with pytest.raises(Restart) as restart:
+        case.run([_case(lambda n: _work(1.0))] * 3, record.Recorder(None), 60, again, first=1)
+    assert restart.value.args == (2,)
+
+
+# The tables:
+
+
+def _row(engine: str, what: str, group: str, **figures: Any) -> dict[str, Any]:
+    machine = {"gpu": "NVIDIA H200", "torch": "2.11", "triton": "3.6", "python": "3.12"}
+    where = {"part": "lowrank", "group": group, "tokens": 16, "adapters": 16, "form": "r16"}
+    head = {"commit": "abc1234", "date": "2026-11-22", "engine": engine, "what": what}
+    return {**machine, **where, **head, "nodes": None, "floor_us": 1.0, **figures}
+
+
+def _results() -> list[dict[str, Any]]:
+    rows = []
+    for group in report.LAYER:
+        rows.append(_row("deltaserve", "base", group, us=99.0))
+        rows.append(_row("deltaserve", "base", group, us=10.0, nodes=1.0))  # newer
+        whole = {"us": 11.5, "nodes": 2.0, "floor_us": 1.25}
+        rows.append(_row("deltaserve", "base+deltas", group, **whole))
+        rows.append(_row("vLLM", "deltas", group, us=8.0, nodes=3.0))
+        rows.append(_row("broken", "deltas", group, wrong=1.0))
+        rows.append(_row("missing", "deltas", group, absent="not carried"))
+    rows.append(_row("partial", "deltas", "qkv", us=1.0))
+    return rows
+
+
+def test_the_tables_sum_a_layer_and_name_what_is_missing() -> None:
+    text = report.markdown(_results())
+    row = next(line for line in text.splitlines() if line.startswith("| r16 |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:3] == ["r16", "16", "16"]
+    assert cells[3:6] == ["40.0, 4 nodes", "6.0, 4 nodes", "32.0, 12 nodes"]
+    assert cells[6:] == ["wrong", "absent", "-"]
+    assert "- missing (lowrank): not carried" in text
+    assert text.count("not carried") == 1
+
+
+def test_a_failure_of_ours_is_never_shown_as_a_figure() -> None:
+    rows = [*_results(), _row("deltaserve", "base+deltas", "o", wrong=0.5)]
+    results = report.Results(rows, "NVIDIA H200")
+    assert report.added(results, "lowrank", (16, 16, "r16")) == "wrong"
+
+
+def test_the_plot_shows_what_was_measured_and_nothing_else() -> None:
+    drawn = report.plot(_results())
+    assert drawn is not None
+    for expected in ("vLLM", "deltaserve", ">6.0<", ">32.0<", "16 tokens, 16 adapters"):
+        assert expected in drawn
+    assert "missing" not in drawn
+    assert "partial" not in drawn
+
+
+def test_bars_are_as_long_as_their_numbers() -> None:
+    drawn = bars("a < b", "us", [Cluster("one", {"x": 10.0, "y": 5.0}, floor=2.5)])
+    assert "a &lt; b" in drawn
+    assert 'width="520.0"' in drawn
+    assert 'width="260.0"' in drawn
+    assert 'x1="360.0"' in drawn
+
+
+def test_without_results_nothing_is_written(tmp_path: Path) -> None:
+    assert report.load(tmp_path) == []
+    assert report.markdown([]) == ""
+    assert report.plot([]) is None
