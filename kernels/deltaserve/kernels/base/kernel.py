@@ -11,6 +11,43 @@ import triton
 import triton.language as tl
 
 
+def bits_over(mask: int, word: int, flip: bool = False) -> tl.constexpr:
+    """PTX for ``(w & mask) | word``, or ``^ word``, as one instruction. It has room for one
+    constant, and the assembler would move the other to a register over and over; so the word is
+    hidden from it: it is added to the program's number on the third axis, zero in every grid."""
+    table = "0x6A" if flip else "0xEA"
+    return tl.constexpr(
+        "{ .reg .b32 c; mov.u32 c, %ctaid.z; "
+        f"add.u32 c, c, {word:#x}; lop3.b32 $0, $1, {mask:#x}, c, {table}; }}"
+    )
+
+
+NIBBLES_BF16 = bits_over(0x000F000F, 0x43004300)
+NIBBLES_F16 = bits_over(0x000F000F, 0x64006400)
+LOW_BF16 = bits_over(0x007F007F, 0x43004300)
+TOP_BF16 = bits_over(0x00800080, 0x43804380, flip=True)
+BYTES_F16 = bits_over(0x00FF00FF, 0x64006400)
+
+
+@triton.jit
+def over(w, ASM: tl.constexpr):
+    """What `bits_over` says, of every word."""
+    return tl.inline_asm_elementwise(ASM, "=r,r", [w], tl.int32, True, 1)
+
+
+@triton.jit
+def nibble_pairs(w, DT: tl.constexpr, PACKED: tl.constexpr):
+    """The lowest nibble of each half word added to 128 in bf16, to 1024 in f16."""
+    if PACKED:
+        if DT == tl.bfloat16:
+            p = over(w, NIBBLES_BF16)
+        else:
+            p = over(w, NIBBLES_F16)
+    else:
+        p = (w & 0x000F000F) | (0x43004300 if DT == tl.bfloat16 else 0x64006400)
+    return p
+
+
 @triton.jit
 def pair_fma(a, b, c, DT: tl.constexpr):
     """a * b + c on the two bf16 or f16 halves of 32-bit words, exact where the values are."""
@@ -46,29 +83,24 @@ def halves(p, DT: tl.constexpr):
 
 
 @triton.jit
-def nibbles(w, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr):
+def nibbles(w, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PACKED: tl.constexpr):
     """[BN, BK / 8] words -> [BN, BK] of OFFSET + q, exact: 128 + q in bf16, 1024 + q in f16."""
     w = tl.reshape(w, (BN, BK // 32, 4, 1))
-    j = 4 * tl.arange(0, 4)[None, None, None, :]
-    if DT == tl.bfloat16:
-        p = ((w >> j) & 0x000F000F) | 0x43004300
-    else:
-        p = ((w >> j) & 0x000F000F) | 0x64006400
+    w = w >> (4 * tl.arange(0, 4)[None, None, None, :])
+    p = nibble_pairs(w, DT, PACKED)
     b = tl.reshape(halves(p, DT), (BN, BK // 32, 4, 2, 2, 2))  # n, c, L, s, half, e
     return tl.reshape(tl.permute(b, (0, 1, 3, 4, 2, 5)), (BN, BK))
 
 
 @triton.jit
-def nibbles_minus(w, z, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PACKED: tl.constexpr):
+def nibbles_minus(
+    w, z, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PACKED: tl.constexpr
+):
     """[BN, BK / 8] words, whole zeros z [BN] of type DT -> [BN, BK] of q - z, exact."""
     w = tl.reshape(w, (BN, BK // 32, 4, 1))
-    j = 4 * tl.arange(0, 4)[None, None, None, :]
-    if DT == tl.bfloat16:
-        p = ((w >> j) & 0x000F000F) | 0x43004300
-        zz = (z.to(tl.float32) + 128).to(DT)
-    else:
-        p = ((w >> j) & 0x000F000F) | 0x64006400
-        zz = (z.to(tl.float32) + 1024).to(DT)
+    w = w >> (4 * tl.arange(0, 4)[None, None, None, :])
+    p = nibble_pairs(w, DT, PACKED)
+    zz = (z.to(tl.float32) + (128 if DT == tl.bfloat16 else 1024)).to(DT)
     zz = zz.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     zz = tl.broadcast_to((zz | (zz << 16))[:, None, None, None], (BN, BK // 32, 4, 4))
     b = tl.reshape(pair_sub(p, zz, DT, PACKED), (BN, BK // 32, 4, 2, 2, 2))
@@ -85,10 +117,15 @@ def octets(w, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PACKED: tl.c
     j = 8 * tl.arange(0, 2)[None, None, None, :]
     w = w >> j
     if DT == tl.bfloat16:
-        p = (w & 0x007F007F) | 0x43004300
-        c = (w & 0x00800080) ^ 0x43804380
+        if PACKED:
+            p, c = over(w, LOW_BF16), over(w, TOP_BF16)
+        else:
+            p, c = (w & 0x007F007F) | 0x43004300, (w & 0x00800080) ^ 0x43804380
     else:
-        p = (w & 0x00FF00FF) | 0x64006400
+        if PACKED:
+            p = over(w, BYTES_F16)
+        else:
+            p = (w & 0x00FF00FF) | 0x64006400
         c = tl.full(p.shape, 0x64806480, tl.int32)  # two of 1152
     b = pair_sub(p, c, DT, PACKED)  # n, c, L, half, e
     return tl.reshape(tl.permute(b, (0, 1, 3, 2, 4)), (BN, BK))
@@ -177,7 +214,7 @@ def product(
             s = tl.load(scale + g, mask=live, other=0.0)
             z = tl.load(zero + g, mask=live, other=0.0)
             if HOW == "sums":
-                part = tl.dot(nibbles(w, BN, BK, DT).to(X), xt, input_precision="ieee")
+                part = tl.dot(nibbles(w, BN, BK, DT, PACKED).to(X), xt, input_precision="ieee")
                 total = tl.load(sums + (k // GROUP) * MP + m)
                 offset = z.to(tl.float32) + (128 if DT == tl.bfloat16 else 1024)
                 acc += (part - offset[:, None] * total[None, :]) * s.to(tl.float32)[:, None]

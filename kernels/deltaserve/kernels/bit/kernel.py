@@ -6,18 +6,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deltaserve.kernels.base.kernel import halves
+from deltaserve.kernels.base.kernel import bits_over, halves, over
+
+SIGNS_BF16 = bits_over(0x80008000, 0x3F803F80)
+SIGNS_F16 = bits_over(0x80008000, 0x3C003C00)
 
 
 @triton.jit
-def signs(w, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr):
+def signs(w, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PACKED: tl.constexpr):
     """[BN, BK / 32] words -> [BN, BK] of +1 and -1: the sign bits over a one."""
     w = tl.reshape(w, (BN, BK // 128, 4, 1))
-    j = tl.arange(0, 16)[None, None, None, :]
-    if DT == tl.bfloat16:
-        p = ((w << j) & -2147450880) | 0x3F803F80
+    w = w << tl.arange(0, 16)[None, None, None, :]
+    if PACKED:
+        if DT == tl.bfloat16:
+            p = over(w, SIGNS_BF16)
+        else:
+            p = over(w, SIGNS_F16)
     else:
-        p = ((w << j) & -2147450880) | 0x3C003C00
+        p = (w & -2147450880) | (0x3F803F80 if DT == tl.bfloat16 else 0x3C003C00)
     b = tl.reshape(halves(p, DT), (BN, BK // 128, 4, 8, 2, 2))  # n, c, L, s, half, e
     return tl.reshape(tl.permute(b, (0, 1, 3, 4, 2, 5)), (BN, BK))
 
@@ -27,7 +33,7 @@ def bit_tile(
     x, arena_int, arena_float, planes, entries, strengths,
     m0, count, first, last, n0, column, out_features, k_from, k_to, plane, M, MP,
     N: tl.constexpr, K: tl.constexpr, DT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, EVEN_K: tl.constexpr,
+    BK: tl.constexpr, EVEN_K: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One work item: BN rows from n0 of a module, `count` tokens from m0 that have the same
     adapters, the entries first..last, over the columns k_from..k_to; written to one plane of ready
@@ -58,7 +64,7 @@ def bit_tile(
                 if not EVEN_K:
                     seen = seen & ((k + at)[None, :] < K)
                 xt = tl.load(x + m[:, None] * K + (k + at)[None, :], mask=seen, other=0.0)
-                b = signs(w, BN, BK, DT).to(X)
+                b = signs(w, BN, BK, DT, PACKED).to(X)
                 acc = tl.dot(b, tl.trans(xt), acc, input_precision="ieee")
             total += acc * (strength * tl.load(scales + p * rows + n))[:, None]
     own = (i < count)[None, :] & (n < out_features)[:, None]

@@ -26,7 +26,7 @@ def aux_kernel(
     N: tl.constexpr, K: tl.constexpr, DT: tl.constexpr, BM: tl.constexpr, TOKENS: tl.constexpr,
     ROWS: tl.constexpr, BK_SHRINK: tl.constexpr, H_SPLIT: tl.constexpr, BN: tl.constexpr,
     BK_BIT: tl.constexpr, BT: tl.constexpr, C: tl.constexpr, DEPTH: tl.constexpr,
-    EVEN_K: tl.constexpr, PDL: tl.constexpr,
+    EVEN_K: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A persistent grid of any size over n_items[0] items of 12 int32 each: LoRA shrink tiles,
     1-bit tiles, sparse slices, panels. Every item writes its own place in h or in the planes, so
@@ -56,6 +56,7 @@ def aux_kernel(
                 bit_tile(
                     x, arena_int, arena_float, planes, entries, strengths,
                     a, b, c, d, t * BN, f, g, u * 128, tl.minimum(v * 128, K), j, M, MP, N, K, DT, BM, BN, BK_BIT, EVEN_K,
+                    PACKED,
                 )  # fmt: skip
         elif kind == SELL:  # tokens b..c of those from BT a, entries d..e, slices u..v
             sell_tile(

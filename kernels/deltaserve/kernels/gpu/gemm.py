@@ -20,9 +20,6 @@ from deltaserve.kernels.gpu.step import StepPlan
 from deltaserve.kernels.gpu.weights import Weights
 from deltaserve.kernels.gpu.workspace import Workspace
 
-ROWS = 64
-"""Rank rows of an expand step."""
-
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 
@@ -95,7 +92,7 @@ def run_gemm(
     pdl = gpu.overlaps(inputs.x.device) and plan is not None
     launch(
         gemm_kernel,
-        (-(-count // config.bm), columns, split),
+        (-(-count // config.bm), columns * split),
         (
             inputs.base, inputs.sums, weights.weight, weights.scale, weights.zero,
             weights.bias, y, output.residual, workspace.take("partial", partial),
@@ -132,7 +129,7 @@ def constants(
         N=key.out_features, K=key.in_features, PARTS=len(parts), FORMAT=key.format,
         GROUP=key.group_size or 1, HOW=config.how, DT=gpu.unpacked_type(dtype),
         BM=config.bm, BN=config.bn, BK=config.bk, SPLIT_K=config.split_k, TOKENS=tokens,
-        ROWS=ROWS, H_SPLIT=max(h_split, 1), ACTIVATION=activation,
+        ROWS=32 if config.bm >= 128 else 64, H_SPLIT=max(h_split, 1), ACTIVATION=activation,
         EVEN_N=all(n % rows == 0 for n in parts),
         EVEN_K=key.in_features % (config.bk * config.split_k) == 0,
         HAS_BIAS=bias, RESIDUAL=residual, ADAPTERS=h_split > 0,

@@ -85,7 +85,7 @@ def gemm_kernel(
     HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ADAPTERS: tl.constexpr,
     PACKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] = the group's output for x [M, K]; grid (token tiles, column tiles, SPLIT_K).
+    """y [M, N] = the group's output for x [M, K]; grid (token tiles, column tiles * SPLIT_K).
 
     Token tiles vary fastest, so that programs that share weights run together. tiles: int32
     [column tiles, 4] of (part, number in it, first column of the part, rows of the part).
@@ -95,7 +95,8 @@ def gemm_kernel(
     ACTIVATION "silu" or "gelu_tanh": of two parts of equal size, gate and up; y is [M, N / 2].
     SPLIT_K: the last program of a tile adds the others' sums, in order, and goes on alone.
     """
-    mt, nt = tl.program_id(0), tl.program_id(1)
+    mt, nt = tl.program_id(0), tl.program_id(1) // SPLIT_K
+    piece = tl.program_id(1) % SPLIT_K
     MP = TILES * TOKENS
     WIDTH = WIDTH8 * 8
     GATED: tl.constexpr = ACTIVATION is not None
@@ -116,7 +117,7 @@ def gemm_kernel(
     if GATED:
         n = first + r % HALF + (r // HALF) * (N // 2)
     span: tl.constexpr = ((K + BK * SPLIT_K - 1) // (BK * SPLIT_K)) * BK
-    k_from = tl.program_id(2) * span
+    k_from = piece * span
     acc = product(
         x + (part * x_part).to(tl.int64) * K, sums + (part * sums_part) * MP, weight, scale, zero,
         n, live, m, k_from, tl.minimum(k_from + span, K), M, MP, N, K, FORMAT, GROUP, HOW, DT,
@@ -128,7 +129,7 @@ def gemm_kernel(
     if SPLIT_K > 1:
         own = partial + (nt * tl.num_programs(0) + mt).to(tl.int64) * (SPLIT_K * BN * BM)
         at = r[:, None] * BM + tl.arange(0, BM)[None, :]
-        tl.store(own + tl.program_id(2) * (BN * BM) + at, acc)
+        tl.store(own + piece * (BN * BM) + at, acc)
         tl.debug_barrier()
         done = counter + nt * tl.num_programs(0) + mt
         last = tl.atomic_add(done, 1, sem="acq_rel") == SPLIT_K - 1

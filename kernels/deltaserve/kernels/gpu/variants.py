@@ -76,7 +76,7 @@ def gemm_variant(
 
 
 def aux_variant(spec: GroupSpec, config: AuxConfig, tokens: int, pdl: bool = True) -> Variant:
-    constants = aux.constants(spec.group, config, tokens, pdl)
+    constants = {**aux.constants(spec.group, config, tokens, pdl), "PACKED": True}
     columns = "*i16" if spec.in_features <= 1 << 16 else "*i32"
     return _variant(
         f"aux {spec.name} {config.block} tokens", aux_kernel, constants, spec.dtype,

@@ -32,6 +32,6 @@ class Workspace:
 
     def poison(self) -> None:
         """Fills all but the counters with NaN: for tests that nothing stale is read."""
-        for (name, _), buffer in self._buffers.items():
-            if name != "counters":
+        for (_, dtype), buffer in self._buffers.items():
+            if dtype.is_floating_point:
                 buffer.fill_(float("nan"))
