@@ -2,7 +2,8 @@
 """Paged attention in Triton: what the kernels for decoding sequences and for prompts share.
 
 A tile's rows are (query token, query head) pairs that share one KV head, tokens first, so K and V
-are read once per KV head. Softmax is computed online, in float32 and in powers of two.
+are read once per KV head (twice by groups of more than 32 heads, and so on). Softmax is computed
+online, in float32 and in powers of two.
 """
 
 from __future__ import annotations

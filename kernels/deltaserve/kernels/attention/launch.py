@@ -49,9 +49,8 @@ class Shape:
 
     @property
     def head_tile(self) -> int:
-        """Heads of a group that one program takes: all, up to what its registers hold."""
-        most = 64 if self._widest <= 256 else 32
-        return -(-self.group // -(-self.group // most))
+        """Heads of a group that one program takes: all, up to 32."""
+        return -(-self.group // -(-self.group // 32))
 
     @property
     def kv_programs(self) -> int:
@@ -64,17 +63,19 @@ class Shape:
         return gcd(16, self.key_dim)
 
     def decode(self, element_size: int) -> Launch:
-        block_m = max(16, triton.next_power_of_2(self.head_tile))
-        return Launch(self._constants(block_m, element_size), 4, 5)
+        rows = max(16, triton.next_power_of_2(self.head_tile))
+        warps = 8 if element_size == 4 else 4
+        return Launch(self._constants(rows, self.block_n(element_size)), warps, 5)
 
     def prefill(self, element_size: int) -> Launch:
-        """As many rows as registers hold on every architecture: wider tiles of K, or more rows,
-        spill on some."""
+        """As large a tile as registers hold on every architecture. Products of float32 are made
+        without matrix instructions, which takes more of them."""
+        widest = max(_padded(self.key_dim), _padded(self.value_dim))
         even = self.key_dim % 16 == self.value_dim % 16 == 0
-        rows = 32 if self._widest > 256 else 128 if 32 < self._widest <= 128 and even else 64
-        constants = self._constants(rows, element_size)
-        constants["BN"] = min(32, constants["BN"])
-        warps = 4 if self._widest <= 32 else 8
+        rows = 128 if 32 < widest <= 128 and even else 64
+        rows, cells = (32, 16) if element_size == 4 or widest > 256 else (rows, 32)
+        constants = self._constants(rows, min(cells, self.block_n(element_size)))
+        warps = 4 if widest <= 32 else 8
         return Launch(constants, warps, 3, rows // self.head_tile)
 
     def reduce(self, element_size: int) -> Launch:
@@ -86,18 +87,14 @@ class Shape:
             "BS": 8,
             "MAX_SPLITS": MAX_SPLITS,
         }
-        return Launch(constants, 2, 1)
-
-    @property
-    def _widest(self) -> int:
-        return max(_padded(self.key_dim), _padded(self.value_dim))
+        return Launch(constants, max(2, _padded(self.value_dim) // 64), 1)
 
     def block_n(self, element_size: int) -> int:
         """Cells of a tile."""
         cell = (_padded(self.key_dim) + _padded(self.value_dim)) * element_size
         return max(16, min(64, 1 << (TILE_BYTES // cell).bit_length() - 1))
 
-    def _constants(self, block_m: int, element_size: int) -> dict[str, int]:
+    def _constants(self, rows: int, cells: int) -> dict[str, int]:
         return {
             "HEADS": self.heads,
             "KV_HEADS": self.kv_heads,
@@ -106,8 +103,8 @@ class Shape:
             "BLOCK_SIZE": self.block_size,
             "HEAD_TILE": self.head_tile,
             "UNIT": self.query_unit,
-            "BM": block_m,
-            "BN": self.block_n(element_size),
+            "BM": rows,
+            "BN": cells,
             "BK": _padded(self.key_dim),
             "BV": _padded(self.value_dim),
         }
