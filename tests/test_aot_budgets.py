@@ -146,6 +146,11 @@ def test_of_a_refusal_only_the_lines_of_ptxas_are_shown() -> None:
     )
 
 
+def test_of_a_compile_error_the_line_and_the_reason_are_shown() -> None:
+    error = "CompilationError: at 2:29:\ndef f():\n    tl.dot(\n    ^\nK is below 16"
+    assert explain(error, "noise") == "CompilationError: at 2:29:\ntl.dot(\nK is below 16"
+
+
 def test_the_table_has_a_row_for_each_main_loop() -> None:
     program = replace(reading().program, loops=reading().program.loops * 2)
     two = reading(program=program, unrolled=(2, 1))
