@@ -1,6 +1,6 @@
 """Whether the GPU kernels are right, and how long they take beside other projects'.
 
-    python benchmarks/gpu.py check [--quick]
+    python benchmarks/gpu.py check [--quick] [--jobs 10]
     python benchmarks/gpu.py kernels [--part base lowrank ...] [--seconds 90] [--save]
     python benchmarks/gpu.py report [--svg FILE]
 
@@ -27,9 +27,8 @@ import os
 import subprocess
 import sys
 import time
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
@@ -47,35 +46,64 @@ CARRIED = Path(__file__).parent / "carried"
 def check(args: argparse.Namespace) -> int:
     from gpu_kernels import check
 
-    return check.run(quick=args.quick)
+    units = check.units(args.quick)
+    if args.unit is not None:
+        return check.run(units[args.unit : args.unit + 1])
+    if args.jobs == 1:
+        return check.run(units)
+    command = [sys.executable, __file__, "check", *(["--quick"] if args.quick else []), "--unit"]
+
+    def run(unit: int) -> int:
+        done = subprocess.run([*command, str(unit)], capture_output=True, text=True)
+        print(done.stdout + done.stderr[-2000:], end="", flush=True)
+        return done.returncode
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        failed = sum(status != 0 for status in pool.map(run, range(len(units))))
+    print(f"{failed} of {len(units)} pieces had something wrong" if failed else "all right")
+    return 1 if failed else 0
 
 
 def kernels(args: argparse.Namespace) -> int:
+    """Compiles if asked to, then measures in a process of its own."""
+    if args.shard is not None or args.place is not None:
+        return work(args)
     if args.warm:
         warm(args)
-    from gpu_kernels import case, cases, ceilings, record
+    from gpu_kernels import supervise
 
-    if args.shard:
+    return supervise.run([sys.executable, __file__, *sys.argv[1:]])
+
+
+def work(args: argparse.Namespace) -> int:
+    from gpu_kernels import case, cases, ceilings, record, supervise
+
+    if args.shard is not None:
         for part in args.part:
             if part in cases.PARTS:
-                case.warm(cases.PARTS[part](args.peers), *args.shard)
+                case.warm(cases.PARTS[part](args.peers), args.shard, args.warm)
         return 0
     file = args.out or (record.RESULTS if args.save else None)
     if file is not None and not torch.cuda.is_available():
         sys.exit("figures of the interpreter are not saved")
     recorder = record.Recorder(file, args.commit)
     print(recorder.machine, flush=True)
-    for part in args.part:
-        begin = time.monotonic()
+    place = supervise.Place.read(args.place)
+    for part in args.part[args.part.index(place.part) if place else 0 :]:
+        start = time.monotonic()
+        first, seconds = (place.first, place.seconds) if place else (0, args.seconds)
+        place = None
         if part == "ceilings":
             for row in ceilings.rows():
                 recorder.write(row)
         else:
-            found, again = cases.PARTS[part](args.peers), partial(start_again, args, part)
-            seconds, first = args.resume or (args.seconds, 0)
-            args.resume = None
-            case.run(found, recorder, float(seconds), again, int(first))
-        print(f"[{part}: {time.monotonic() - begin:.0f} s]", flush=True)
+
+            def begin(following: int, left: float, part: str = part) -> None:
+                supervise.Place(part, following, left).write(args.place)
+
+            found = cases.PARTS[part](args.peers)
+            case.run(found, recorder, seconds, begin, supervise.give_up, first)
+        print(f"[{part}: {time.monotonic() - start:.0f} s]", flush=True)
     return 0
 
 
@@ -93,23 +121,11 @@ def report(args: argparse.Namespace) -> int:
     return 0
 
 
-def start_again(args: argparse.Namespace, part: str, first: int, seconds: float) -> NoReturn:
-    """This program once more, in place of this process, at a case of a part."""
-    rest = args.part[args.part.index(part) :]
-    command = [sys.executable, __file__, "kernels", "--part", *rest]
-    command += ["--peers", str(args.peers), "--seconds", str(args.seconds)]
-    command += ["--resume", str(seconds), str(first)]
-    command += ["--save"] * args.save + (["--out", str(args.out)] if args.out else [])
-    command += ["--commit", args.commit] if args.commit else []
-    print("[the device does not answer: going on in a new process]", flush=True)
-    os.execv(sys.executable, command)
-
-
 def warm(args: argparse.Namespace) -> None:
     """Compiles in that many processes first: each makes its share of the cases once."""
     begin = time.monotonic()
     command = [sys.executable, __file__, "kernels", "--peers", str(args.peers)]
-    command += ["--part", *args.part, "--shards", str(args.warm), "--shard"]
+    command += ["--part", *args.part, "--warm", str(args.warm), "--shard"]
     workers = [subprocess.Popen([*command, str(i)]) for i in range(args.warm)]
     for worker in workers:
         try:
@@ -126,6 +142,8 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("check")
     one.add_argument("--quick", action="store_true", help="fewer sizes")
+    one.add_argument("--jobs", type=int, default=1, help="processes that compile and run at once")
+    one.add_argument("--unit", type=int, help=argparse.SUPPRESS)
     two = commands.add_parser("kernels")
     two.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     two.add_argument("--seconds", type=float, default=90, help="for each part")
@@ -137,16 +155,14 @@ def main() -> int:
     )
     two.add_argument("--warm", type=int, default=0, help="processes that compile before the timing")
     two.add_argument("--warm-seconds", type=float, default=120)
-    two.add_argument("--resume", nargs=2, help=argparse.SUPPRESS)  # seconds, first case
     two.add_argument("--shard", type=int, help=argparse.SUPPRESS)
-    two.add_argument("--shards", type=int, help=argparse.SUPPRESS)
+    two.add_argument("--place", type=Path, help=argparse.SUPPRESS)
     three = commands.add_parser("report")
     three.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     three.add_argument("--svg", type=Path, help="where to write the plot")
     args = parser.parse_args()
     if args.command != "kernels":
         return check(args) if args.command == "check" else report(args)
-    args.shard = (args.shard, args.shards) if args.shards else None
     return kernels(args)
 
 

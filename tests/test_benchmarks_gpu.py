@@ -17,7 +17,7 @@ sys.path.insert(0, str(BENCHMARKS))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from gpu_kernels import case, data, record, report, shapes  # noqa: E402
+from gpu_kernels import case, data, record, report, shapes, supervise  # noqa: E402
 from gpu_kernels.check import Report  # noqa: E402
 from gpu_kernels.peers import in_torch, quantized, vllm  # noqa: E402
 from gpu_kernels.peers.work import AbsentError, Work  # noqa: E402
@@ -71,7 +71,7 @@ def test_bytes_of_the_cost_model() -> None:
     layer = sum(g.weights for g in shapes.LLAMA_8B)
     assert layer == 218_103_808
     assert sum(shapes.base_bytes(g, "int4") for g in shapes.LLAMA_8B) == 115_867_648
-    assert shapes.base_bytes(OUT, "bf16") == 2 * 4096 * 4096
+    assert shapes.base_bytes(OUT, "16-bit") == 2 * 4096 * 4096
     assert shapes.base_bytes(OUT, "int8") == 4096 * 4096 + 4 * 4096
     assert sum(shapes.lowrank_bytes(g, [16]) for g in shapes.LLAMA_8B) == 2_621_440
     assert shapes.lowrank_bytes(QKV, [8, 16]) == 2 * 24 * (3 * 4096 + 6144)
@@ -141,7 +141,11 @@ def _work(value: float) -> Work:
     return Work([lambda: torch.full((2, 3), value)] * 2, lambda: None, 64)
 
 
-def _no_restart(first: int, seconds: float) -> Any:
+def _begin(following: int, left: float) -> None:
+    assert left > 0
+
+
+def _give_up() -> Any:
     raise AssertionError("nothing here leaves the device unusable")
 
 
@@ -162,7 +166,7 @@ def test_rows_are_saved_one_by_one_and_failures_do_not_end_the_run(tmp_path: Pat
             seen.append(len(file.read_text().splitlines()) if file.exists() else 0)
             yield one
 
-    case.run(counted(), recorder, 60, _no_restart)
+    case.run(counted(), recorder, 60, _begin, _give_up)
     assert seen == [0, 1, 2, 3]
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert "no kernel image" in rows[0]["absent"]
@@ -179,24 +183,82 @@ def test_what_does_not_fit_in_the_time_is_not_run(capsys: pytest.CaptureFixture[
         time.sleep(0.3)
         return _work(1.0)
 
-    case.run([_case(slow)] * 4, record.Recorder(None), 0.2, _no_restart)
+    case.run([_case(slow)] * 4, record.Recorder(None), 0.2, _begin, _give_up)
     assert "3 more figures did not fit" in capsys.readouterr().out
+
+
+class GaveUp(Exception):
+    pass
 
 
 def test_a_device_that_does_not_answer_is_left_to_a_new_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Restart(Exception):
-        pass
+    def give_up() -> Any:
+        raise GaveUp
 
-    def again(first: int, seconds: float) -> Any:
-        assert 0 < seconds <= 60
-        raise Restart(first)
-
+    begun: list[int] = []
     monkeypatch.setattr(case, "usable", lambda: False)
-    with pytest.raises(Restart) as restart:
-        case.run([_case(lambda n: _work(1.0))] * 3, record.Recorder(None), 60, again, first=1)
-    assert restart.value.args == (2,)
+    with pytest.raises(GaveUp):
+        case.run(
+            [_case(lambda n: _work(1.0))] * 3,
+            record.Recorder(None),
+            60,
+            lambda following, left: begun.append(following),
+            give_up,
+            first=1,
+        )
+    assert begun == [2]
+
+
+def test_a_case_that_hangs_is_given_up_and_written_down(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given_up: list[bool] = []
+
+    def hangs(copies: int) -> Work:
+        time.sleep(0.5)
+        return _work(1.0)
+
+    monkeypatch.setattr(case, "HUNG", 0.1)
+    recorder = record.Recorder(tmp_path / "gpu.jsonl")
+    give_up: Any = lambda: given_up.append(True)  # noqa: E731
+    case.run([_case(hangs)], recorder, 60, _begin, give_up)
+    assert given_up == [True]
+    row = json.loads((tmp_path / "gpu.jsonl").read_text().splitlines()[0])
+    assert row["absent"] == "not done after 0.1 s"
+
+
+WORKER = """
+import os, sys
+from pathlib import Path
+from gpu_kernels import supervise
+
+file = Path(sys.argv[-1])
+place = supervise.Place.read(file)
+first = place.first if place else 0
+for i in range(first, 4):
+    supervise.Place("bit", i + 1, 60.0 - i).write(file)
+    print("case", i, flush=True)
+    if i == 1:
+        os.kill(os.getpid(), 9)
+    if i == 2:
+        supervise.give_up()
+sys.exit(3)
+"""
+
+
+def test_a_worker_that_crashes_goes_on_with_the_next_case(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS))
+    assert supervise.run([sys.executable, "-c", WORKER]) == 3
+    lines = capfd.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("case")] == [f"case {i}" for i in range(4)]
+
+
+def test_a_worker_that_crashes_before_any_case_is_not_started_again() -> None:
+    assert supervise.run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]) == -9
 
 
 # The tables:

@@ -53,13 +53,15 @@ def run(
     cases: Iterable[Case],
     recorder: Recorder,
     seconds: float,
-    again: Callable[[int, float], NoReturn],
+    begin: Callable[[int, float], object],
+    give_up: Callable[[], NoReturn],
     first: int = 0,
 ) -> None:
     """Measures the cases in order until the time is used up; then says how many are left.
 
-    first: the first case that is measured. again(i, seconds): starts a new process at case i; it is
-    called when a case has left the device unusable or has not come back after HUNG seconds.
+    first: the first case that is measured. begin(i, seconds): called before a case, with the number
+    of the next one and the time that is left. give_up(): ends the process; it is called when a case
+    has left the device unusable or has not come back after HUNG seconds.
     """
     end, left = time.monotonic() + seconds, 0
     for i, case in enumerate(cases):
@@ -68,18 +70,19 @@ def run(
         if time.monotonic() > end:
             left += 1
             continue
+        begin(i + 1, end - time.monotonic())
 
-        def give_up(case: Case = case, i: int = i) -> None:
+        def hung(case: Case = case) -> None:
             recorder.write(case.row(absent=f"not done after {HUNG} s"))
-            again(i + 1, end - time.monotonic())
+            give_up()
 
-        watch = threading.Timer(HUNG, give_up)
+        watch = threading.Timer(HUNG, hung)
         watch.daemon = True
         watch.start()
         recorder.write(run_one(case))
         watch.cancel()
         if not usable():
-            again(i + 1, end - time.monotonic())
+            give_up()
     if left:
         print(f"{left} more figures did not fit in {seconds:.0f} s", flush=True)
 

@@ -53,7 +53,7 @@ def base(folder: Path) -> Iterator[Case]:
     """The base product alone, in every form, beside cuBLAS and other int4 products."""
     for tokens in TOKENS:
         for group in GROUPS + (shapes.LLAMA_70B if ON_GPU and tokens == 16 else ()):
-            for form in ("int4", "bf16") if group in shapes.LLAMA_70B else tuple(ours.FORMS):
+            for form in ("int4", "16-bit") if group in shapes.LLAMA_70B else tuple(ours.FORMS):
                 yield _ours(group, tokens, form)
             yield from _base_peers(folder, group, tokens)
 
@@ -83,7 +83,7 @@ def _base_peers(folder: Path, group: Group, tokens: int) -> Iterator[Case]:
     case = partial(_base_case, group=group, tokens=tokens)
     yield case(
         in_torch.CUBLAS,
-        form="bf16",
+        form="16-bit",
         make=lambda n: in_torch.cublas(x(), plain(), n),
         expected=exact,
     )

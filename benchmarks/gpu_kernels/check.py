@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -61,45 +62,71 @@ class Report:
         self.wrong = self.checks = 0
 
     def line(self, what: str, error: float, dtype: torch.dtype) -> None:
-        right = error < tolerance(dtype)
-        self.checks += 1
-        self.wrong += not right
-        print(f"{what:72} {error:.2e} {'ok' if right else 'WRONG'}", flush=True)
+        self._count(error < tolerance(dtype), f"{what:72} {error:.2e}")
 
     def fact(self, what: str, right: bool) -> None:
+        self._count(right, f"{what:72}")
+
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """A check that raises is wrong, and the next one is made all the same."""
+        try:
+            yield
+        except Exception as error:
+            self._count(False, f"{what:72} {type(error).__name__}: {str(error)[:300]}")
+
+    def _count(self, right: bool, text: str) -> None:
         self.checks += 1
         self.wrong += not right
-        print(f"{what:72} {'ok' if right else 'WRONG'}", flush=True)
+        print(f"{text} {'ok' if right else 'WRONG'}", flush=True)
 
 
-def run(quick: bool) -> int:
-    """Returns the exit code."""
-    torch.manual_seed(int(time.time()))
-    report, begin = Report(), time.monotonic()
-    dtypes = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float16, torch.float32]
+Unit = Callable[[Report], None]
+
+
+def units(quick: bool) -> list[Unit]:
+    """The checks, in pieces that can be made in processes of their own."""
+    found: list[Unit] = []
+    first, second = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float16, torch.float32)
+    few = (5, 40) if quick else (16, 200) if ON_GPU else TOKENS
+    many = (5, 40) if quick else TOKENS
     for group in GROUPS[:1] if quick else GROUPS:
-        for dtype in dtypes:
-            bases(report, group, dtype, quick)
-            batches(report, group, dtype, quick)
-        families(report, group, dtypes[0])
-        graphs(report, group, dtypes[0], quick)
+        for dtype, tokens in ((first, many), (second, few)):
+            found.append(partial(bases, group=group, dtype=dtype, tokens=tokens))
+            found.append(partial(batches, group=group, form="int4", dtype=dtype, tokens=tokens))
+        if not quick:
+            found.append(partial(batches, group=group, form="16-bit", dtype=first, tokens=few))
+        found.append(partial(families, group=group, dtype=first))
+        for apart in (False, True):
+            found.append(partial(graphs, group=group, dtype=first, apart=apart, quick=quick))
+    return found
+
+
+def run(chosen: Sequence[Unit]) -> int:
+    """Returns the exit code."""
+    torch.manual_seed(time.time_ns() % (1 << 32))
+    report, begin = Report(), time.monotonic()
+    for unit in chosen:
+        unit(report)
         if ON_GPU:
-            ours.linear.cache_clear()
-            ours.held_weight.cache_clear()
+            for cached in (ours.source, ours.linear, ours.held_weight):
+                cached.cache_clear()
             torch.cuda.empty_cache()
     print(f"{report.checks} checks, {report.wrong} wrong, {time.monotonic() - begin:.0f} s")
     return 1 if report.wrong else 0
 
 
-def bases(report: Report, group: Group, dtype: torch.dtype, quick: bool) -> None:
+def bases(report: Report, group: Group, dtype: torch.dtype, tokens: Sequence[int]) -> None:
     """The base product in every form."""
     for form in ours.FORMS:
-        linear, weight = ours.linear(group, form, dtype), ours.held_weight(group, form, dtype)
-        for tokens in _tokens(quick):
-            x = torch.randn(tokens, group.in_features, device=DEVICE).to(dtype)
-            y = linear(x)
-            error = relative_error(y, x.double() @ weight.double().T)
-            report.line(f"{group.name} base {form} {_name(dtype)} M={tokens}", error, dtype)
+        for count in tokens:
+            what = f"{group.name} base {form} {_name(dtype)} M={count}"
+            with report.attempt(what):
+                linear = ours.linear(group, form, dtype)
+                weight = ours.held_weight(group, form, dtype)
+                x = torch.randn(count, group.in_features, device=DEVICE).to(dtype)
+                error = relative_error(linear(x), x.double() @ weight.double().T)
+                report.line(what, error, dtype)
 
 
 def families(report: Report, group: Group, dtype: torch.dtype) -> None:
@@ -107,37 +134,41 @@ def families(report: Report, group: Group, dtype: torch.dtype) -> None:
     tokens = 21 if ON_GPU else 6
     step = ours.Step(group, "int4", dtype, tokens)
     for slot, (name, make) in enumerate(MAKERS.items(), 1):
-        adapter = {part: (make(group, out),) for part, out in enumerate(group.parts)}
-        step.install({slot: adapter})
-        if slot in step.refused:
-            print(f"{group.name} {name}: refused, {step.refused[slot]}", flush=True)
-            continue
-        segments = Segments([(2, tokens - 1, ((slot, 0.75),))], tokens)
-        _compare(report, f"{group.name} {name}", step, {slot: adapter}, segments)
-        step.layer.remove(slot)
+        what = f"{group.name} {name}"
+        with report.attempt(what):
+            adapter = {part: (make(group, out),) for part, out in enumerate(group.parts)}
+            step.install({slot: adapter})
+            if slot in step.refused:
+                print(f"{what}: refused, {step.refused[slot]}", flush=True)
+                continue
+            segments = Segments([(2, tokens - 1, ((slot, 0.75),))], tokens)
+            _compare(report, what, step, {slot: adapter}, segments)
+            step.layer.remove(slot)
 
 
-def batches(report: Report, group: Group, dtype: torch.dtype, quick: bool) -> None:
+def batches(
+    report: Report, group: Group, form: str, dtype: torch.dtype, tokens: Sequence[int]
+) -> None:
     """Batches that mix every family with compositions of two and tokens of the base, whose rows
     must be the base's own to the bit."""
-    for form in ("int4",) if quick else ("int4", "bf16"):
-        step = ours.Step(group, form, dtype, max(TOKENS))
-        slots = _mixed_slots(group)
-        step.install(slots)
-        for tokens in _tokens(quick):
-            segments = Segments.of(_mixes(slots, tokens))
-            what = f"{group.name} mixed {form} {_name(dtype)} M={tokens}"
+    step = ours.Step(group, form, dtype, max(tokens))
+    slots = _mixed_slots(group)
+    step.install(slots)
+    for count in tokens:
+        segments = Segments.of(_mixes(slots, count))
+        what = f"{group.name} mixed {form} {_name(dtype)} M={count}"
+        with report.attempt(what):
             y = _compare(report, what, step, slots, segments)
-            bare = [m for m in range(tokens) if not _covers(segments, m)]
+            bare = [m for m in range(count) if not _covers(segments, m)]
             if bare:
-                plain = step.base(step.x[:tokens])
+                plain = step.base(step.x[:count])
                 report.fact(f"{what}, rows of the base", torch.equal(y[bare], plain[bare]))
 
 
-def graphs(report: Report, group: Group, dtype: torch.dtype, quick: bool) -> None:
-    """A step captured with few adapters or many, replayed with more, with fewer and with none."""
-    sizes = (40,) if quick or not ON_GPU else (1, 16, 40, 200)
-    for tokens, apart in itertools.product(sizes, (False, True)):
+def graphs(report: Report, group: Group, dtype: torch.dtype, apart: bool, quick: bool) -> None:
+    """A step captured with few adapters or many, replayed with more, with fewer and with none.
+    apart: with adapters that scale the modules' inputs each its own way."""
+    for tokens in (40,) if quick or not ON_GPU else (1, 16, 40, 200):
         step = ours.Step(group, "int4", dtype, tokens)
         slots = _mixed_slots(group, inputs=apart)
         step.install(slots)
@@ -148,14 +179,15 @@ def graphs(report: Report, group: Group, dtype: torch.dtype, quick: bool) -> Non
             "one": Segments([(0, tokens, ((1, 1.0),))], tokens),
         }
         for captured in ("many" if apart else "one",) if quick else ("one", "many"):
-            replay = step.captured(steps[captured], apart)
-            for name, segments in steps.items():
-                step.x.copy_(torch.randn(step.x.shape, device=DEVICE))
-                y = replay(segments)
-                expected = served(group, step.x[:tokens], step.weight, slots, segments)
-                what = f"{group.name} graph of {captured}, replayed with {name} M={tokens}"
-                what += ", inputs apart" if apart else ""
-                report.line(what, relative_error(y, expected), dtype)
+            title = f"{group.name} graph of {captured}{', inputs apart' if apart else ''}"
+            with report.attempt(title):
+                replay = step.captured(steps[captured], apart)
+                for name, segments in steps.items():
+                    step.x.copy_(torch.randn(step.x.shape, device=DEVICE))
+                    y = replay(segments)
+                    expected = served(group, step.x[:tokens], step.weight, slots, segments)
+                    what = f"{title}, replayed with {name} M={tokens}"
+                    report.line(what, relative_error(y, expected), dtype)
 
 
 def _compare(
@@ -194,10 +226,6 @@ def _mixes(slots: Sequence[int] | dict[int, Adapter], tokens: int) -> list[Mix]:
 
 def _covers(segments: Segments, token: int) -> bool:
     return any(start <= token < end for start, end, _ in segments.runs)
-
-
-def _tokens(quick: bool) -> Iterator[int]:
-    return iter((5, 40) if quick else TOKENS)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -78,7 +78,8 @@ def signs(packed: Tensor, in_features: int) -> Tensor:
     """uint8 [out, in / 8] -> float32 [out, in] of +1 and -1, on the tensor's device."""
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     bits = (packed.unsqueeze(-1) >> shifts) & 1
-    return bits.flatten(-2)[..., :in_features].float() * 2 - 1
+    values: Tensor = bits.flatten(-2)[..., :in_features].float()
+    return values * 2 - 1
 
 
 def dense(primitive: SparseCsr, out: int, in_features: int) -> Tensor:

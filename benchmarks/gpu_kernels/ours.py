@@ -10,7 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from deltaserve.kernels.gpu.base import GpuLinear, make_linear
+from deltaserve.kernels.base.quantize import quantize
+from deltaserve.kernels.gpu.base import GpuLinear, make_linear, quantize_fp8
 from deltaserve.kernels.gpu.gemm import Output
 from deltaserve.kernels.gpu.linear import GpuLinearDeltas
 from deltaserve.kernels.gpu.step import Limits, StepPlan
@@ -21,17 +22,23 @@ from gpu_kernels.peers.work import Work
 from gpu_kernels.shapes import QUANTIZED_GROUP, Batch, Group
 
 NAME = "deltaserve"
-FORMS = {"int4": "int4", "bf16": "none", "int8": "int8", "fp8": "fp8"}
+FORMS = {"int4": "int4", "16-bit": "none", "int8": "int8", "fp8": "fp8"}
 """How the benchmarks name a form of the base -> how `make_linear` does."""
 ROOM = Limits(width=2048, planes=8, items=1 << 14, pages=1 << 13, vectors=1 << 10, entries=1 << 12)
 """Of a captured step: more than any batch here needs."""
 
 
+@lru_cache(maxsize=16)
+def source(group: Group) -> Tensor:
+    """The random weights that every form of a group's base is made of."""
+    return weight(group)
+
+
 @lru_cache(maxsize=64)
 def linear(group: Group, form: str, dtype: torch.dtype) -> GpuLinear:
-    """A base of random weights on the device."""
+    """A base on the device."""
     return make_linear(
-        weight(group),
+        source(group),
         None,
         dtype=dtype,
         quantize=FORMS[form],
@@ -42,8 +49,22 @@ def linear(group: Group, form: str, dtype: torch.dtype) -> GpuLinear:
 
 @lru_cache(maxsize=64)
 def held_weight(group: Group, form: str, dtype: torch.dtype) -> Tensor:
-    """float32 [out, in]: what that base computes with."""
-    return linear(group, form, dtype).weight().to(DEVICE).float()
+    """float32 [out, in]: what that base must compute with, from the quantized values as they were
+    before they were packed."""
+    if form == "16-bit":
+        return source(group).to(dtype).float()
+    if form == "fp8":
+        held = quantize_fp8(source(group))
+        values = held["q"].view(torch.float8_e4m3fn)
+    else:
+        held = quantize(source(group), int(form.removeprefix("int")), QUANTIZED_GROUP)
+        values = held["q"]
+    q, scale = values.float(), held["scale"]
+    if form != "int4":
+        return q * scale[:, None]
+    blocks = q.unflatten(1, (-1, QUANTIZED_GROUP))
+    spread: Tensor = (blocks - held["zero"][..., None]) * scale[..., None]
+    return spread.flatten(1)
 
 
 def layers(group: Group, adapters: Sequence[Adapter], count: int) -> list[GpuLinearDeltas]:

@@ -49,9 +49,9 @@ def spread(tokens: int, adapters: int, first: int = 0) -> Batch:
 
 
 def base_bytes(group: Group, form: str) -> int:
-    """Of the weights: "bf16", "int8" and "fp8" with a float32 scale per output, "int4" with a
+    """Of the weights: "16-bit", "int8" and "fp8" with a float32 scale per output, "int4" with a
     16-bit scale and zero point per 128 inputs."""
-    if form == "bf16":
+    if form == "16-bit":
         return 2 * group.weights
     if form in ("int8", "fp8"):
         return group.weights + 4 * group.out_features
