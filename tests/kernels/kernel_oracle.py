@@ -51,8 +51,8 @@ def random_primitive(kind: str, out: int, inner: int, rank: int = 3) -> Primitiv
         case "blocks":
             high, wide = smallest_divisor(out), smallest_divisor(inner)
             every = torch.cartesian_prod(torch.arange(out // high), torch.arange(inner // wide))
-            index = every[torch.randperm(len(every))[: 1 + len(every) // 3]]
-            return SparseBlocks(index, torch.randn(len(index), high, wide) / inner**0.5)
+            index = every[torch.randperm(len(every))[: 1 + len(every) // 20]]
+            return SparseBlocks(index, torch.randn(len(index), high, wide) / inner**0.25)
         case "bias":
             return Bias(torch.randn(out))
         case "output":

@@ -44,12 +44,15 @@ def composable(mix: Sequence[tuple[Sequence[Primitive], float]]) -> str | None:
 
     mix: (the adapter's primitives on the module, strength) pairs. Adapters add up in weight space;
     a factor on the inputs beside one on the outputs is a product there, which only a single
-    adapter at strength 1 may ask for.
+    adapter at strength 1 may ask for, and beside replaced rows it would be one of those rows only.
     """
-    inputs = outputs = False
+    inputs = outputs = rows = False
     for primitives, _ in mix:
+        rows |= any(isinstance(p, ReplaceRows) for p in primitives)
         inputs |= any(isinstance(p, Scale) and p.input is not None for p in primitives)
         outputs |= any(isinstance(p, Scale) and p.output is not None for p in primitives)
+    if inputs and rows:
+        return "one adapter scales the module's inputs and another replaces rows of its weight"
     if not (inputs and outputs):
         return None
     touching = [w for primitives, w in mix if any(isinstance(p, Scale) for p in primitives)]

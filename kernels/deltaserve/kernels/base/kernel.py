@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """The base product in Triton: words of 4 or 8 bits unpacked straight into the registers that the
 matrix instruction reads (base/words.py), with the weights as its left operand and the tokens as
 its right one: a decode batch is the short side, and on Hopper the left operand may be registers.
@@ -93,9 +94,7 @@ def nibbles(w, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PACKED: tl.
 
 
 @triton.jit
-def nibbles_minus(
-    w, z, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PACKED: tl.constexpr
-):
+def nibbles_minus(w, z, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PACKED: tl.constexpr):
     """[BN, BK / 8] words, whole zeros z [BN] of type DT -> [BN, BK] of q - z, exact."""
     w = tl.reshape(w, (BN, BK // 32, 4, 1))
     w = w >> (4 * tl.arange(0, 4)[None, None, None, :])
@@ -158,7 +157,9 @@ def floats8(w, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PACKED: tl.
 
 
 @triton.jit
-def load_words(weight, k, n, live, N: tl.constexpr, SPAN: tl.constexpr, BK: tl.constexpr, EVEN_N: tl.constexpr):
+def load_words(
+    weight, k, n, live, N: tl.constexpr, SPAN: tl.constexpr, BK: tl.constexpr, EVEN_N: tl.constexpr
+):
     """[BN, 4 BK / SPAN] words of the columns k.., laid out [in / SPAN, N, 4]: a row's 16 bytes are
     contiguous in each span."""
     at = tl.arange(0, 4 * BK // SPAN)
@@ -180,7 +181,7 @@ def product(
     """float32 [BN, BM] of W x^T over the columns k_from..k_to of the rows n, `live` where n is a
     row of the weight, and the tokens m.
 
-    x: [M, K]. sums: float32 [K / GROUP, MP], x summed over each group, read by HOW "sums" alone.
+    x: [M, K]. sums: float32 [K / BK, MP], x summed over each step, read by HOW "sums" alone.
     scale: [K / GROUP, N] of int4, else float32 [N]; zero: [K / GROUP, N].
     HOW, of int4: "sums" leaves the zeros to the sums of x, so that nothing touches a weight after
     it is unpacked, which pays while tokens are few; "after" subtracts whole zeros from the
@@ -215,7 +216,7 @@ def product(
             z = tl.load(zero + g, mask=live, other=0.0)
             if HOW == "sums":
                 part = tl.dot(nibbles(w, BN, BK, DT, PACKED).to(X), xt, input_precision="ieee")
-                total = tl.load(sums + (k // GROUP) * MP + m)
+                total = tl.load(sums + (k // BK) * MP + m)
                 offset = z.to(tl.float32) + (128 if DT == tl.bfloat16 else 1024)
                 acc += (part - offset[:, None] * total[None, :]) * s.to(tl.float32)[:, None]
             else:

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Bit in Triton: ``y = sum of scale (signs x)`` of a tile of rows, straight from the words of
 bit/words.py; nothing is unpacked to memory."""
 

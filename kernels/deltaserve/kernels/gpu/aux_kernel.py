@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """The first launch of a group: whatever its adapters need before the base product's epilogue."""
 
 from __future__ import annotations
@@ -46,17 +47,18 @@ def aux_kernel(
         a, b, c, d = (tl.load(item + 1), tl.load(item + 2), tl.load(item + 3), tl.load(item + 4))
         e, f, g, j = (tl.load(item + 5), tl.load(item + 6), tl.load(item + 7), tl.load(item + 8))
         u, v, w = tl.load(item + 9), tl.load(item + 10), tl.load(item + 11)
-        if kind == SHRINK:  # pages a..b, tokens BM c.., columns 128 d..128 e, split f
+        if kind == SHRINK:  # pages a..b, tokens BM c.., columns 128 d..e, split f
             shrink_tile(
                 x, arena, h, page_a, page_col, page_lo, page_hi, page_scale,
-                a, b, c * BM, d * 128, tl.minimum(e * 128, K), f, M, MP, WIDTH, K, BM, BK_SHRINK, ROWS, EVEN_K,
+                a, b, c * BM, d * 128, tl.minimum(e * 128, K), f,
+                M, MP, WIDTH, K, BM, BK_SHRINK, ROWS, EVEN_K,
             )  # fmt: skip
-        elif kind == BIT:  # b tokens from a, entries c..d, w tiles from e, columns 128 u..128 v
+        elif kind == BIT:  # b tokens from a, entries c..d, w tiles from e, columns 128 u..v
             for t in tl.range(e, e + w, disable_licm=True):
                 bit_tile(
                     x, arena_int, arena_float, planes, entries, strengths,
-                    a, b, c, d, t * BN, f, g, u * 128, tl.minimum(v * 128, K), j, M, MP, N, K, DT, BM, BN, BK_BIT, EVEN_K,
-                    PACKED,
+                    a, b, c, d, t * BN, f, g, u * 128, tl.minimum(v * 128, K), j,
+                    M, MP, N, K, DT, BM, BN, BK_BIT, EVEN_K, PACKED,
                 )  # fmt: skip
         elif kind == SELL:  # tokens b..c of those from BT a, entries d..e, slices u..v
             sell_tile(

@@ -21,7 +21,9 @@ class BlobWriter:
 
     def add(self, tensor: Tensor) -> int:
         """Returns its offset. A tensor given twice is held once."""
-        raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        raw = torch.empty(0, dtype=torch.uint8)
+        if tensor.numel():
+            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         key = (raw.data_ptr(), raw.numel())
         if raw.numel() and key in self._known:
             return self._known[key]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
-"""Numbers of tokens that a step is rounded up to, for tables and graphs; above, multiples of 256."""
+"""What numbers of tokens are rounded up to, for tables and graphs; above, to multiples of 256."""
 
 FOLDER = Path(__file__).parent / "configs"
 

@@ -88,7 +88,7 @@ def run_gemm(
     partial = config.bm * config.bn * columns * down * split if split > 1 else 1
     t = plan.tables if plan else {}
     ints, floats = workspace.take("nothing", 1, torch.int32), workspace.take("nothing", 1)
-    groups = -(-weights.in_features // weights.group_size) if weights.group_size else 0
+    groups = -(-weights.in_features // config.bk)
     pdl = gpu.overlaps(inputs.x.device) and plan is not None
     launch(
         gemm_kernel,
@@ -138,9 +138,7 @@ def constants(
 
 
 @cache
-def column_tiles(
-    parts: tuple[int, ...], rows: int, gated: bool, device: torch.device
-) -> Tensor:
+def column_tiles(parts: tuple[int, ...], rows: int, gated: bool, device: torch.device) -> Tensor:
     """int32 [tiles, 4]: (part, number in it, first column of the part, rows of the part). A tile
     lies in one part; gated: the tiles of the first part stand for both."""
     found = []

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """The second launch of a group: base product, factors, bias, expand, ready deltas, activation and
 residual, rounded once."""
 
@@ -45,11 +46,11 @@ def deltas(
             acc, arena_float, vec_offset, vec_lo, vec_hi, vec_strength, v0, v1, m, n, live, BM, BN
         )
     if HAS_BIAS:
-        acc += tl.load(bias + first + tl.arange(0, BN), mask=live, other=0.0).to(tl.float32)[:, None]
+        acc += tl.load(bias + first + tl.arange(0, BN), mask=live, other=0.0).to(tl.float32)[
+            :, None
+        ]
     if ADAPTERS:
-        acc = biases(
-            acc, arena_float, vec_offset, vec_lo, vec_hi, vec_strength, v1, v2, m, n, live
-        )
+        acc = biases(acc, arena_float, vec_offset, vec_lo, vec_hi, vec_strength, v1, v2, m, n, live)
         acc = expand(
             acc, arena, h, page_b, page_col, page_lo, page_hi,
             tl.load(page_bounds + at), tl.load(page_bounds + at + 1),

@@ -1,4 +1,4 @@
-"""What a group's launches are given beside x: scaled copies, sums over int4's groups, x turned."""
+"""What a group's launches are given beside x: scaled copies, sums over int4's steps, x turned."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def run_inputs(
     scaled, turned = plan is not None and plan.scaled, plan is not None and plan.turned
     apart = plan is not None and plan.apart
     copies = parts if apart else 1
-    group = weights.group_size if wants_sums else 128
+    group = config.bk if wants_sums else 128
     groups = -(-width // group)
     inputs = Inputs(
         x=x,

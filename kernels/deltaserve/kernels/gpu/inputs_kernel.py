@@ -1,5 +1,6 @@
-"""What a group's launches want of its input beside x itself: scaled copies, sums over the groups
-of the base's 4-bit weights, and x turned for sparse slices. In the fused decoder path the kernel
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""What a group's launches want of its input beside x itself: scaled copies, sums over the steps
+of a base with 4-bit weights, and x turned for sparse slices. In the fused decoder path the kernel
 that makes x does this; here it is a launch of its own."""
 
 from __future__ import annotations

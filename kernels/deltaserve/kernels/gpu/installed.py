@@ -44,15 +44,12 @@ class Installed:
     factors: dict[int, tuple[int, ...]]
     biases: dict[int, tuple[int, ...]]
     inputs: dict[int, int]
-    scales_apart: bool
-    """Whether the modules want different inputs."""
+    replaced: dict[int, int]
 
 
-def install(prepared: GpuPrepared, blob: int, parts: int) -> Installed:
-    """blob: where prepared.blob lies in the arena; parts: of the group."""
+def install(prepared: GpuPrepared, blob: int) -> Installed:
+    """blob: where prepared.blob lies in the arena."""
     own = prepared.parts
-    inputs = {i: p.input for i, p in own.items() if p.input is not None}
-    apart = bool(inputs) and (len(inputs) < parts or len(set(inputs.values())) > 1)
     return Installed(
         blob=blob,
         pages=_pages(prepared, blob),
@@ -83,8 +80,8 @@ def install(prepared: GpuPrepared, blob: int, parts: int) -> Installed:
         },
         factors={i: tuple(blob + v for v in p.factors) for i, p in own.items() if p.factors},
         biases={i: tuple(blob + v for v in p.biases) for i, p in own.items() if p.biases},
-        inputs={i: blob + v for i, v in inputs.items()},
-        scales_apart=apart,
+        inputs={i: blob + p.input for i, p in own.items() if p.input is not None},
+        replaced={i: blob + p.replaced for i, p in own.items() if p.replaced is not None},
     )
 
 

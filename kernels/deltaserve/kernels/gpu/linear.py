@@ -11,8 +11,8 @@ from deltaserve.kernels.check import check_linear
 from deltaserve.kernels.gpu import device as gpu
 from deltaserve.kernels.gpu import step
 from deltaserve.kernels.gpu.arena import Arena
-from deltaserve.kernels.gpu.base import GpuLinear
 from deltaserve.kernels.gpu.aux import run_aux
+from deltaserve.kernels.gpu.base import GpuLinear
 from deltaserve.kernels.gpu.config import AuxConfig, GemmConfig, aux_config
 from deltaserve.kernels.gpu.gemm import Output, choose, run_gemm
 from deltaserve.kernels.gpu.inputs import run_inputs
@@ -63,7 +63,7 @@ class GpuLinearDeltas:
         self.remove(slot)
         if prepared.parts:
             blob = self.arena.put(prepared.blob)
-            self.slots[slot] = install(prepared, blob, len(self.group.out_features))
+            self.slots[slot] = install(prepared, blob)
             self._bytes[slot] = prepared.nbytes
 
     def remove(self, slot: int) -> None:
@@ -119,10 +119,12 @@ class GpuLinearDeltas:
     def forward(self, x: Tensor, base: GpuLinear, segments: Segments) -> Tensor:
         """x: [T, in]. Returns [T, sum of out_features] of x's dtype.
 
-        Tokens without an adapter get exactly what ``base(x)`` gives.
+        Tokens without an adapter get exactly what they get in a step without any.
         """
-        if segments.slots.isdisjoint(self.slots) or not len(x):
+        if not len(x):
             return base(x)
+        if segments.slots.isdisjoint(self.slots):
+            return self.run(x, base, None)
         return self.run(x, base, self.plan(segments, base))
 
     def run(
@@ -148,6 +150,4 @@ class GpuLinearDeltas:
         if plan is not None:
             h, planes = run_aux(inputs, plan, self.group, self.arena, space)
         arena = None if plan is None else self.arena
-        return run_gemm(
-            inputs, h, planes, weights, parts, plan, config, arena, space, output
-        )
+        return run_gemm(inputs, h, planes, weights, parts, plan, config, arena, space, output)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from deltaserve.kernels.bit.words import ROWS
 from deltaserve.kernels.gpu.aux_kernel import BIT, GATHER, ITEM, PANEL, SELL, SHRINK
-from deltaserve.kernels.gpu.installed import Floats, Installed, Ints
+from deltaserve.kernels.gpu.installed import Floats, Installed, Ints, Pages
 from deltaserve.kernels.lowrank.pages import PAGE
 from deltaserve.kernels.segments import Mix, Segments
 from deltaserve.kernels.sparse import panels, sell
@@ -68,6 +69,10 @@ class Tables:
     apart: bool
 
 
+Table = dict[str, Any]
+"""Some fields of `Tables`."""
+
+
 def build(
     group: Group,
     slots: Slots,
@@ -113,13 +118,13 @@ NO_ITEMS = np.zeros((0, ITEM.value), dtype=np.int32)
 
 def _lowrank(
     group: Group, slots: Slots, segments: Segments, tiles: int, tiling: Tiling
-) -> tuple[dict[str, Ints | Floats], Ints, int]:
+) -> tuple[Table, Ints, int]:
     """Pages by (tile, part), the work items of the shrink, rows of h."""
     pieces = [
         (tile, start, end, pages, w, col)
         for start, end, mix in segments.runs
         for pages, w, col in _stacked(mix, slots)
-        for tile in range(start // tiling.tokens, (end - 1) // tiling.tokens + 1)
+        for tile in _tiles(start, end, tiling)
     ]
     parts = len(group.out_features)
     width = max((col + PAGE * len(pages) for *_, pages, _, col in pieces), default=0)
@@ -141,7 +146,7 @@ def _lowrank(
     key = (tile * parts + part) * 2 + gathers
     order = np.argsort(key, kind="stable")
     key = key[order]
-    fields: dict[str, Ints | Floats] = {
+    fields: Table = {
         "page_a": joined("a")[order],
         "page_b": joined("b")[order],
         "page_col": (joined("col") + spread([p[5] for p in pieces], np.int32))[order],
@@ -154,7 +159,7 @@ def _lowrank(
     return fields, shrinks, width
 
 
-def _stacked(mix: Mix, slots: Slots) -> Iterator[tuple]:
+def _stacked(mix: Mix, slots: Slots) -> Iterator[tuple[Pages, float, int]]:
     """(pages, strength, first row of h) of each adapter of a mix that has pages."""
     col = 0
     for slot, w in mix:
@@ -254,9 +259,7 @@ class _Deltas:
             plane = self._place(part, start, end, pieces)
             for piece in range(pieces):
                 span = (piece * step, min((piece + 1) * step, whole))
-                found.append(
-                    self._tiled(BIT.value, start, end, part, first, last, together)
-                )
+                found.append(self._tiled(BIT.value, start, end, part, first, last, together))
                 found[-1][:, 8] = plane + piece
                 found[-1][:, 9:11] = span
         return np.concatenate(found)
@@ -303,16 +306,12 @@ class _Deltas:
             s = np.arange(0, slices, together)
             m0 = np.arange(start // step, -(-end // step))
             column, rows = self.group.columns(part).start, self.group.out_features[part]
-            found.append(
-                _items(
-                    [
-                        SELL.value, np.tile(m0, len(s)), start, end, first, last, column, rows,
-                        self._place(part, start, end, 1), np.repeat(s, len(m0)),
-                        np.repeat(np.minimum(s + together, slices), len(m0)),
-                    ],
-                    len(s) * len(m0),
-                )  # fmt: skip
-            )
+            columns: list[Ints | int] = [
+                SELL.value, np.tile(m0, len(s)), start, end, first, last, column, rows,
+                self._place(part, start, end, 1), np.repeat(s, len(m0)),
+                np.repeat(np.minimum(s + together, slices), len(m0)),
+            ]  # fmt: skip
+            found.append(_items(columns, len(s) * len(m0)))
         return np.concatenate(found)
 
     def _tiles(self, part: int) -> int:
@@ -322,43 +321,66 @@ class _Deltas:
         return -(-(end - start) // self.tiling.block)
 
 
-def _vectors(
-    group: Group, slots: Slots, segments: Segments, tiles: int, tiling: Tiling
-) -> dict[str, Ints | Floats]:
+def _vectors(group: Group, slots: Slots, segments: Segments, tiles: int, tiling: Tiling) -> Table:
     """Output factors and biases by (tile, part), the factors first."""
     parts = len(group.out_features)
-    rows = []
-    for start, end, mix in segments.runs:
-        for slot, w in mix:
-            own = slots.get(slot)
-            if own is None or not (own.factors or own.biases):
-                continue
-            for tile in range(start // tiling.tokens, (end - 1) // tiling.tokens + 1):
-                for which, vectors in enumerate((own.factors, own.biases)):
-                    for part, offsets in vectors.items():
-                        key = (tile * parts + part) * 2 + which
-                        rows += [(key, offset, start, end, w) for offset in offsets]
+    rows: list[tuple[int, int, int, int, float]] = []
+    touched = [slots[s] for s in segments.slots if s in slots]
+    some = any(a.factors or a.biases or a.replaced for a in touched)
+    for start, end, mix in segments.runs if some else ():
+        own = [(slots[slot], w) for slot, w in mix if slot in slots]
+        for part in range(parts):
+            found = [(0, v, w) for adapter, w in own for v in adapter.factors.get(part, ())]
+            if not _scales_inputs(own, part):
+                found += [(0, a.replaced[part], w) for a, w in own if part in a.replaced]
+            found += [(1, v, w) for adapter, w in own for v in adapter.biases.get(part, ())]
+            for tile in _tiles(start, end, tiling) if found else ():
+                key = (tile * parts + part) * 2
+                rows += [(key + which, offset, start, end, w) for which, offset, w in found]
     names = ("vec_offset", "vec_lo", "vec_hi", "vec_strength", "vec_bounds")
     return dict(zip(names, _sorted(rows, tiles * parts * 2), strict=True))
 
 
 def _inputs(
     group: Group, slots: Slots, segments: Segments, tiles: int, tiling: Tiling, apart: bool
-) -> tuple[dict[str, Ints | Floats], bool]:
-    """Input factors by (tile, part), and whether the modules want inputs of their own."""
+) -> tuple[Table, bool]:
+    """Input factors by (tile, part), and whether the modules want inputs of their own.
+
+    A replaced weight beside scaled inputs takes the base's product away on the side of the inputs:
+    ``W (1 + w (s - 1) - v) x + v W' x``; with output factors, or none, on that of the outputs.
+    """
     parts = len(group.out_features)
-    owners = [s for s in segments.slots if s in slots and slots[s].inputs]
-    apart = apart or any(slots[s].scales_apart for s in owners)
-    rows = []
-    for start, end, mix in segments.runs if owners else ():
-        for slot, w in mix:
-            if slot not in owners:
-                continue
-            inputs = slots[slot].inputs if apart else {0: slots[slot].inputs[0]}
-            for tile in range(start // tiling.tokens, (end - 1) // tiling.tokens + 1):
-                rows += [(tile * parts + p, at, start, end, w) for p, at in inputs.items()]
+    found = []
+    some = any(slots[s].inputs for s in segments.slots if s in slots)
+    for start, end, mix in segments.runs if some else ():
+        own = [(slots[slot], w) for slot, w in mix if slot in slots]
+        lists = []
+        for part in range(parts):
+            wanted = [(a.inputs[part], w) for a, w in own if part in a.inputs]
+            if wanted:
+                wanted += [(a.replaced[part], w) for a, w in own if part in a.replaced]
+            lists.append(wanted)
+        if any(lists):
+            found.append((start, end, lists))
+            apart = apart or any(wanted != lists[0] for wanted in lists)
+    rows = [
+        (tile * parts + part, offset, start, end, w)
+        for start, end, lists in found
+        for part in range(parts if apart else 1)
+        for offset, w in lists[part]
+        for tile in _tiles(start, end, tiling)
+    ]
     names = ("in_offset", "in_lo", "in_hi", "in_strength", "in_bounds")
     return dict(zip(names, _sorted(rows, tiles * parts), strict=True)), apart
+
+
+def _scales_inputs(own: list[tuple[Installed, float]], part: int) -> bool:
+    return any(part in adapter.inputs for adapter, _ in own)
+
+
+def _tiles(start: int, end: int, tiling: Tiling) -> range:
+    """The token tiles that a run has tokens in."""
+    return range(start // tiling.tokens, (end - 1) // tiling.tokens + 1)
 
 
 def _sorted(

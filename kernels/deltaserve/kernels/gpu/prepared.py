@@ -43,7 +43,9 @@ class Signs:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One module. factors, biases, input: offsets of float32 vectors."""
+    """One module. factors, biases, input: offsets of float32 vectors, of outputs, outputs and
+    inputs. replaced: of zeros, as long as the longer of the two, for a weight that takes the base's
+    place."""
 
     pages: tuple[Page, ...] = ()
     signs: tuple[Signs, ...] = ()
@@ -52,6 +54,7 @@ class Part:
     factors: tuple[int, ...] = ()
     biases: tuple[int, ...] = ()
     input: int | None = None
+    replaced: int | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -73,8 +76,9 @@ class GpuPrepared:
 def prepare(parts: Mapping[int, Sequence[Primitive]], group: Group) -> GpuPrepared:
     """Casts to the serving dtype and packs."""
     blob = BlobWriter()
+    known: list[tuple[Tensor, int]] = []
     packed = {
-        part: _part(primitives, group.out_features[part], group, blob)
+        part: _part(primitives, group.out_features[part], group, blob, known)
         for part, primitives in sorted(parts.items())
         if primitives
     }
@@ -82,8 +86,13 @@ def prepare(parts: Mapping[int, Sequence[Primitive]], group: Group) -> GpuPrepar
 
 
 def _part(
-    primitives: Sequence[Primitive], out_features: int, group: Group, blob: BlobWriter
+    primitives: Sequence[Primitive],
+    out_features: int,
+    group: Group,
+    blob: BlobWriter,
+    known: list[tuple[Tensor, int]],
 ) -> Part:
+    """known: the input vectors of other parts, which are often the same."""
     pages: list[Page] = []
     signs: list[Signs] = []
     entries: list[SparseCsr] = []
@@ -91,6 +100,7 @@ def _part(
     factors: list[int] = []
     biases: list[int] = []
     scaled: int | None = None
+    replaced: int | None = None
     for p in primitives:
         match p:
             case LowRank():
@@ -111,12 +121,12 @@ def _part(
                 if outputs is not None:
                     factors.append(blob.add(_vector(outputs)))
                 if inputs is not None:
-                    scaled = blob.add(_vector(inputs))
+                    scaled = _shared(_vector(inputs), blob, known)
             case Bias(bias):
                 biases.append(blob.add(_vector(bias)))
             case Replace(weight):
                 # W' x is a delta beside a base product that counts for nothing.
-                factors.append(blob.add(torch.zeros(_padded(out_features))))
+                replaced = blob.add(torch.zeros(_padded(max(out_features, group.in_features))))
                 found.append(panels.pack_rows(None, weight, out_features, group.dtype, blob))
             case ReplaceRows(index, values):
                 keep = torch.ones(_padded(out_features))
@@ -127,8 +137,17 @@ def _part(
     if entries:
         sell = pack_entries(entries, out_features, group.in_features, group.dtype, blob)
     return Part(
-        tuple(pages), tuple(signs), sell, tuple(found), tuple(factors), tuple(biases), scaled
-    )
+        tuple(pages), tuple(signs), sell, tuple(found), tuple(factors), tuple(biases), scaled,
+        replaced,
+    )  # fmt: skip
+
+
+def _shared(vector: Tensor, blob: BlobWriter, known: list[tuple[Tensor, int]]) -> int:
+    for other, offset in known:
+        if torch.equal(other, vector):
+            return offset
+    known.append((vector, blob.add(vector)))
+    return known[-1][1]
 
 
 def _signs(primitive: Bit, group: Group, blob: BlobWriter) -> Signs:

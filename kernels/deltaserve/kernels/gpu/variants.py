@@ -1,4 +1,4 @@
-"""Every compiled form that a server of a model needs: what start-up compiles, and the gate reads."""
+"""Every compiled form that a server of a model needs: what start-up compiles and the gate reads."""
 
 from __future__ import annotations
 
@@ -85,10 +85,12 @@ def aux_variant(spec: GroupSpec, config: AuxConfig, tokens: int, pdl: bool = Tru
 
 
 def inputs_variant(
-    spec: GroupSpec, tokens: int, sums: bool, scaled: bool, turned: bool, pdl: bool = True
+    spec: GroupSpec, tokens: int, step: int, scaled: bool, turned: bool, pdl: bool = True
 ) -> Variant:
+    """step: columns of a sum, 0 for no sums."""
+    sums = step > 0
     constants = inputs.constants(
-        spec.in_features, len(spec.parts), spec.key.group_size if sums else 128, tokens,
+        spec.in_features, len(spec.parts), step or 128, tokens,
         sums=sums, scaled=scaled, turned=turned, pdl=pdl,
     )  # fmt: skip
     flags = [n for n, on in (("sums", sums), ("scaled", scaled), ("turned", turned)) if on]
@@ -105,12 +107,12 @@ def of_group(spec: GroupSpec, buckets: Sequence[int], arch: int) -> Iterator[Var
         config = gemm_config(spec.key, bucket, arch)
         own = aux_config(bucket, spec.in_features)
         tokens = max(config.bm, own.block, 16)
-        sums = spec.format == "int4" and config.how == "sums"
+        step = config.bk if spec.format == "int4" and config.how == "sums" else 0
         found = [
             gemm_variant(spec, config, max(config.bm, 16), 0),
             gemm_variant(spec, config, tokens, own.h_split),
             aux_variant(spec, own, tokens),
-            inputs_variant(spec, tokens, sums, True, own.gathers > 1),
+            inputs_variant(spec, tokens, step, True, own.gathers > 1),
         ]
         for variant in found:
             if variant.name not in seen:
@@ -161,9 +163,7 @@ def _variant(
         if argument not in constants
     }
     aligned = frozenset(a for a, t in signature.items() if t.startswith("*"))
-    return Variant(
-        name, kernel, signature, constants, aligned, num_warps, num_stages, weights, pdl
-    )
+    return Variant(name, kernel, signature, constants, aligned, num_warps, num_stages, weights, pdl)
 
 
 def _type(argument: str, dtype: torch.dtype) -> str:

@@ -34,6 +34,4 @@ class Weights:
 
     def key(self, gated: bool = False) -> GroupKey:
         """What tables of configurations know it by."""
-        return GroupKey(
-            self.format, self.group_size, self.in_features, self.out_features, gated
-        )
+        return GroupKey(self.format, self.group_size, self.in_features, self.out_features, gated)

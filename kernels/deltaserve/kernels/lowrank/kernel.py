@@ -1,4 +1,5 @@
-"""LowRank in Triton: ``h = scale A x`` (shrink) and ``y += B h`` (expand) over pages of 8 rank rows.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""LowRank in Triton: ``h = scale A x`` (shrink) and ``y += B h`` (expand), in pages of 8 rank rows.
 
 A page of A is [8, in] and one of B [8, out], rank-major, both padded to 8 columns; ranks differ
 freely, and pages of many adapters and of modules that share x stand in one list, each with the
@@ -43,7 +44,9 @@ def shrink_tile(
         if not EVEN_K:
             seen = seen & ((k + at)[None, :] < K)
             inside = inside & ((k + at)[None, :] < K)
-        a = tl.load(arena + (offset + row * KA)[:, None] + (k + at)[None, :], mask=inside, other=0.0)
+        a = tl.load(
+            arena + (offset + row * KA)[:, None] + (k + at)[None, :], mask=inside, other=0.0
+        )
         xt = tl.load(x + m[:, None] * K + (k + at)[None, :], mask=seen, other=0.0)
         acc = tl.dot(a, tl.trans(xt), acc, input_precision="ieee")
     lo = tl.load(page_lo + page, mask=live, other=0)

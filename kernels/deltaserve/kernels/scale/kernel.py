@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Scale and Bias in Triton: in the base GEMM's epilogue, and on its inputs before it."""
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ def factors(
     if first < last:
         f = tl.full((BN, BM), 1.0, tl.float32)
         for v in range(first, last):
-            s = tl.load(arena_float + tl.load(offsets + v).to(tl.int64) * 4 + n, mask=live, other=1.0)
+            s = tl.load(
+                arena_float + tl.load(offsets + v).to(tl.int64) * 4 + n, mask=live, other=1.0
+            )
             own = (m >= tl.load(los + v)) & (m < tl.load(his + v))
             f += tl.where(own[None, :], (tl.load(strengths + v) * (s - 1.0))[:, None], 0.0)
         acc *= f

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Sparse deltas in Triton: single entries as SELL slices, whole rows and blocks as panels."""
 
 from __future__ import annotations

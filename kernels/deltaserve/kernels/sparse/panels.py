@@ -4,6 +4,7 @@ rows."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -80,7 +81,7 @@ def pack_blocks(
 
 
 def _panel(starts: list[int], chunks: list[list[int]], blob: BlobWriter) -> Panel:
-    counts = tuple(b - a for a, b in zip(starts, starts[1:], strict=False))
+    counts = tuple(b - a for a, b in pairwise(starts))
     return Panel(
         blob.add(torch.tensor(starts, dtype=torch.int32)),
         blob.add(torch.tensor(chunks or [[0] * 8], dtype=torch.int32)),
