@@ -130,20 +130,21 @@ def bases(report: Report, group: Group, dtype: torch.dtype, tokens: Sequence[int
 
 
 def families(report: Report, group: Group, dtype: torch.dtype) -> None:
-    """Each primitive alone, on some of the tokens."""
-    tokens = 21 if ON_GPU else 6
-    step = ours.Step(group, "int4", dtype, tokens)
+    """Each primitive alone: for one token, and for some of many."""
+    runs = {1: (0, 1), 21 if ON_GPU else 6: (2, 5)}
+    step = ours.Step(group, "int4", dtype, max(runs))
     for slot, (name, make) in enumerate(MAKERS.items(), 1):
-        what = f"{group.name} {name}"
-        with report.attempt(what):
-            adapter = {part: (make(group, out),) for part, out in enumerate(group.parts)}
-            step.install({slot: adapter})
-            if slot in step.refused:
-                print(f"{what}: refused, {step.refused[slot]}", flush=True)
-                continue
-            segments = Segments([(2, tokens - 1, ((slot, 0.75),))], tokens)
-            _compare(report, what, step, {slot: adapter}, segments)
-            step.layer.remove(slot)
+        adapter = {part: (make(group, out),) for part, out in enumerate(group.parts)}
+        for tokens, (start, end) in runs.items():
+            what = f"{group.name} {name} M={tokens}"
+            with report.attempt(what):
+                step.install({slot: adapter})
+                if slot in step.refused:
+                    print(f"{what}: refused, {step.refused[slot]}", flush=True)
+                    break
+                segments = Segments([(start, end, ((slot, 0.75),))], tokens)
+                _compare(report, what, step, {slot: adapter}, segments)
+        step.layer.remove(slot)
 
 
 def batches(
