@@ -281,6 +281,8 @@ def _results() -> list[dict[str, Any]]:
         rows.append(_row("vLLM", "deltas", group, us=8.0, nodes=3.0))
         rows.append(_row("broken", "deltas", group, wrong=1.0))
         rows.append(_row("missing", "deltas", group, absent="not carried"))
+        rows.append(_row("overlaps", "base", group, us=20.0))
+        rows.append(_row("overlaps", "base+deltas", group, us=22.0))
     rows.append(_row("partial", "deltas", "qkv", us=1.0))
     return rows
 
@@ -291,7 +293,7 @@ def test_the_tables_sum_a_layer_and_name_what_is_missing() -> None:
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[:3] == ["r16", "16", "16"]
     assert cells[3:6] == ["40.0, 4 nodes", "6.0, 4 nodes", "32.0, 12 nodes"]
-    assert cells[6:] == ["wrong", "absent", "-"]
+    assert cells[6:] == ["wrong", "absent", "8.0", "-"]
     assert "- missing (lowrank): not carried" in text
     assert text.count("not carried") == 1
 
@@ -299,7 +301,7 @@ def test_the_tables_sum_a_layer_and_name_what_is_missing() -> None:
 def test_a_failure_of_ours_is_never_shown_as_a_figure() -> None:
     rows = [*_results(), _row("deltaserve", "base+deltas", "o", wrong=0.5)]
     results = report.Results(rows, "NVIDIA H200")
-    assert report.added(results, "lowrank", (16, 16, "r16")) == "wrong"
+    assert report.added(results, "lowrank", "deltaserve", (16, 16, "r16")) == "wrong"
 
 
 def test_the_plot_shows_what_was_measured_and_nothing_else() -> None:

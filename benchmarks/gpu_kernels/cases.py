@@ -12,7 +12,7 @@ from torch import Tensor
 from gpu_kernels import data, ours, shapes
 from gpu_kernels.case import Case
 from gpu_kernels.data import ON_GPU, Problem
-from gpu_kernels.peers import bitdelta, gemlite, in_torch, quantized, sglang, vllm
+from gpu_kernels.peers import bitdelta, gemlite, in_torch, quantized, sglang, sglang_v2, vllm
 from gpu_kernels.peers.work import Work
 from gpu_kernels.question import Question
 from gpu_kernels.shapes import Batch, Group
@@ -130,6 +130,7 @@ def lowrank(folder: Path) -> Iterator[Case]:
             asked = _lora(group, ranks, tokens, adapters)
             yield from asked.own()
             yield from asked.peers(peers)
+            yield from asked.with_base(sglang_v2.NAME, partial(sglang_v2.lora, folder))
 
 
 def bit(folder: Path) -> Iterator[Case]:

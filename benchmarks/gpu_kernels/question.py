@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 from torch import Tensor
 
 from gpu_kernels import ours, shapes
 from gpu_kernels.case import Case
-from gpu_kernels.data import Problem
+from gpu_kernels.data import Problem, weight
 from gpu_kernels.peers.work import Work
 from gpu_kernels.shapes import Group
 
@@ -65,6 +65,32 @@ class Question:
                 lambda: self.problem().delta,
                 self.nbytes + activations + again,
                 where=self._where,
+            )
+
+    def with_base(
+        self, name: str, peer: Callable[[Problem, Tensor, int, bool], Work]
+    ) -> Iterator[Case]:
+        """A peer that works beside its own base product, of 16-bit weights: with adapters and
+        without. peer: takes the problem, the weights, how many copies, whether with adapters."""
+        weights = cache(lambda: weight(self.group))
+
+        def expected(added: bool) -> Tensor:
+            problem = self.problem()
+            base = problem.x.double() @ weights().double().T
+            return base + problem.delta if added else base
+
+        for added in (False, True):
+            nbytes = shapes.base_bytes(self.group, "16-bit")
+            nbytes += shapes.activation_bytes(self.group, self.tokens)
+            yield Case(
+                self.part,
+                name,
+                "base+deltas" if added else "base",
+                lambda n, added=added: peer(self.problem(), weights(), n, added),
+                partial(expected, added),
+                nbytes + (self.nbytes if added else 0),
+                shapes.operations(self.group, self.tokens),
+                self._where,
             )
 
     def _ask(self, peer: Callable[[Problem, int], Work], copies: int) -> Work:

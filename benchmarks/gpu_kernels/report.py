@@ -130,13 +130,13 @@ def _base(results: Results) -> str:
 
 
 def _deltas(results: Results, part: str) -> str:
-    """What the deltas add to a layer: ours as a difference of two measurements, the peers' as what
-    they launch after a finished base product."""
+    """What the deltas add to a layer: as a difference of two measurements where they are computed
+    with the base product, else as what is launched after it."""
     peers = [e for e in results.engines(part) if e != OURS]
     body = []
     for case in results.cases(part):
-        ours, base = added(results, part, case), results.layer(part, OURS, "base", case)
-        figures = [results.layer(part, peer, "deltas", case) for peer in peers]
+        ours, base = added(results, part, OURS, case), results.layer(part, OURS, "base", case)
+        figures = [added(results, part, peer, case) for peer in peers]
         cells = [_cell(base), _cell(ours), *(_cell(f) for f in figures)]
         tokens, adapters, form = case
         body.append([form, str(tokens), str(adapters), *cells])
@@ -147,9 +147,15 @@ def _deltas(results: Results, part: str) -> str:
     return f"{title}:\n\n" + _table([*head, *(f"{peer} adds" for peer in peers)], body)
 
 
-def added(results: Results, part: str, case: tuple[int, int, str]) -> Figure | str | None:
-    """Our base with the deltas less the base alone, in time, floor and launches."""
-    whole, base = (results.layer(part, OURS, what, case) for what in ("base+deltas", "base"))
+def added(
+    results: Results, part: str, engine: str, case: tuple[int, int, str]
+) -> Figure | str | None:
+    """The base with the deltas less the base alone, in time, floor and launches; or the deltas by
+    themselves, of an engine that launches them apart."""
+    apart = results.layer(part, engine, "deltas", case)
+    if apart is not None:
+        return apart
+    whole, base = (results.layer(part, engine, what, case) for what in ("base+deltas", "base"))
     if isinstance(whole, Figure) and isinstance(base, Figure):
         return Figure(whole.us - base.us, whole.floor - base.floor, whole.nodes - base.nodes)
     return whole if isinstance(whole, str) else base if isinstance(base, str) else None
@@ -194,12 +200,9 @@ def plot(rows: Sequence[Row], part: str = "lowrank") -> str | None:
     for gpu in dict.fromkeys(row["gpu"] for row in rows):
         results, clusters = Results(rows, gpu), list[Cluster]()
         for case in results.cases(part):
-            own = added(results, part, case)
-            values = {OURS: own.us} if isinstance(own, Figure) else {}
-            for peer in results.engines(part):
-                figure = results.layer(part, peer, "deltas", case)
-                if isinstance(figure, Figure):
-                    values[peer] = figure.us
+            figures = {e: added(results, part, e, case) for e in results.engines(part)}
+            values = {e: f.us for e, f in figures.items() if isinstance(f, Figure)}
+            own = figures.get(OURS)
             if values:
                 tokens, adapters, form = case
                 label = f"{form}: {tokens} tokens, {adapters} adapters"

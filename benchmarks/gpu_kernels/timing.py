@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -44,15 +45,24 @@ def measure(calls: Sequence[Call], replays: int = REPLAYS) -> Timing:
     )
 
 
+@functools.cache
+def _stream() -> torch.cuda.Stream:
+    """One for all captures and the calls before them: some peers keep buffers by stream."""
+    return torch.cuda.Stream()
+
+
 def capture(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, int]:
     """A graph of the calls, repeated until there are GRAPH_CALLS, and their number. Every call is
     made once before: it may compile, tune or allocate what it keeps."""
-    for call in calls:
-        call()
+    stream = _stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
     torch.cuda.synchronize()
     repeats = -(-GRAPH_CALLS // len(calls))
     graph = torch.cuda.CUDAGraph(keep_graph=True)  # so that its nodes can be counted
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for _ in range(repeats):
             for call in calls:
                 call()

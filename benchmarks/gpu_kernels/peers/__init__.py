@@ -6,7 +6,10 @@ They are carried, never committed: `benchmarks/carried/` (or `--peers DIR`) is e
   `lora_kernel_metadata` and `utils` of vllm-project/vllm 0.33.0 (in its sdist). `vllm.envs`,
   `vllm.logger`, `vllm.platforms`, `vllm.triton_utils` and `vllm.utils` are stood in for.
 - `sglang/kernels/ops/lora/dense/`: all of `sglang/kernels/ops/lora/dense` of sgl-project/sglang
-  0.5.23 (in its wheel), with `csgmv_configs/`. `sglang.srt` is stood in for.
+  0.5.23 (in its wheel), with `csgmv_configs/`; for the backend "triton_v2" also
+  `sglang/kernels/ops/lora/common`, `sglang/srt/lora/dense` with its `configs/`, and
+  `sglang/srt/lora/workspace.py`. The rest of `sglang.srt` is stood in for; so are msgspec and
+  pydantic where they are not installed.
 - `bitdelta/binary_gemm_kernel.py`: `bitdelta/` of FasterDecoding/BitDelta, commit ecbee1e. It
   imports nothing of its own.
 - `gemlite/`: the package of dropbox/gemlite 0.6.0.post2 (in its sdist), of `configs/` only

@@ -21,7 +21,7 @@ DENSE = "sglang.kernels.ops.lora.dense"
 
 
 def csgmv(folder: Path, problem: Problem, copies: int) -> Work:
-    _stand_ins(folder)
+    stand_ins(folder)
     shrink = load(folder, DENSE, "chunked_sgmv_shrink").chunked_sgmv_lora_shrink_forward
     expand = load(folder, DENSE, "chunked_sgmv_expand").chunked_sgmv_lora_expand_forward
     parts = problem.group.parts
@@ -39,7 +39,7 @@ def csgmv(folder: Path, problem: Problem, copies: int) -> Work:
 
 def triton(folder: Path, problem: Problem, copies: int) -> Work:
     """At decode its tokens are merged into one segment per adapter of the pool."""
-    _stand_ins(folder)
+    stand_ins(folder)
     lora_a = load(folder, DENSE, "sgemm_lora_a").sgemm_lora_a_fwd
     plain = load(folder, DENSE, "sgemm_lora_b").sgemm_lora_b_fwd
     qkv = load(folder, DENSE, "qkv_lora_b").qkv_lora_b_fwd
@@ -62,7 +62,7 @@ def triton(folder: Path, problem: Problem, copies: int) -> Work:
 
 
 def _work(problem: Problem, copies: int, run: Callable[[Tensor, Tensor, Tensor], None]) -> Work:
-    a, b = _stacks(problem)
+    a, b = stacks(problem)
     weights = [(a.clone(), b.clone()) for _ in range(copies)]
     shape = (len(problem.batch), problem.group.out_features)
     y = torch.zeros(shape, dtype=DTYPE, device=DEVICE)
@@ -75,12 +75,12 @@ def _work(problem: Problem, copies: int, run: Callable[[Tensor, Tensor, Tensor],
     return Work([lambda i=i: call(i) for i in range(copies)], y.zero_, nbytes)
 
 
-def _stacks(problem: Problem) -> tuple[Tensor, Tensor]:
+def stacks(problem: Problem) -> tuple[Tensor, Tensor]:
     """A [slots, parts * rank, in], an adapter's rows without gaps, and B [slots, out, rank]. The
     last slot is the base's, of rank 0."""
     group, slots = problem.group, len(problem.adapters) + 1
     parts = len(group.parts)
-    rank = max(_ranks(problem))
+    rank = max(ranks(problem))
     a = torch.zeros(slots, parts * rank, group.in_features, dtype=DTYPE)
     b = torch.zeros(slots, group.out_features, rank, dtype=DTYPE)
     for i, adapter in enumerate(problem.adapters):
@@ -92,9 +92,16 @@ def _stacks(problem: Problem) -> tuple[Tensor, Tensor]:
     return a.to(DEVICE), b.to(DEVICE)
 
 
-def _ranks(problem: Problem) -> list[int]:
-    ranks = [len(p.a) for ad in problem.adapters for p in ad[0] if isinstance(p, LowRank)]
-    return [*ranks, 0]
+def ranks(problem: Problem) -> list[int]:
+    """Of every slot."""
+    found = [len(p.a) for ad in problem.adapters for p in ad[0] if isinstance(p, LowRank)]
+    return [*found, 0]
+
+
+def scales(problem: Problem) -> list[float]:
+    """Of every slot."""
+    found = [p.scale for ad in problem.adapters for p in ad[0] if isinstance(p, LowRank)]
+    return [*found, 0.0]
 
 
 def _slots(problem: Problem) -> list[int]:
@@ -125,7 +132,6 @@ def _info(problem: Problem, segments: list[tuple[int, int]], max_len: int) -> Si
         return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
     lengths = [n for _, n in segments]
-    scales = [p.scale for ad in problem.adapters for p in ad[0] if isinstance(p, LowRank)]
     order = torch.tensor(_slots(problem)).argsort(stable=True)
     return SimpleNamespace(
         use_cuda_graph=False,
@@ -134,15 +140,15 @@ def _info(problem: Problem, segments: list[tuple[int, int]], max_len: int) -> Si
         seg_indptr=int32([sum(lengths[:i]) for i in range(len(lengths) + 1)]),
         seg_lens=int32(lengths),
         weight_indices=int32([slot for slot, _ in segments]),
-        lora_ranks=int32(_ranks(problem)),
-        scalings=torch.tensor([*scales, 0.0], device=DEVICE),
+        lora_ranks=int32(ranks(problem)),
+        scalings=torch.tensor(scales(problem), device=DEVICE),
         max_len=max_len,
         permutation=order.to(torch.int32).to(DEVICE),
     )
 
 
 @functools.lru_cache
-def _stand_ins(folder: Path) -> None:
+def stand_ins(folder: Path) -> None:
     root = folder / "sglang"
     for name in ("", ".kernels", ".kernels.ops", ".kernels.ops.lora", ".kernels.ops.lora.dense"):
         stand_in("sglang" + name, {}, root.joinpath(*name.split(".")[1:]))
