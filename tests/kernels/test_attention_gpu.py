@@ -1,6 +1,8 @@
 """The GPU's paged attention against the float64 reference: on a GPU, or in Triton's interpreter."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -321,6 +323,23 @@ TYPES = {
     "i32": int,
     "fp32": float,
 }
+
+
+SPECIALIZED = """
+from deltaserve.kernels.attention.variants import variants
+for v in variants(4, 2, 16, 16, windowed=(False, True), softcap=True):
+    free = {p.name for p in v.kernel.params if not (p.is_constexpr or p.do_not_specialize)}
+    print(sorted(free - v.aligned - set(v.constants) - {"inner", "outer"}))  # floats never are
+"""
+
+
+def test_no_number_of_a_step_leads_to_a_compilation() -> None:
+    """Triton compiles anew for an integer that is 1 or a multiple of 16, and for a pointer that is
+    not aligned, unless told not to."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}  # which keeps no such record
+    run = [sys.executable, "-c", SPECIALIZED]
+    printed = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
+    assert printed.stdout.split("\n") == ["[]"] * 9 + [""]
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
