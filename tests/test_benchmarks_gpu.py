@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -92,7 +93,7 @@ def test_copies_are_more_than_four_caches_and_no_fewer_than_eight() -> None:
     small = shapes.base_bytes(OUT, "int4")
     assert shapes.copies(small, cache) * small > 4 * cache
     assert shapes.copies(1 << 30, cache) == 8
-    assert shapes.copies(1, cache) == 64
+    assert shapes.copies(1, cache) == 1024
 
 
 def test_batches_keep_an_adapters_tokens_together() -> None:
@@ -134,7 +135,7 @@ def test_a_peer_that_is_not_carried_is_absent_with_the_reason(tmp_path: Path) ->
 def _case(make: Any, engine: str = "a peer") -> case.Case:
     expected = torch.ones(2, 3).double()
     where = {"group": "o", "tokens": 2, "adapters": 1, "form": "r8"}
-    return case.Case("lowrank", engine, "deltas", make, lambda: expected, 64, where=where)
+    return case.Case("lowrank", engine, "deltas", make, lambda: expected, 64, 64, where=where)
 
 
 def _work(value: float) -> Work:
@@ -315,6 +316,7 @@ def test_the_plot_shows_what_was_measured_and_nothing_else() -> None:
 
 def test_bars_are_as_long_as_their_numbers() -> None:
     drawn = bars("a < b", "us", [Cluster("one", {"x": 10.0, "y": 5.0}, floor=2.5)])
+    ElementTree.fromstring(drawn)
     assert "a &lt; b" in drawn
     assert 'width="520.0"' in drawn
     assert 'width="260.0"' in drawn

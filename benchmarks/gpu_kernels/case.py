@@ -31,8 +31,9 @@ TOLERANCE = 2e-2
 class Case:
     """engine: whose kernels. what: "base", "base+deltas" or "deltas".
     make(n): n calls on weights of their own. expected(): what one call gives, in float64.
-    nbytes, operations: what the task cannot do without, for the floor; nbytes is also about what
-    one copy of the weights takes. where: the group, tokens and the like that name the case.
+    nbytes, operations: what the task cannot do without, for the floor. weights: those of the bytes
+    that are weights, which come from memory; x and y have just been written by what ran before.
+    where: the group, tokens and the like that name the case.
     """
 
     part: str
@@ -41,6 +42,7 @@ class Case:
     make: Callable[[int], Work]
     expected: Callable[[], Tensor]
     nbytes: int
+    weights: int
     operations: int = 0
     where: dict[str, Any] = field(default_factory=dict)
 
@@ -130,7 +132,7 @@ def copies_of(case: Case) -> int:
     if not ON_GPU:
         return 2
     cache = torch.cuda.get_device_properties(0).L2_cache_size
-    return max(2, min(copies(case.nbytes, cache), MEMORY // max(case.nbytes, 1)))
+    return max(2, min(copies(case.weights, cache), MEMORY // max(case.weights, 1)))
 
 
 def warm(cases: Iterable[Case], shard: int, shards: int) -> None:

@@ -111,10 +111,11 @@ def _base_case(
     make: Callable[[int], Work],
     expected: Callable[[], Tensor],
 ) -> Case:
-    nbytes = shapes.base_bytes(group, form) + shapes.activation_bytes(group, tokens)
+    weights = shapes.base_bytes(group, form)
+    nbytes = weights + shapes.activation_bytes(group, tokens)
     where = {"group": group.name, "tokens": tokens, "form": form}
     work = shapes.operations(group, tokens)
-    return Case("base", engine, "base", make, expected, nbytes, work, where)
+    return Case("base", engine, "base", make, expected, nbytes, weights, work, where)
 
 
 def lowrank(folder: Path) -> Iterator[Case]:

@@ -79,7 +79,8 @@ def signs(packed: Tensor, in_features: int) -> Tensor:
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     bits = (packed.unsqueeze(-1) >> shifts) & 1
     values: Tensor = bits.flatten(-2)[..., :in_features].float()
-    return values * 2 - 1
+    found: Tensor = values * 2 - 1
+    return found
 
 
 def dense(primitive: SparseCsr, out: int, in_features: int) -> Tensor:

@@ -64,6 +64,7 @@ class Question:
                 partial(self._ask, peer),
                 lambda: self.problem().delta,
                 self.nbytes + activations + again,
+                self.nbytes,
                 where=self._where,
             )
 
@@ -80,15 +81,15 @@ class Question:
             return base + problem.delta if added else base
 
         for added in (False, True):
-            nbytes = shapes.base_bytes(self.group, "16-bit")
-            nbytes += shapes.activation_bytes(self.group, self.tokens)
+            held = shapes.base_bytes(self.group, "16-bit") + (self.nbytes if added else 0)
             yield Case(
                 self.part,
                 name,
                 "base+deltas" if added else "base",
                 lambda n, added=added: peer(self.problem(), weights(), n, added),
                 partial(expected, added),
-                nbytes + (self.nbytes if added else 0),
+                held + shapes.activation_bytes(self.group, self.tokens),
+                held,
                 shapes.operations(self.group, self.tokens),
                 self._where,
             )
@@ -97,11 +98,10 @@ class Question:
         return peer(self.problem(), copies)
 
     def _own(self, what: str, make: Callable[[int], Work], expected: Callable[[], Tensor]) -> Case:
-        nbytes = shapes.base_bytes(self.group, BASE)
-        nbytes += shapes.activation_bytes(self.group, self.tokens)
-        nbytes += self.nbytes if what != "base" else 0
+        held = shapes.base_bytes(self.group, BASE) + (self.nbytes if what != "base" else 0)
+        nbytes = held + shapes.activation_bytes(self.group, self.tokens)
         work = shapes.operations(self.group, self.tokens)
-        return Case(self.part, ours.NAME, what, make, expected, nbytes, work, self._where)
+        return Case(self.part, ours.NAME, what, make, expected, nbytes, held, work, self._where)
 
     @cached_property
     def _held(self) -> ours.Held:

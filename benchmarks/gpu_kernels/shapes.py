@@ -91,7 +91,7 @@ def floor_us(nbytes: float, operations: float, tb_per_s: float, tflop_per_s: flo
     return max(nbytes / tb_per_s, operations / tflop_per_s) / 1e6
 
 
-def copies(nbytes: int, cache: int, least: int = 8, most: int = 64) -> int:
+def copies(nbytes: int, cache: int, least: int = 8, most: int = 1024) -> int:
     """How many sets of `nbytes` to rotate through so that each comes from memory: more than four
     times the cache, and no fewer than `least`."""
     return max(least, min(most, -(-4 * cache // max(nbytes, 1))))

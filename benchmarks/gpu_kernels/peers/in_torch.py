@@ -95,7 +95,8 @@ def dense(problem: Problem, copies: int) -> Work:
     """Every delta as a 16-bit matrix: one batched product a part. Of one primitive a part."""
     adapters = _of_equal_runs(problem)
     group, x = problem.group, problem.x.view(adapters, -1, problem.group.in_features)
-    if 2 * adapters * group.weights * copies > MOST_DENSE:
+    copies = min(copies, MOST_DENSE // (2 * adapters * group.weights))
+    if not copies:
         raise AbsentError("dense deltas do not fit in memory")
     identity = torch.eye(group.in_features, device=DEVICE).double()
     first: list[Tensor] = []

@@ -57,7 +57,8 @@ def lora(folder: Path, problem: Problem, weight: Tensor, copies: int, added: boo
 
         if not added:
             return base()
-        return runner.apply(problem.x, base, plan, a=a, b=b, offsets=offsets)  # type: ignore[no-any-return]
+        whole: Tensor = runner.apply(problem.x, base, plan, a=a, b=b, offsets=offsets)
+        return whole
 
     nbytes = 2 * (weight.numel() + (a.numel() + b.numel() if added else 0))
     return Work([functools.partial(call, i) for i in range(copies)], lambda: None, nbytes)
@@ -96,7 +97,7 @@ def _modules(folder: Path) -> tuple[Any, Any, Any]:
                 "model_validator": lambda mode: lambda method: method,
             },
         )
-    plan = load(folder, DENSE, "plan")
+    plan: Any = load(folder, DENSE, "plan")
     plan.load_plans = functools.partial(_plans, plan, root / "srt" / "lora" / "dense" / "configs")
     runner = load(folder, DENSE, "runner")
     return runner, plan, load(folder, "sglang.srt.lora", "workspace")
@@ -111,7 +112,7 @@ class _Struct:
     """As much of msgspec.Struct as a route needs."""
 
     def __init_subclass__(cls, **options: bool) -> None:
-        dataclasses.dataclass(**options)(cls)  # type: ignore[call-overload]
+        dataclasses.dataclass(**options)(cls)
 
 
 def _plans(plan: Any, folder: Path, architecture: str) -> SimpleNamespace:
