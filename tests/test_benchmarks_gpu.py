@@ -320,7 +320,15 @@ def test_bars_are_as_long_as_their_numbers() -> None:
     assert "a &lt; b" in drawn
     assert 'width="520.0"' in drawn
     assert 'width="260.0"' in drawn
-    assert 'x1="360.0"' in drawn
+    assert 'x1="410.0"' in drawn
+
+
+def test_a_long_legend_is_broken_into_lines_that_fit() -> None:
+    names = [f"the engine with number {i} of all" for i in range(6)]
+    drawn = bars("t", "us", [Cluster("c", {name: 1.0 + i for i, name in enumerate(names)})])
+    places = {t.text: t.attrib for t in ElementTree.fromstring(drawn).iter() if t.text in names}
+    assert len({place["y"] for place in places.values()}) > 1
+    assert all(float(place["x"]) + 6.5 * 33 < 880 for place in places.values())
 
 
 def test_without_results_nothing_is_written(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-BAR, GAP, LEFT, WIDTH, TOP = 12, 14, 230, 520, 64
+BAR, GAP, LEFT, WIDTH = 12, 14, 280, 520
 COLOURS = ("#0b6e4f", "#c8553d", "#e09f3e", "#7a6c5d", "#4f6d8f", "#9c528b")
 
 
@@ -24,8 +24,8 @@ def bars(title: str, unit: str, clusters: Sequence[Cluster]) -> str:
     series = list(dict.fromkeys(name for cluster in clusters for name in cluster.values))
     most = max(value for cluster in clusters for value in cluster.values.values())
     scale = WIDTH / max(most, 1e-9)
-    marks = [_text(10, 20, title, 14), *_legend(series)]
-    y = TOP
+    legend, y = _legend(series)
+    marks = [_text(10, 20, title, 14), *legend]
     for cluster in clusters:
         height = BAR * len(cluster.values)
         marks.append(_text(LEFT - 8, y + height / 2 + 4, cluster.label, 11, "end"))
@@ -48,13 +48,17 @@ def bars(title: str, unit: str, clusters: Sequence[Cluster]) -> str:
     return "\n".join([head, white, *marks, "</svg>"]) + "\n"
 
 
-def _legend(series: Sequence[str]) -> list[str]:
-    marks, x = [], 10.0
+def _legend(series: Sequence[str]) -> tuple[list[str], float]:
+    """Its marks, in as many lines as it needs, and where the bars begin."""
+    marks, x, y = list[str](), 10.0, 32.0
     for i, name in enumerate(series):
-        marks.append(_rect(x, 32, 10, 10, COLOURS[i % len(COLOURS)]))
-        marks.append(_text(x + 14, 41, name, 11))
-        x += 30 + 6.5 * len(name)
-    return marks
+        width = 30 + 6.5 * len(name)
+        if x > 10 and x + width > LEFT + WIDTH:
+            x, y = 10.0, y + 16
+        marks.append(_rect(x, y, 10, 10, COLOURS[i % len(COLOURS)]))
+        marks.append(_text(x + 14, y + 9, name, 11))
+        x += width
+    return marks, y + 30
 
 
 def _rect(x: float, y: float, width: float, height: float, colour: str) -> str:
