@@ -162,6 +162,6 @@ def test_the_table_has_a_row_for_each_main_loop() -> None:
 
 def test_two_variants_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     twins = [SimpleNamespace(name="bit"), SimpleNamespace(name="bit")]
-    monkeypatch.setitem(sys.modules, "twins", SimpleNamespace(all_variants=lambda: twins))
+    monkeypatch.setitem(sys.modules, "twins", SimpleNamespace(all_variants=lambda arch: twins))
     with pytest.raises(ValueError, match="more than one variant named bit"):
-        compile.variants("twins")
+        compile.variants("twins", 90)

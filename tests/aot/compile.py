@@ -15,16 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import triton
 from aot import ptx, sass
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from deltaserve.kernels.gpu.precompile import compile_variant
 from deltaserve.kernels.gpu.variant import Variant
-
-FIRST_PDL = 90  # programmatic dependent launch came with sm_90
 
 
 @dataclass(frozen=True)
@@ -66,9 +63,9 @@ class Refusal:
 
 
 @functools.cache
-def variants(module: str) -> tuple[Variant, ...]:
-    """All variants that `module` lists. Raises ValueError if two share a name."""
-    found = tuple(importlib.import_module(module).all_variants())
+def variants(module: str, arch: int) -> tuple[Variant, ...]:
+    """All variants that `module` lists for sm_`arch`. Raises ValueError if two share a name."""
+    found = tuple(importlib.import_module(module).all_variants(arch))
     names = [v.name for v in found]
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise ValueError(f"{module} lists more than one variant named {', '.join(twice)}")
@@ -76,8 +73,8 @@ def variants(module: str) -> tuple[Variant, ...]:
 
 
 def measure(module: str, index: int, arch: int) -> Reading | Refusal:
-    """Compile `variants(module)[index]` for sm_`arch`; a compile error is a Refusal."""
-    variant = variants(module)[index]
+    """Compile `variants(module, arch)[index]` for sm_`arch`; a compile error is a Refusal."""
+    variant = variants(module, arch)[index]
     with _captured() as output:
         try:
             return _measure(variant, arch)
@@ -102,7 +99,7 @@ def explain(error: str, output: str) -> str:
 
 def _measure(variant: Variant, arch: int) -> Reading:
     start = time.perf_counter()
-    kernel = _compile(variant, arch)
+    kernel = compile_variant(variant, arch)
     seconds = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
@@ -127,26 +124,6 @@ def usage(text: str) -> tuple[int, int]:
     """Registers, and bytes of stack and local memory, of a thread, from cuobjdump's line."""
     figures = {key: int(value) for key, value in re.findall(r"\b(\w+):(\d+)", text)}
     return figures["REG"], figures["STACK"] + figures["LOCAL"]
-
-
-def _compile(variant: Variant, arch: int) -> Any:
-    kernel = variant.kernel
-    constants = dict(variant.constants)
-    if variant.pdl and arch < FIRST_PDL:
-        constants["PDL"] = False
-    given = {**dict.fromkeys(constants, "constexpr"), **variant.signature}
-    if set(given) != set(kernel.arg_names) or not variant.aligned <= set(variant.signature):
-        odd = sorted(set(given) ^ set(kernel.arg_names) | variant.aligned - set(variant.signature))
-        raise ValueError(f"the variant and {kernel.__name__} differ in {', '.join(odd)}")
-    signature = {name: given[name] for name in kernel.arg_names}
-    attributes = {
-        (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned
-    }
-    return triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
-    )
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -36,10 +36,15 @@ Job = tuple[int, int]
 def main() -> int:
     """The exit code: 1 if any variant fails."""
     arguments = _arguments()
-    variants = compile.variants(arguments.variants)
-    names = {v.name for v in variants}
+    listed = {arch: compile.variants(arguments.variants, arch) for arch in ARCHS}
+    names = {v.name for variants in listed.values() for v in variants}
     archs = ARCHS if arguments.all or arguments.update else QUICK
-    jobs = [(i, arch) for i, v in enumerate(variants) if arguments.only in v.name for arch in archs]
+    jobs = [
+        (i, arch)
+        for arch in archs
+        for i, variant in enumerate(listed[arch])
+        if arguments.only in variant.name
+    ]
     start = time.perf_counter()
     with _cache(arguments.cache):
         results = list(_measure_all(arguments.variants, jobs))
@@ -92,7 +97,7 @@ def _measure_alone(module: str, index: int, arch: int) -> Reading | Refusal:
         try:
             return pool.submit(compile.measure, module, index, arch).result()
         except BrokenProcessPool:
-            name = compile.variants(module)[index].name
+            name = compile.variants(module, arch)[index].name
             return Refusal(name, arch, "the compiler crashed")
 
 

@@ -74,27 +74,27 @@ def bucket(tokens: int) -> int:
 def gemm_config(key: GroupKey, tokens: int, arch: int) -> GemmConfig:
     """The table's, or the rule's."""
     found = table(arch).get(str(key), {}).get(str(bucket(tokens)))
-    return GemmConfig(**found) if found else rule(key, tokens)
+    return GemmConfig(**found) if found else rule(key, tokens, arch)
 
 
-def rule(key: GroupKey, tokens: int) -> GemmConfig:
+def rule(key: GroupKey, tokens: int, arch: int) -> GemmConfig:
     """Without a measurement: small token tiles while the weights' bytes are the cost, then square
-    ones; enough tiles to fill the machine by halving rows, then by sharing out the sum."""
-    many = bucket(tokens)
+    ones. Before sm_90 the matrix instruction's operands are all registers, and tiles half as large
+    are what fits without spilling."""
+    many, hopper = bucket(tokens), arch >= 90
+    wide = key.gated or key.out_features >= 16384
     deep = min(128, key.group_size) if key.format == "int4" else 128
-    if key.format == "dense":
-        deep = 64
     if many <= 32:
         bm = 8 if many <= 8 else 16 if many <= 16 else 32
-        wide = key.out_features >= 16384 or key.gated
-        stages = 4 if key.format != "dense" else 5
-        return GemmConfig(bm, 128 if wide else 64, deep, 1, "sums", 4, stages)
+        if key.format == "dense":
+            return GemmConfig(bm, 128 if wide else 64, 64, 1, "sums", 4, 5 if hopper else 4)
+        return GemmConfig(bm, 128 if wide else 64, deep, 1, "sums", 4 if hopper or not wide else 8)
+    deep = 64 if key.format == "dense" else deep
     if many <= 64:
-        wide = key.out_features >= 16384 or key.gated
         if wide:
             return GemmConfig(64, 128, deep, 1, "after", 8, 3)
         return GemmConfig(64, 64, deep, 1, "after", 4, 3)
-    return GemmConfig(128, 128, deep, 1, "after", 8, 3)
+    return GemmConfig(128, 128 if hopper else 64, deep, 1, "after", 8, 3)
 
 
 def aux_config(tokens: int, in_features: int) -> AuxConfig:

@@ -22,5 +22,16 @@ def launch(
     if interpreted():
         kernel[grid](*arguments, **constants)
         return
-    options = {"launch_pdl": True} if pdl else {}
-    kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages, **options)
+    kernel[grid](*arguments, **constants, **launch_options(num_warps, num_stages, pdl))
+
+
+def launch_options(num_warps: int, num_stages: int, pdl: bool) -> dict[str, Any]:
+    """What Triton compiles a launch with."""
+    options: dict[str, Any] = {
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        "enable_fp_fusion": True,  # said, because Triton's default is about to change
+    }
+    if pdl:
+        options["launch_pdl"] = True
+    return options

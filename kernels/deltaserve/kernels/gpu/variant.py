@@ -27,3 +27,11 @@ class Variant:
     num_stages: int
     weights: int = 0
     pdl: bool = False
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for variants that compile to the same machine code."""
+        constants = tuple(sorted((k, str(v)) for k, v in self.constants.items()))
+        signature = tuple(sorted(self.signature.items()))
+        options = (self.num_warps, self.num_stages, self.pdl)
+        return self.kernel.fn.__name__, signature, constants, self.aligned, options

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from deltaserve.kernels.attention import variants as attention
 from deltaserve.kernels.gpu import aux, gemm, inputs
 from deltaserve.kernels.gpu.aux_kernel import aux_kernel
 from deltaserve.kernels.gpu.config import AuxConfig, GemmConfig, GroupKey, aux_config, gemm_config
@@ -78,8 +79,9 @@ def gemm_variant(
 def aux_variant(spec: GroupSpec, config: AuxConfig, tokens: int, pdl: bool = True) -> Variant:
     constants = {**aux.constants(spec.group, config, tokens, pdl), "PACKED": True}
     columns = "*i16" if spec.in_features <= 1 << 16 else "*i32"
+    name = f"aux {spec.name} {config.block} of {tokens} tokens by {config.gathers}"
     return _variant(
-        f"aux {spec.name} {config.block} tokens", aux_kernel, constants, spec.dtype,
+        name, aux_kernel, constants, spec.dtype,
         config.num_warps, config.num_stages, {"arena_column": columns}, pdl=pdl,
     )  # fmt: skip
 
@@ -94,15 +96,16 @@ def inputs_variant(
         sums=sums, scaled=scaled, turned=turned, pdl=pdl,
     )  # fmt: skip
     flags = [n for n, on in (("sums", sums), ("scaled", scaled), ("turned", turned)) if on]
+    name = f"inputs {spec.name} {tokens} tokens {' '.join(flags)}"
     return _variant(
-        f"inputs {spec.name} {' '.join(flags)}", inputs_kernel, constants, spec.dtype, 4, 1, {},
+        name, inputs_kernel, constants, spec.dtype, 4, 1, {},
         pdl=pdl,
     )  # fmt: skip
 
 
 def of_group(spec: GroupSpec, buckets: Sequence[int], arch: int) -> Iterator[Variant]:
     """What a group needs for these numbers of tokens, with adapters and without."""
-    seen: set[str] = set()
+    seen: set[tuple[object, ...]] = set()
     for bucket in buckets:
         config = gemm_config(spec.key, bucket, arch)
         own = aux_config(bucket, spec.in_features)
@@ -112,11 +115,16 @@ def of_group(spec: GroupSpec, buckets: Sequence[int], arch: int) -> Iterator[Var
             gemm_variant(spec, config, max(config.bm, 16), 0),
             gemm_variant(spec, config, tokens, own.h_split),
             aux_variant(spec, own, tokens),
-            inputs_variant(spec, tokens, step, True, own.gathers > 1),
         ]
+        for scaled in (False, True):
+            for turned in (False, True) if own.gathers > 1 else (False,):
+                if step or scaled or turned:
+                    found.append(inputs_variant(spec, tokens, step, scaled, turned))
+        if step and tokens != max(config.bm, 16):
+            found.append(inputs_variant(spec, max(config.bm, 16), step, False, False))
         for variant in found:
-            if variant.name not in seen:
-                seen.add(variant.name)
+            if variant.identity not in seen:
+                seen.add(variant.identity)
                 yield variant
 
 
@@ -131,17 +139,27 @@ def llama_8b(format: str) -> list[GroupSpec]:
 
 
 def all_variants(arch: int = 90) -> list[Variant]:
-    """What the compile gate checks: one layer in int4 at every tile size, the other formats on one
-    group, a model with small groups of 64 and biases."""
-    found: list[Variant] = []
-    for spec in llama_8b("int4"):
-        found += of_group(spec, (1, 16, 64, 256), arch)
+    """What the compile gate checks: int4 at every tile size, the other formats, small groups of
+    weights with a bias, whatever an adapter needs, attention."""
+    qkv, _, gate_up, down = llama_8b("int4")
+    found = [v for v in of_group(qkv, (1, 16, 64, 256), arch) if v.kernel is not inputs_kernel]
+    found.append(inputs_variant(qkv, 16, 128, True, True))
+    found += _gemms(gate_up, (1, 16, 64, 256), arch)
+    found += _gemms(down, (16, 256), arch)
     for format in ("int8", "fp8", "dense"):
-        found += of_group(llama_8b(format)[0], (16, 64, 256), arch)
+        found += _gemms(llama_8b(format)[0], (16, 256), arch)
     small = GroupSpec("qkv g64 bias", "int4", 2048, (2048, 512, 512), 64, bias=True)
-    found += of_group(small, (16, 64), arch)
-    unique = {variant.name: variant for variant in found}
-    return list(unique.values())
+    found += _gemms(small, (16, 64), arch)
+    found += attention.variants(32, 8, 128, 128)
+    found += attention.variants(8, 4, 256, 256, windowed=(True,), softcap=True)
+    found += attention.variants(64, 8, 64, 64, windowed=(True,), sinks=torch.bfloat16)
+    return found
+
+
+def _gemms(spec: GroupSpec, buckets: Sequence[int], arch: int) -> Iterator[Variant]:
+    """Those of `of_group` that depend on the base's format, in their larger form."""
+    found = (v for v in of_group(spec, buckets, arch) if v.kernel is gemm_kernel)
+    return (v for v in found if v.constants["ADAPTERS"])
 
 
 def _variant(
