@@ -70,7 +70,7 @@ def primitive_delta(primitive: Primitive, x: Tensor, out: int) -> Tensor:
             total += (x @ signs(plane.to(x.device), x.shape[1]).double().T) * move(scale)
         return total
     if isinstance(primitive, SparseCsr):
-        return x @ dense(primitive, out, x.shape[1]).to(x.device).double().T
+        return x @ dense(primitive, out, x.shape[1]).double().T
     raise TypeError(f"{type(primitive).__name__} is not timed")
 
 
@@ -84,10 +84,10 @@ def signs(packed: Tensor, in_features: int) -> Tensor:
 
 
 def dense(primitive: SparseCsr, out: int, in_features: int) -> Tensor:
-    """float32 [out, in]."""
-    rows = torch.repeat_interleave(torch.arange(out), primitive.indptr.diff())
-    full = torch.zeros(out, in_features)
-    full[rows, primitive.indices.long()] = primitive.values.float()
+    """float32 [out, in] on the device."""
+    rows = torch.repeat_interleave(torch.arange(out), primitive.indptr.diff()).to(DEVICE)
+    full = torch.zeros(out, in_features, device=DEVICE)
+    full[rows, primitive.indices.long().to(DEVICE)] = primitive.values.float().to(DEVICE)
     return full
 
 
