@@ -91,8 +91,8 @@ def test_the_table_comes_before_the_rule(tmp_path: object, monkeypatch: pytest.M
     monkeypatch.setattr(config, "FOLDER", tmp_path)
     config.table.cache_clear()
     assert config.gemm_config(key, 13, 77) == mine
-    assert config.gemm_config(key, 17, 77) == config.rule(key, 17)
-    assert config.gemm_config(key, 13, 78) == config.rule(key, 13)
+    assert config.gemm_config(key, 17, 77) == config.rule(key, 17, 77)
+    assert config.gemm_config(key, 13, 78) == config.rule(key, 13, 78)
     config.table.cache_clear()
 
 

@@ -146,6 +146,35 @@ def inspect(
         console.print(f"{name}  {tensor['dtype']} {tensor['shape']}", highlight=False, markup=False)
 
 
+@app.command()
+def tune(
+    base: Annotated[Path, typer.Option(help="Checkpoint folder of the base model.")],
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    quantize: Annotated[str, typer.Option(help="The base's weights: none, int8, int4.")] = "int4",
+    group_size: Annotated[int, typer.Option(help="Inputs that share an int4 scale.")] = 128,
+    tokens: Annotated[
+        str, typer.Option(help="Numbers of tokens in a step, or all.")
+    ] = "1,8,16,32,64,128,256",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the table; the user's cache if left out.")
+    ] = None,
+    allow_untested: Annotated[
+        bool, typer.Option(help="Also architectures that the test suite does not cover.")
+    ] = False,
+) -> None:
+    """Measure how to cut the base's products on this GPU; serving uses what is found.
+
+    No weights are read: random ones of the model's shapes take as long.
+    """
+    from deltaserve.server.model.errors import ModelError
+    from deltaserve.server.tune import TuneError, run
+
+    try:
+        run(base, dtype, quantize, group_size, tokens, out, allow_untested)
+    except (TuneError, ModelError) as error:
+        _fail(str(error))
+
+
 def _fail(message: str) -> NoReturn:
     """Say what is wrong and exit with code 2."""
     print(f"deltaserve: {message}", file=sys.stderr)

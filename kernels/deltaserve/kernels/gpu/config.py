@@ -1,8 +1,9 @@
 """How kernels are cut: from the committed table of the GPU's architecture, else by one rule.
 
-Nothing is tuned while serving. `deltaserve tune` measures and writes a table; configs/sm_90.json
-and its neighbours are read once. A table's keys are "format group in out[ gated]", then the token
-bucket; its values the fields of `GemmConfig`.
+Nothing is tuned while serving. `deltaserve tune` measures and writes a table, sm_90.json and the
+like, to the user's cache folder, which comes before the committed ones in configs/; tables are
+read once. Their keys are "format group in out[ gated]", then the token bucket; their values the
+fields of `GemmConfig`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from deltaserve.kernels.cache import folder as cache_folder
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 """What numbers of tokens are rounded up to, for tables and graphs; above, to multiples of 256."""
@@ -111,23 +114,30 @@ def aux_config(tokens: int, in_features: int) -> AuxConfig:
 
 @cache
 def table(arch: int) -> dict[str, dict[str, dict[str, Any]]]:
-    """The committed measurements for an architecture; empty if there are none."""
-    path = FOLDER / f"sm_{arch}.json"
-    if not path.exists():
-        return {}
-    found: dict[str, dict[str, dict[str, Any]]] = json.loads(path.read_text())["gemm"]
+    """The measurements for an architecture, the user's over the committed ones."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for folder in (FOLDER, user_folder()):
+        path = folder / f"sm_{arch}.json"
+        if path.exists():
+            for key, by_tokens in json.loads(path.read_text())["gemm"].items():
+                found.setdefault(key, {}).update(by_tokens)
     return found
+
+
+def user_folder() -> Path:
+    """Where `deltaserve tune` writes."""
+    return cache_folder() / "configs"
 
 
 def write_table(
     arch: int, found: dict[GroupKey, dict[int, GemmConfig]], about: dict[str, str], folder: Path
 ) -> Path:
-    """Writes measurements where `table` looks for them; about: GPU, versions, date."""
+    """Adds measurements to a table; about: GPU, versions, date of these."""
     path = folder / f"sm_{arch}.json"
-    gemm = {
-        str(key): {str(tokens): asdict(config) for tokens, config in sorted(by.items())}
-        for key, by in found.items()
-    }
+    gemm = json.loads(path.read_text())["gemm"] if path.exists() else {}
+    for key, by in found.items():
+        new = {str(tokens): asdict(config) for tokens, config in sorted(by.items())}
+        gemm[str(key)] = {**gemm.get(str(key), {}), **new}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"about": about, "gemm": gemm}, indent=1) + "\n")
     return path

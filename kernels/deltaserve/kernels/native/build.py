@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from deltaserve.kernels import cache
+
 SOURCES = Path(__file__).parent
 FLAGS = (
     "-O3",
@@ -37,7 +39,7 @@ def build() -> Path:
     """
     compiler = _compiler()
     flags = (*FLAGS, *_native_flags())
-    target = _cache() / f"kernels-{_key(compiler, flags)}.so"
+    target = cache.folder() / f"kernels-{_key(compiler, flags)}.so"
     if target.exists():
         return target
     try:
@@ -83,13 +85,6 @@ def _native_flags() -> tuple[str, ...]:
         # GCC would use 256-bit vectors on some processors that do 512-bit ones as fast.
         return ("-march=native", "-mprefer-vector-width=512")
     return ("-mcpu=native",)
-
-
-def _cache() -> Path:
-    own = os.environ.get("DELTASERVE_CACHE")
-    if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltaserve"
 
 
 def _key(compiler: str, flags: Sequence[str]) -> str:

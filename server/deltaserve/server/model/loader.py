@@ -44,6 +44,15 @@ READ, ASSEMBLE, DIGEST = 0.02, 0.6, 0.8
 
 
 @dataclass(frozen=True, slots=True)
+class LinearShape:
+    """Linears that are computed as one. bits: of their weights, None if they are dense."""
+
+    in_features: int
+    parts: tuple[int, ...]
+    bits: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class _Skeleton:
     """What is known of the model before any weight is read."""
 
@@ -125,6 +134,31 @@ def load(
         model=model,
         modules=modules,
     )
+
+
+def linear_shapes(
+    path: str | Path,
+    *,
+    dtype: torch.dtype,
+    quantize: Quantize = "none",
+    group_size: int | None = None,
+    allow_untested: bool = False,
+) -> list[LinearShape]:
+    """The model's distinct groups of linears, as `load` would hold them; no weight is read.
+
+    Raises what `load` raises.
+    """
+    _check_options(dtype, quantize, "float", group_size)
+    skeleton = _skeleton(_folder(Path(path)), dtype, None, allow_untested)
+    schemes = _schemes(skeleton, dtype, quantize, group_size, "float", True)
+    found: dict[LinearShape, None] = {}
+    for names in skeleton.report.groups:
+        modules = [skeleton.modules[name] for name in names]
+        scheme = schemes.get(names[0])
+        bits = None if scheme is None else scheme.bits
+        parts = tuple(m.out_features for m in modules)
+        found[LinearShape(modules[0].in_features, parts, bits)] = None
+    return list(found)
 
 
 def _check_options(
