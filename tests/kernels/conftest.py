@@ -1,5 +1,6 @@
 """Lets the tests here import their neighbours, which pytest's importlib mode does not."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,11 @@ import torch
 from deltaserve.kernels.native.library import library
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreter
+
+    interpreter.complete()
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,4 @@
-"""A group of linears on the GPU, or in Triton's interpreter, with what it should give in float64.
-
-The interpreter computes with bfloat16 wrongly: there, float32 and float16 stand in."""
+"""A group of linears on the GPU, or in the interpreter, with what it should give in float64."""
 
 from __future__ import annotations
 
@@ -11,14 +9,12 @@ from kernel_oracle import relative_error, served
 from torch import Tensor
 
 from deltaserve.kernels.gpu.base import GpuLinear, make_linear
-from deltaserve.kernels.gpu.device import default_device, interpreted
+from deltaserve.kernels.gpu.device import default_device
 from deltaserve.kernels.gpu.linear import GpuLinearDeltas
 from deltaserve.kernels.primitives import Primitive
 from deltaserve.kernels.segments import Segments
 
-DTYPES = (torch.float32, torch.float16)
-if not interpreted():
-    DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 
 MIXED = Segments(

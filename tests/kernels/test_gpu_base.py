@@ -9,6 +9,7 @@ from kernel_oracle import relative_error
 
 from deltaserve.kernels.base import dequantize, words
 from deltaserve.kernels.bit.words import pack_signs
+from deltaserve.kernels.gpu import device
 from deltaserve.kernels.gpu.base import GpuLinear, concat, make_linear
 from deltaserve.kernels.gpu.device import default_device
 from deltaserve.kernels.primitives import pack_signs as pack_bits
@@ -40,7 +41,16 @@ def test_where_a_weight_lies_in_its_word() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("out, inner", [(100, 37), (37, 200), (1, 1), (192, 256)])
 @pytest.mark.parametrize("format", FORMATS)
-def test_product(format: str, out: int, inner: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("packs", (True, False), ids=("packed", "plain"))
+def test_product(
+    packs: bool,
+    format: str,
+    out: int,
+    inner: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(device, "packs", lambda: packs)
     bias = torch.randn(out) if inner != 200 else None
     linear = make_linear(torch.randn(out, inner), bias, dtype=dtype, quantize=format)
     weight = linear.weight().cpu().double()
@@ -93,7 +103,9 @@ def test_held_rebuilds_the_linear_and_concat_joins(format: str) -> None:
     assert concat(parts[:1]) is parts[0]
 
 
-def test_fp8_is_exact_for_every_number_of_the_format() -> None:
+@pytest.mark.parametrize("packs", (True, False), ids=("packed", "plain"))
+def test_every_number_of_a_format_is_exact(packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "packs", lambda: packs)
     bits = torch.arange(256, dtype=torch.uint8)
     finite = bits.view(torch.float8_e4m3fn).float().isfinite()
     q = torch.where(finite, bits, torch.zeros_like(bits)).reshape(8, 32)
@@ -101,6 +113,9 @@ def test_fp8_is_exact_for_every_number_of_the_format() -> None:
         linear = GpuLinear({"q": q, "scale": torch.ones(8)}, "fp8", dtype)
         y = linear(torch.eye(32).to(linear.device, dtype))
         assert torch.equal(y.T.float().cpu(), q.view(torch.float8_e4m3fn).float())
+        q8 = torch.arange(-128, 128).to(torch.int8).reshape(8, 32)
+        linear = GpuLinear({"q": q8, "scale": torch.ones(8)}, "int8", dtype)
+        assert torch.equal(linear(torch.eye(32).to(linear.device, dtype)).T.cpu(), q8.to(dtype))
 
 
 def test_bytes_are_those_of_the_format() -> None:

@@ -56,5 +56,5 @@ def constants(group: Group, aux: AuxConfig, tokens: int, pdl: bool) -> dict[str,
         N=sum(group.out_features), K=group.in_features, DT=gpu.unpacked_type(group.dtype),
         BM=aux.block, TOKENS=tokens, ROWS=aux.rows, BK_SHRINK=aux.bk_shrink,
         H_SPLIT=aux.h_split, BN=64, BK_BIT=aux.bk_bit, BT=aux.gathers, C=sell.ROWS,
-        DEPTH=DEPTH, EVEN_K=group.in_features % 256 == 0, PACKED=not gpu.interpreted(), PDL=pdl,
+        DEPTH=DEPTH, EVEN_K=group.in_features % 256 == 0, PACKED=gpu.packs(), PDL=pdl,
     )  # fmt: skip

@@ -97,13 +97,15 @@ def rule(key: GroupKey, tokens: int, arch: int) -> GemmConfig:
         if wide:
             return GemmConfig(64, 128, deep, 1, "after", 8, 3)
         return GemmConfig(64, 64, deep, 1, "after", 4, 3)
-    return GemmConfig(128, 128 if hopper else 64, deep, 1, "after", 8, 3)
+    if hopper:
+        return GemmConfig(128, 128, deep, 1, "after", 8, 3)
+    return GemmConfig(128, 64, deep if key.format == "int4" else 64, 1, "after", 8, 3)
 
 
-def aux_config(tokens: int, in_features: int) -> AuxConfig:
+def aux_config(tokens: int, in_features: int, arch: int) -> AuxConfig:
     """By rule: what decides is how few tokens there are."""
     many = bucket(tokens)
-    bits = 256 if -(-in_features // 128) % 2 == 0 else 128
+    bits = 256 if arch >= 90 and -(-in_features // 128) % 2 == 0 else 128
     gathers = 1 if many <= 2 else 8
     if many <= 16:
         return AuxConfig(16, h_split=4, bk_bit=bits, gathers=gathers)

@@ -24,6 +24,11 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def packs() -> bool:
+    """Whether pairs are unpacked by PTX instructions, which the interpreter has not got."""
+    return not interpreted()
+
+
 def unpacked_type(dtype: torch.dtype) -> tl.dtype:
     """The type that weights of a few bits are unpacked to, for inputs of `dtype`."""
     return tl.bfloat16 if dtype == torch.bfloat16 else tl.float16

@@ -133,7 +133,7 @@ def constants(
         EVEN_N=all(n % rows == 0 for n in parts),
         EVEN_K=key.in_features % (config.bk * config.split_k) == 0,
         HAS_BIAS=bias, RESIDUAL=residual, ADAPTERS=h_split > 0,
-        PACKED=not gpu.interpreted(), PDL=pdl,
+        PACKED=gpu.packs(), PDL=pdl,
     )  # fmt: skip
 
 

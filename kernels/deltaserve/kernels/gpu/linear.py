@@ -91,7 +91,7 @@ class GpuLinearDeltas:
         """The step's tables on the device. limits: room for other steps of as many tokens, whose
         tables `replan` puts at the same addresses."""
         config = config or choose(base.weights, segments.tokens, gated)
-        aux = aux or aux_config(segments.tokens, self.group.in_features)
+        aux = aux or aux_config(segments.tokens, self.group.in_features, gpu.arch(self.device))
         tiling = Tiling(
             tokens=max(config.bm, aux.block, 16),
             block=aux.block,
@@ -145,6 +145,11 @@ class GpuLinearDeltas:
         output = output or Output()
         weights, parts, space = base.weights, self.group.out_features, self.workspace
         config = config or choose(weights, len(x), output.activation is not None)
+        if plan is not None and (len(x) != plan.tokens or plan.tiling.tokens % config.bm):
+            raise ValueError(
+                f"x has {len(x)} tokens and {config} tiles of {config.bm}; the plan was made for "
+                f"{plan.tokens} in tiles of {plan.tiling.tokens}"
+            )
         inputs = run_inputs(x, weights, plan, config, len(parts), self.arena, space)
         h = planes = space.take("nothing", 1)
         if plan is not None:

@@ -108,7 +108,7 @@ def of_group(spec: GroupSpec, buckets: Sequence[int], arch: int) -> Iterator[Var
     seen: set[tuple[object, ...]] = set()
     for bucket in buckets:
         config = gemm_config(spec.key, bucket, arch)
-        own = aux_config(bucket, spec.in_features)
+        own = aux_config(bucket, spec.in_features, arch)
         tokens = max(config.bm, own.block, 16)
         step = config.bk if spec.format == "int4" and config.how == "sums" else 0
         found = [
