@@ -33,9 +33,14 @@ def test_where_a_weight_lies_in_its_word() -> None:
     assert nibbles[1, 2, 1] == 5 << 4 and nibbles.count_nonzero() == 1
     octets = words.pack_bytes(q)
     assert octets[2, 2, 1] == 5 << 8 and octets.count_nonzero() == 1
-    signs = pack_signs(pack_bits(q == 0)[None], 128)
-    assert signs.shape == (1, 1, 64, 4)
-    assert signs[0, 0, 2, 1] == 1 << 10 and signs[0, 0, :3].count_nonzero() == 1
+    # Pair 2 s + half = 5 of bf16 is bit 14, shifted by 2: of rows of -1, the one +1 is a set bit;
+    # pair 4 is bit 15 shifted by 2, where a set bit means -1.
+    signs = pack_signs(pack_bits(q > 0)[None], 128, torch.bfloat16)
+    assert signs.shape == (1, 1, 128, 4)
+    assert (signs[0, 0, 2, 1] ^ signs[0, 0, 2, 0]) == 1 << 12
+    q[2, 42], q[2, 34] = 0, 5
+    signs = pack_signs(pack_bits(q > 0)[None], 128, torch.bfloat16)
+    assert (signs[0, 0, 2, 1] ^ signs[0, 0, 2, 0]) == 1 << 13 and signs[0, 0, 2, 0] >> 13 & 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

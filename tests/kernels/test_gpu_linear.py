@@ -120,7 +120,7 @@ def test_one_input_for_all_parts_is_scaled_once() -> None:
     adapters = {1: {0: (factor,), 1: (Scale(input=factor.input),)}}
     rig = GpuRig(40, (33, 20), torch.float32, adapters)
     segments = Segments([(1, 3, ((1, 0.5),))], 4)
-    assert not rig.deltas.plan(segments, rig.base).apart
+    assert not rig.deltas.plan(segments, rig.base).uses.apart
     rig.check(segments)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gpu_rig import GpuRig
@@ -10,10 +12,19 @@ from torch import Tensor
 
 from deltaserve.kernels.gpu import config
 from deltaserve.kernels.gpu.config import GemmConfig, GroupKey
+from deltaserve.kernels.gpu.plan import Uses
 from deltaserve.kernels.gpu.step import Limits, StepPlan, StepTooLarge
 from deltaserve.kernels.segments import Segments
 
-LIMITS = Limits(width=160, planes=8, items=600, pages=64, vectors=32, entries=32, apart=True)
+LIMITS = Limits(
+    width=160,
+    planes=8,
+    items=600,
+    pages=64,
+    vectors=32,
+    entries=32,
+    uses=Uses(True, True, True, True),
+)
 
 STEPS = {
     "nothing": [],
@@ -74,8 +85,12 @@ def test_a_step_that_does_not_fit_is_refused_by_name(field: str) -> None:
 def test_inputs_that_the_plan_was_made_without() -> None:
     own = rig()
     fields = {name: getattr(LIMITS, name) for name in Limits.__slots__}
-    for missing, step in (("scaled", (0, 1, ((6, 1.0),))), ("turned", (0, 3, ((3, 1.0),)))):
-        limits = Limits(**{**fields, missing: False, "apart": False})
+    steps = {"scaled": 6, "turned": 3, "biased": 2}
+    for missing, slot in steps.items():
+        step = (0, 3, ((slot, 1.0),))
+        limits = Limits(
+            **{**fields, "uses": replace(Uses(True, True, True, True), **{missing: False})}
+        )
         plan = own.deltas.plan(Segments([], 12), own.base, limits=limits)
         with pytest.raises(StepTooLarge, match=missing):
             own.deltas.replan(plan, Segments([step], 12))

@@ -9,45 +9,92 @@ import triton.language as tl
 
 from deltaserve.kernels.base.kernel import bits_over, halves, over
 
-SIGNS_BF16 = bits_over(0x80008000, 0x3F803F80)
-SIGNS_F16 = bits_over(0x80008000, 0x3C003C00)
+# What a bit of a word becomes (bit/words.py): the bit over a base number.
+BF16_15 = bits_over(0x80008000, 0x3F803F80)
+BF16_6 = bits_over(0x00400040, 0x40804080)
+BF16_5 = bits_over(0x00200020, 0x41004100)
+F16_15 = bits_over(0x80008000, 0x3C003C00)
+F16_9 = bits_over(0x02000200, 0x44004400)
+F16_8 = bits_over(0x01000100, 0x48004800)
+
+
+@triton.jit
+def sign(w, PACKED: tl.constexpr, ASM: tl.constexpr, MASK: tl.constexpr, BASE: tl.constexpr):
+    """Pairs from one bit of the words' halves."""
+    if PACKED:
+        p = over(w, ASM)
+    else:
+        p = (w & MASK) | BASE
+    return p
 
 
 @triton.jit
 def signs(w, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PACKED: tl.constexpr):
-    """[BN, BK / 32] words -> [BN, BK] of +1 and -1: the sign bits over a one."""
-    w = tl.reshape(w, (BN, BK // 128, 4, 1))
-    w = w << tl.arange(0, 16)[None, None, None, :]
-    if PACKED:
-        if DT == tl.bfloat16:
-            p = over(w, SIGNS_BF16)
-        else:
-            p = over(w, SIGNS_F16)
+    """[BN, BK / 32] words -> [BN, BK] of a column's constant plus or minus 1."""
+    w = tl.reshape(w, (BN, BK // 128, 4))
+    a, b, c, d = w << 2, w << 4, w << 6, w << 8
+    if DT == tl.bfloat16:
+        p0 = sign(w, PACKED, BF16_15, -2147450880, 0x3F803F80)
+        p2 = sign(w, PACKED, BF16_6, 0x00400040, 0x40804080)
+        p3 = sign(w, PACKED, BF16_5, 0x00200020, 0x41004100)
+        p4 = sign(a, PACKED, BF16_15, -2147450880, 0x3F803F80)
+        p6 = sign(a, PACKED, BF16_6, 0x00400040, 0x40804080)
+        p7 = sign(a, PACKED, BF16_5, 0x00200020, 0x41004100)
+        p8 = sign(b, PACKED, BF16_15, -2147450880, 0x3F803F80)
+        p10 = sign(b, PACKED, BF16_6, 0x00400040, 0x40804080)
+        p11 = sign(b, PACKED, BF16_5, 0x00200020, 0x41004100)
+        p12 = sign(c, PACKED, BF16_15, -2147450880, 0x3F803F80)
+        p13 = c & 0x40004000
+        p14 = sign(c, PACKED, BF16_6, 0x00400040, 0x40804080)
+        p15 = sign(d, PACKED, BF16_15, -2147450880, 0x3F803F80)
     else:
-        p = (w & -2147450880) | (0x3F803F80 if DT == tl.bfloat16 else 0x3C003C00)
-    b = tl.reshape(halves(p, DT), (BN, BK // 128, 4, 8, 2, 2))  # n, c, L, s, half, e
-    return tl.reshape(tl.permute(b, (0, 1, 3, 4, 2, 5)), (BN, BK))
+        p0 = sign(w, PACKED, F16_15, -2147450880, 0x3C003C00)
+        p2 = sign(w, PACKED, F16_9, 0x02000200, 0x44004400)
+        p3 = sign(w, PACKED, F16_8, 0x01000100, 0x48004800)
+        p4 = sign(a, PACKED, F16_15, -2147450880, 0x3C003C00)
+        p6 = sign(a, PACKED, F16_9, 0x02000200, 0x44004400)
+        p7 = sign(a, PACKED, F16_8, 0x01000100, 0x48004800)
+        p8 = sign(b, PACKED, F16_15, -2147450880, 0x3C003C00)
+        p10 = sign(b, PACKED, F16_9, 0x02000200, 0x44004400)
+        p11 = sign(b, PACKED, F16_8, 0x01000100, 0x48004800)
+        p12 = sign(c, PACKED, F16_9, 0x02000200, 0x44004400)
+        p13 = sign(c, PACKED, F16_8, 0x01000100, 0x48004800)
+        p14 = sign(d, PACKED, F16_9, 0x02000200, 0x44004400)
+        p15 = sign(d, PACKED, F16_8, 0x01000100, 0x48004800)
+    p1, p5, p9 = w & 0x40004000, a & 0x40004000, b & 0x40004000
+    # Each join is a new last axis: of pair 8 q + 4 r + 2 t + half, first half, then t, r, q.
+    t0 = tl.join(tl.join(p0, p1), tl.join(p2, p3))
+    t1 = tl.join(tl.join(p4, p5), tl.join(p6, p7))
+    t2 = tl.join(tl.join(p8, p9), tl.join(p10, p11))
+    t3 = tl.join(tl.join(p12, p13), tl.join(p14, p15))
+    p = tl.join(tl.join(t0, t1), tl.join(t2, t3))
+    v = halves(p, DT)  # n, c, L, half, t, r, q, e
+    return tl.reshape(tl.permute(v, (0, 1, 6, 5, 4, 3, 2, 7)), (BN, BK))
 
 
 @triton.jit
 def bit_tile(
-    x, arena_int, arena_float, planes, entries, strengths,
+    x, biases, arena_int, arena_float, planes, entries, strengths,
     m0, count, first, last, n0, column, out_features, k_from, k_to, plane, M, MP,
     N: tl.constexpr, K: tl.constexpr, DT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, EVEN_K: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One work item: BN rows from n0 of a module, `count` tokens from m0 that have the same
     adapters, the entries first..last, over the columns k_from..k_to; written to one plane of ready
-    deltas. An entry is (words, scales, number of sign planes, -), offsets in 16 bytes."""
+    deltas. An entry is (words, scales, number of sign planes, -), offsets in 16 bytes. biases:
+    float32 [in / 128, MP], each token's sums of x times the columns' constants."""
     X: tl.constexpr = x.dtype.element_ty
     KP: tl.constexpr = (K + 127) // 128
-    rows = (out_features + 63) // 64 * 64
+    rows = (out_features + 127) // 128 * 128
     i = tl.arange(0, BM)
     m = m0 + i
     n = n0 + tl.arange(0, BN)
     at = tl.arange(0, BK)
     w_at = tl.arange(0, BK // 32)
     total = tl.zeros((BN, BM), tl.float32)
+    bias = tl.zeros((BM,), tl.float32)
+    for k in range(k_from // 128, (k_to + 127) // 128):
+        bias += tl.load(biases + k * MP + m, mask=i < count, other=0.0)
     for e in tl.range(first, last, disable_licm=True):
         words = arena_int + tl.load(entries + e * 4).to(tl.int64) * 4
         scales = arena_float + tl.load(entries + e * 4 + 1).to(tl.int64) * 4
@@ -67,7 +114,8 @@ def bit_tile(
                 xt = tl.load(x + m[:, None] * K + (k + at)[None, :], mask=seen, other=0.0)
                 b = signs(w, BN, BK, DT, PACKED).to(X)
                 acc = tl.dot(b, tl.trans(xt), acc, input_precision="ieee")
-            total += acc * (strength * tl.load(scales + p * rows + n))[:, None]
+            factor = strength * tl.load(scales + p * rows + n)
+            total += (acc - bias[None, :]) * factor[:, None]
     own = (i < count)[None, :] & (n < out_features)[:, None]
     place = planes + (plane * MP + m)[None, :].to(tl.int64) * N + (column + n)[:, None]
     tl.store(place, total, mask=own)

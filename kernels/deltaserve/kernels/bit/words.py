@@ -1,8 +1,14 @@
 """The order of sign bits that the Triton kernel reads: base/words.py's, one bit a weight.
 
-A word holds one lane's share of 128 columns: pair j = 2 s + half of slice s has its even column at
-bit 15 - j and its odd one at bit 31 - j, so one shift brings a pair to the two sign bits of a
-packed word. A set bit means -1.
+A word holds one lane's share of 128 columns, a pair of columns in the same bit of its two halves.
+The kernel turns a bit into a number where it lies: over a base number, one bit of a float adds 2 to
+it, if it is the right bit. So a pair costs one instruction, and a shift serves four pairs:
+
+    bf16 bit  15: 1 or -1    14: 0 or 2     6: 4 or 6      5: 8 or 10
+    f16 bit   15: 1 or -1    14: 0 or 2     9: 4 or 6      8: 8 or 10
+
+All are a constant plus or minus 1; what the constants add up to, a number per token, is taken away
+at the end. PLACES gives each pair its shift and its bit; OFFSETS that bit's constant.
 """
 
 from __future__ import annotations
@@ -14,24 +20,50 @@ from torch import Tensor
 
 from deltaserve.kernels.base.words import ALIGN
 
-ROWS = 64
+ROWS = 128
 """Rows are padded to a multiple of this, the kernel's tile: its loads need no mask."""
 
+# (shift left, bit) of pair 2 s + half: slice s of 16 columns, pair half of it (base/words.py).
+PLACES = {
+    torch.bfloat16: (
+        *((0, 15), (0, 14), (0, 6), (0, 5), (2, 15), (2, 14), (2, 6), (2, 5)),
+        *((4, 15), (4, 14), (4, 6), (4, 5), (6, 15), (6, 14), (6, 6), (8, 15)),
+    ),
+    torch.float16: (
+        *((0, 15), (0, 14), (0, 9), (0, 8), (2, 15), (2, 14), (2, 9), (2, 8)),
+        *((4, 15), (4, 14), (4, 9), (4, 8), (6, 9), (6, 8), (8, 9), (8, 8)),
+    ),
+}
+OFFSETS = {15: 0.0, 14: 1.0, 6: 5.0, 9: 5.0, 5: 9.0, 8: 9.0}
 
-def pack_signs(signs: Tensor, in_features: int) -> Tensor:
+
+def places(dtype: torch.dtype) -> tuple[tuple[int, int], ...]:
+    """Those of an activation's dtype: float32 is served by float16's."""
+    return PLACES[torch.bfloat16 if dtype == torch.bfloat16 else torch.float16]
+
+
+def offsets(dtype: torch.dtype) -> Tensor:
+    """float32 [128]: the constant that each column's bits come with."""
+    by_pair = torch.tensor([OFFSETS[bit] for _, bit in places(dtype)])
+    return by_pair[torch.arange(ALIGN) // 8]
+
+
+def pack_signs(signs: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
     """uint8 [p, out, ceil(in / 8)], bit j of byte k for input 8 k + j, 1 means +1 (the layout of
-    `Bit`) -> int32 [p, in / 128, out, 4], out padded to 64 and in to 128."""
-    return torch.stack([_pack(plane, in_features) for plane in signs])
+    `Bit`) -> int32 [p, in / 128, out, 4], out padded to 128 and in to 128."""
+    return torch.stack([_pack(plane, in_features, dtype) for plane in signs])
 
 
-def _pack(plane: Tensor, in_features: int) -> Tensor:
+def _pack(plane: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
     out, nbytes = plane.shape
     width = -(-in_features // ALIGN) * ALIGN
     padded = F.pad(plane, (0, width // 8 - nbytes, 0, -out % ROWS))
     bits = np.unpackbits(padded.numpy(), axis=1, bitorder="little")
-    negative = 1 - bits.reshape(len(padded), width // ALIGN, 8, 2, 4, 2)  # n c s half L e
-    # Bit 15 - j + 16 e, j = 2 s + half: from the highest bit down, e then s then half.
-    lanes = negative.transpose(1, 0, 4, 5, 2, 3)  # c n L e s half
-    downward = lanes[:, :, :, ::-1].reshape(width // ALIGN, len(padded), 4, 32)
-    words = np.packbits(downward, axis=-1, bitorder="big").view(">u4")[..., 0]
-    return torch.from_numpy(words.astype(np.uint32).view(np.int32))
+    pairs = bits.reshape(len(padded), width // ALIGN, 16, 4, 2).transpose(
+        1, 0, 3, 4, 2
+    )  # c n L e j
+    halves = np.zeros((*pairs.shape[:4], 16), dtype=np.uint8)
+    for j, (shift, bit) in enumerate(places(dtype)):
+        halves[..., bit - shift] = 1 - pairs[..., j] if bit == 15 else pairs[..., j]
+    words = np.packbits(halves.reshape(*pairs.shape[:3], 32), axis=-1, bitorder="little")
+    return torch.from_numpy(words.view("<i4")[..., 0].astype(np.int32))

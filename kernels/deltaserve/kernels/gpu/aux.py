@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaserve.kernels.bit.words import ROWS
 from deltaserve.kernels.gpu import device as gpu
 from deltaserve.kernels.gpu.arena import Arena
 from deltaserve.kernels.gpu.aux_kernel import aux_kernel
@@ -15,7 +16,7 @@ from deltaserve.kernels.gpu.inputs import Inputs
 from deltaserve.kernels.gpu.launch import launch
 from deltaserve.kernels.gpu.step import StepPlan
 from deltaserve.kernels.gpu.workspace import Workspace
-from deltaserve.kernels.sparse import sell
+from deltaserve.kernels.sparse import panels, sell
 from deltaserve.kernels.table import Group
 
 DEPTH = 8
@@ -37,7 +38,8 @@ def run_aux(
         aux_kernel,
         (plan.programs,),
         (
-            t["items"], plan.n_items, x, inputs.turned, arena.view(x.dtype),
+            t["items"], plan.n_items, x, inputs.turned, inputs.biases,
+            arena.view(x.dtype),
             arena.view(torch.int32), arena.view(torch.float32), arena.view(column_type),
             h, planes, t["page_a"], t["page_col"], t["page_lo"], t["page_hi"], t["page_scale"],
             t["entries"], t["strengths"], x.shape[0], plan.tiles, plan.width // 8,
@@ -55,6 +57,6 @@ def constants(group: Group, aux: AuxConfig, tokens: int, pdl: bool) -> dict[str,
     return dict(
         N=sum(group.out_features), K=group.in_features, DT=gpu.unpacked_type(group.dtype),
         BM=aux.block, TOKENS=tokens, ROWS=aux.rows, BK_SHRINK=aux.bk_shrink,
-        H_SPLIT=aux.h_split, BN=64, BK_BIT=aux.bk_bit, BT=aux.gathers, C=sell.ROWS,
-        DEPTH=DEPTH, EVEN_K=group.in_features % 256 == 0, PACKED=gpu.packs(), PDL=pdl,
+        H_SPLIT=aux.h_split, BN=panels.TILE, BN_BIT=ROWS, BK_BIT=aux.bk_bit, BT=aux.gathers,
+        C=sell.ROWS, DEPTH=DEPTH, EVEN_K=group.in_features % 256 == 0, PACKED=gpu.packs(), PDL=pdl,
     )  # fmt: skip

@@ -21,13 +21,13 @@ ITEM = tl.constexpr(12)
 
 @triton.jit(do_not_specialize=["M", "TILES", "WIDTH8"])
 def aux_kernel(
-    items, n_items, x, turned, arena, arena_int, arena_float, arena_column, h, planes,
+    items, n_items, x, turned, biases, arena, arena_int, arena_float, arena_column, h, planes,
     page_a, page_col, page_lo, page_hi, page_scale, entries, strengths,
     M, TILES, WIDTH8,
     N: tl.constexpr, K: tl.constexpr, DT: tl.constexpr, BM: tl.constexpr, TOKENS: tl.constexpr,
     ROWS: tl.constexpr, BK_SHRINK: tl.constexpr, H_SPLIT: tl.constexpr, BN: tl.constexpr,
-    BK_BIT: tl.constexpr, BT: tl.constexpr, C: tl.constexpr, DEPTH: tl.constexpr,
-    EVEN_K: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr,
+    BN_BIT: tl.constexpr, BK_BIT: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
+    DEPTH: tl.constexpr, EVEN_K: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A persistent grid of any size over n_items[0] items of 12 int32 each: LoRA shrink tiles,
     1-bit tiles, sparse slices, panels. Every item writes its own place in h or in the planes, so
@@ -38,7 +38,7 @@ def aux_kernel(
         tl.extra.cuda.gdc_wait()  # x is the kernel before's
         tl.extra.cuda.gdc_launch_dependents()  # the base product may start beside this
     # disable_licm, here and in the items' own loops: what is hoisted out of loops of loops stays in
-    # registers, 240 of them instead of 155.
+    # registers, too many for a second program.
     for i in tl.range(
         tl.program_id(0), tl.load(n_items), tl.num_programs(0), num_stages=1, disable_licm=True
     ):
@@ -56,9 +56,9 @@ def aux_kernel(
         elif kind == BIT:  # b tokens from a, entries c..d, w tiles from e, columns 128 u..v
             for t in tl.range(e, e + w, disable_licm=True):
                 bit_tile(
-                    x, arena_int, arena_float, planes, entries, strengths,
-                    a, b, c, d, t * BN, f, g, u * 128, tl.minimum(v * 128, K), j,
-                    M, MP, N, K, DT, BM, BN, BK_BIT, EVEN_K, PACKED,
+                    x, biases, arena_int, arena_float, planes, entries, strengths,
+                    a, b, c, d, t * BN_BIT, f, g, u * 128, tl.minimum(v * 128, K), j,
+                    M, MP, N, K, DT, BM, BN_BIT, BK_BIT, EVEN_K, PACKED,
                 )  # fmt: skip
         elif kind == SELL:  # tokens b..c of those from BT a, entries d..e, slices u..v
             sell_tile(

@@ -89,9 +89,9 @@ def rule(key: GroupKey, tokens: int, arch: int) -> GemmConfig:
     deep = min(128, key.group_size) if key.format == "int4" else 128
     if many <= 32:
         bm = 8 if many <= 8 else 16 if many <= 16 else 32
-        if key.format == "dense":
-            return GemmConfig(bm, 128 if wide else 64, 64, 1, "sums", 4, 5 if hopper else 4)
-        return GemmConfig(bm, 128 if wide else 64, deep, 1, "sums", 4 if hopper or not wide else 8)
+        bn, bk = 128 if wide else 64, 64 if key.format == "dense" else deep
+        warps = 8 if wide and not hopper and key.format != "dense" else 4
+        return GemmConfig(bm, bn, bk, 1, "sums", warps, _stages(key, bm, bn, bk, arch))
     deep = 64 if key.format == "dense" else deep
     if many <= 64:
         if wide:
@@ -102,13 +102,32 @@ def rule(key: GroupKey, tokens: int, arch: int) -> GemmConfig:
     return GemmConfig(128, 64, deep if key.format == "int4" else 64, 1, "after", 8, 3)
 
 
+BITS = {"dense": 16, "int8": 8, "fp8": 8, "int4": 4}
+"""Of a weight."""
+
+IN_FLIGHT = 5 << 20
+"""Bytes of weights that have to be on their way for the memory to be busy: its rate times its
+latency, 4.3 TB/s and about 1 us."""
+
+
+def _stages(key: GroupKey, bm: int, bn: int, bk: int, arch: int) -> int:
+    """As many as it takes for all tiles together to keep the memory busy, within half of the
+    shared memory that a multiprocessor has."""
+    weights, x = bk * bn * BITS[key.format] // 8, bk * bm * 2
+    tiles = max(1, key.out_features // bn)
+    wanted = 1 + -(-IN_FLIGHT // (tiles * weights))
+    room = (48 if arch in (86, 89) else 80 if arch < 90 else 112) << 10
+    return max(3, min(wanted, room // (weights + x), 10))
+
+
 def aux_config(tokens: int, in_features: int, arch: int) -> AuxConfig:
     """By rule: what decides is how few tokens there are."""
     many = bucket(tokens)
     bits = 256 if arch >= 90 and -(-in_features // 128) % 2 == 0 else 128
     gathers = 1 if many <= 2 else 8
     if many <= 16:
-        return AuxConfig(16, h_split=4, bk_bit=bits, gathers=gathers)
+        stages = 4 if arch >= 90 else 3
+        return AuxConfig(16, h_split=4, bk_bit=bits, gathers=gathers, num_stages=stages)
     if many <= 32:
         return AuxConfig(32, h_split=2, bk_bit=128, gathers=gathers)
     return AuxConfig(64, h_split=1, bk_bit=128, gathers=gathers, num_warps=8)

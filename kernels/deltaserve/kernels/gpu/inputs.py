@@ -1,18 +1,21 @@
-"""What a group's launches are given beside x: scaled copies, sums over int4's steps, x turned."""
+"""The launch of inputs_kernel: what a group's launches are given beside x."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from deltaserve.kernels.bit.words import offsets
 from deltaserve.kernels.gpu import device as gpu
 from deltaserve.kernels.gpu.arena import Arena
 from deltaserve.kernels.gpu.config import GemmConfig
 from deltaserve.kernels.gpu.inputs_kernel import inputs_kernel
 from deltaserve.kernels.gpu.launch import launch
+from deltaserve.kernels.gpu.plan import Uses
 from deltaserve.kernels.gpu.step import StepPlan
 from deltaserve.kernels.gpu.weights import Weights
 from deltaserve.kernels.gpu.workspace import Workspace
@@ -24,13 +27,15 @@ BLOCK = 16
 @dataclass(frozen=True, eq=False, slots=True)
 class Inputs:
     """x: what the adapters read, [M, K]. base: what the base reads, [M, K] or [parts, M, K].
-    sums: float32 [parts or 1, groups, padded]; turned: [K, padded]. padded: tokens in whole tiles
-    of `tokens`. apart: whether base and sums have one copy per part."""
+    sums: float32 [parts or 1, steps, padded]; turned: [K, padded]; biases: float32 [K / 128,
+    padded]. padded: tokens in whole tiles of `tokens`. apart: whether base and sums have one copy
+    per part."""
 
     x: Tensor
     base: Tensor
     sums: Tensor
     turned: Tensor
+    biases: Tensor
     tiles: int
     tokens: int
     apart: bool
@@ -53,40 +58,37 @@ def run_inputs(
     count, width = x.shape
     tokens = plan.tiling.tokens if plan else max(config.bm, 16)
     tiles = plan.tiles if plan else -(-count // tokens)
-    wants_sums = weights.format == "int4" and config.how == "sums"
-    scaled, turned = plan is not None and plan.scaled, plan is not None and plan.turned
-    apart = plan is not None and plan.apart
-    copies = parts if apart else 1
-    group = config.bk if wants_sums else 128
-    groups = -(-width // group)
+    uses = plan.uses if plan else Uses()
+    step = config.bk if weights.format == "int4" and config.how == "sums" else 0
+    copies = parts if uses.apart else 1
+    chunks = -(-width // 128)
+    padded = tiles * tokens
     inputs = Inputs(
         x=x,
-        base=workspace.take("scaled", copies * x.numel(), x.dtype) if scaled else x,
-        sums=workspace.take("sums", copies * groups * tiles * tokens),
-        turned=workspace.take("turned", width * tiles * tokens if turned else 1, x.dtype),
+        base=workspace.take("scaled", copies * x.numel(), x.dtype) if uses.scaled else x,
+        sums=workspace.take("sums", copies * -(-width // step) * padded if step else 1),
+        turned=workspace.take("turned", width * padded if uses.turned else 1, x.dtype),
+        biases=workspace.take("biases", chunks * padded if uses.biased else 1),
         tiles=tiles,
         tokens=tokens,
-        apart=apart,
+        apart=uses.apart,
     )
-    if not (wants_sums or scaled or turned):
+    if not (step or uses.scaled or uses.turned or uses.biased):
         return inputs
-    tables = plan.tables if plan else {}
-    nothing = workspace.take("nothing", 1, torch.int32)
-    no_floats = workspace.take("nothing", 1)
+    t = plan.tables if plan else {}
+    ints, floats = workspace.take("nothing", 1, torch.int32), workspace.take("nothing", 1)
     pdl = gpu.overlaps(x.device)
     launch(
         inputs_kernel,
-        (tiles * tokens // BLOCK, groups, copies),
+        (padded // BLOCK, chunks, copies),
         (
-            x, inputs.base, inputs.sums, inputs.turned,
-            arena.view(torch.float32) if arena else no_floats,
-            tables.get("in_offset", nothing), tables.get("in_lo", nothing),
-            tables.get("in_hi", nothing), tables.get("in_strength", no_floats),
-            tables.get("in_bounds", nothing), count, tiles,
+            x, inputs.base, inputs.sums, inputs.turned, inputs.biases,
+            column_offsets(x.dtype, x.device) if uses.biased else floats,
+            arena.view(torch.float32) if arena else floats, t.get("in_offset", ints),
+            t.get("in_lo", ints), t.get("in_hi", ints), t.get("in_strength", floats),
+            t.get("in_bounds", ints), count, tiles,
         ),
-        constants(
-            width, parts, group, tokens, sums=wants_sums, scaled=scaled, turned=turned, pdl=pdl
-        ),
+        constants(width, parts, step, tokens, uses, pdl),
         num_warps=4,
         num_stages=1,
         pdl=pdl,
@@ -95,11 +97,16 @@ def run_inputs(
 
 
 def constants(
-    in_features: int, parts: int, group: int, tokens: int, *,
-    sums: bool, scaled: bool, turned: bool, pdl: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """The kernel's constants."""
+    in_features: int, parts: int, step: int, tokens: int, uses: Uses, pdl: bool
+) -> dict[str, Any]:
+    """The kernel's constants. step: columns of a sum, 0 for none."""
     return dict(
-        K=in_features, PARTS=parts, GROUP=group, TOKENS=tokens, BT=BLOCK, SUMS=sums,
-        SCALED=scaled, TURNED=turned, PDL=pdl,
+        K=in_features, PARTS=parts, STEP=step, TOKENS=tokens, BT=BLOCK, SCALED=uses.scaled,
+        TURNED=uses.turned, BIASED=uses.biased, PDL=pdl,
     )  # fmt: skip
+
+
+@cache
+def column_offsets(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """float32 [128], see bit/words.py."""
+    return offsets(dtype).to(device)

@@ -102,7 +102,7 @@ class GpuLinearDeltas:
             programs=4 * gpu.multiprocessors(self.device),
         )
         tiles = -(-segments.tokens // tiling.tokens)
-        apart = limits is not None and limits.apart
+        apart = limits is not None and limits.uses.apart
         tables = build(self.group, self.slots, segments, tiles, tiling, apart)
         return step.make(tables, segments.tokens, tiles, tiling, aux, self.device, limits)
 
@@ -112,7 +112,7 @@ class GpuLinearDeltas:
             raise step.StepTooLarge(
                 f"the step has {segments.tokens} tokens; the plan was made for {plan.tokens}"
             )
-        apart = plan.limits is not None and plan.apart
+        apart = plan.limits is not None and plan.uses.apart
         tables = build(self.group, self.slots, segments, plan.tiles, plan.tiling, apart)
         step.fill(plan, tables)
 

@@ -153,7 +153,7 @@ def _shared(vector: Tensor, blob: BlobWriter, known: list[tuple[Tensor, int]]) -
 def _signs(primitive: Bit, group: Group, blob: BlobWriter) -> Signs:
     scale = cast(primitive.scale, torch.float32)
     return Signs(
-        blob.add(pack_signs(primitive.signs, group.in_features)),
+        blob.add(pack_signs(primitive.signs, group.in_features, group.dtype)),
         blob.add(F.pad(scale, (0, -scale.shape[1] % ROWS))),
         scale.shape[0],
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deltaserve.kernels.gpu.config import AuxConfig
-from deltaserve.kernels.gpu.plan import Tables, Tiling
+from deltaserve.kernels.gpu.plan import Tables, Tiling, Uses
 
 ARRAYS = (
     "items", "entries", "strengths", "page_a", "page_b", "page_col", "page_lo", "page_hi",
@@ -23,6 +23,10 @@ ALIGN = 4
 """Tables start at multiples of 16 bytes."""
 
 
+EVERYTHING = Uses(scaled=True, apart=False, turned=True, biased=True)
+"""But inputs apart, which few adapters want and each module pays for."""
+
+
 class StepTooLarge(ValueError):
     """A step needs more of a table than the captured graph has room for."""
 
@@ -30,8 +34,8 @@ class StepTooLarge(ValueError):
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Room in a plan that is to be filled again and again: rows of h, planes of ready deltas,
-    work items, pages listed, vectors listed, entries of 1-bit and sparse adapters; whether inputs
-    may be scaled, for each module apart, or turned."""
+    work items, pages listed, vectors listed, entries of 1-bit and sparse adapters; what may be
+    used beside x."""
 
     width: int
     planes: int
@@ -39,9 +43,7 @@ class Limits:
     pages: int
     vectors: int
     entries: int
-    scaled: bool = True
-    apart: bool = False
-    turned: bool = True
+    uses: Uses = EVERYTHING
 
     def of(self, name: str, size: int) -> int:
         """How long a table may get; `size` if it does not depend on the adapters."""
@@ -67,9 +69,7 @@ class StepPlan:
     aux: AuxConfig
     width: int
     planes: int
-    scaled: bool
-    apart: bool
-    turned: bool
+    uses: Uses
     programs: int
     limits: Limits | None
     n_items: Tensor
@@ -106,9 +106,7 @@ def make(
         aux=aux,
         width=limits.width if limits else tables.width,
         planes=limits.planes if limits else tables.planes,
-        scaled=limits.scaled if limits else tables.scaled,
-        apart=limits.apart if limits else tables.apart,
-        turned=limits.turned if limits else tables.turned,
+        uses=limits.uses if limits else tables.uses,
         programs=tiling.programs if limits else min(tiling.programs, max(1, len(tables.items))),
         limits=limits,
         n_items=buffer[:1],
@@ -143,6 +141,6 @@ def _check(plan: StepPlan, tables: Tables) -> None:
             raise StepTooLarge(
                 f"{name} is {getattr(tables, name)}; the plan has room for {getattr(plan, name)}"
             )
-    for name in ("scaled", "apart", "turned"):
-        if getattr(tables, name) and not getattr(plan, name):
+    for name in Uses.__slots__:
+        if getattr(tables.uses, name) and not getattr(plan.uses, name):
             raise StepTooLarge(f"the step needs {name} inputs; the plan was made without")

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from deltaserve.kernels.gpu import device as gpu
-from deltaserve.kernels.gpu.config import GemmConfig, GroupKey, gemm_config
+from deltaserve.kernels.gpu.config import BITS, GemmConfig, GroupKey, gemm_config
 from deltaserve.kernels.gpu.gemm import Output, run_gemm
 from deltaserve.kernels.gpu.inputs import Inputs, run_inputs
+from deltaserve.kernels.gpu.plan import Uses
 from deltaserve.kernels.gpu.precompile import precompile
 from deltaserve.kernels.gpu.variant import Variant
 from deltaserve.kernels.gpu.variants import GroupSpec, gemm_variant, inputs_variant
@@ -55,7 +56,7 @@ def candidates(key: GroupKey, tokens: int, arch: int) -> Iterator[GemmConfig]:
         for bn in (32, 64, 128):
             for bk in sorted({deep, min(deep, 64)}):
                 for split in (1, 2, 4) if bm <= 32 and not key.gated else (1,):
-                    for stages in (3, 4, 5):
+                    for stages in (3, 5, 8) if bm <= 32 else (3, 4):
                         for how in _ways(key, bm):
                             config = GemmConfig(bm, bn, bk, split, how, _warps(bm, bn), stages)
                             if config != first and _fits(key, config, arch):
@@ -157,8 +158,7 @@ def _warps(bm: int, bn: int) -> int:
 def _fits(key: GroupKey, config: GemmConfig, arch: int) -> bool:
     if key.gated and config.bn < 64:
         return False
-    bits = {"dense": 16, "int8": 8, "fp8": 8, "int4": 4}[key.format]
-    stage = config.bk * (config.bm * 16 + config.bn * bits) // 8
+    stage = config.bk * (config.bm * 16 + config.bn * BITS[key.format]) // 8
     return stage * config.num_stages <= SHARED_BYTES.get(arch, 99 << 10)
 
 
@@ -166,7 +166,7 @@ def _variants(spec: GroupSpec, config: GemmConfig) -> Iterator[Variant]:
     tokens = max(config.bm, 16)
     yield gemm_variant(spec, config, tokens, 0)
     if spec.format == "int4" and config.how == "sums":
-        yield inputs_variant(spec, tokens, config.bk, False, False)
+        yield inputs_variant(spec, tokens, config.bk, Uses())
 
 
 def _copies(spec: GroupSpec, device: torch.device) -> list[Weights]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,11 +16,14 @@ from deltaserve.kernels.gpu.config import AuxConfig, GemmConfig, GroupKey, aux_c
 from deltaserve.kernels.gpu.device import NAMES
 from deltaserve.kernels.gpu.gemm_kernel import gemm_kernel
 from deltaserve.kernels.gpu.inputs_kernel import inputs_kernel
+from deltaserve.kernels.gpu.plan import Uses
+from deltaserve.kernels.gpu.step import EVERYTHING
 from deltaserve.kernels.gpu.variant import Variant
 from deltaserve.kernels.table import Group
 
 FLOATS = frozenset({
     "sums", "partial", "arena_float", "h", "planes", "page_scale", "vec_strength", "strengths",
+    "biases", "offsets",
 })  # fmt: skip
 COMPUTE = frozenset({"x", "scaled", "turned", "arena", "bias", "y", "residual"})
 
@@ -87,20 +91,15 @@ def aux_variant(spec: GroupSpec, config: AuxConfig, tokens: int, pdl: bool = Tru
 
 
 def inputs_variant(
-    spec: GroupSpec, tokens: int, step: int, scaled: bool, turned: bool, pdl: bool = True
+    spec: GroupSpec, tokens: int, step: int, uses: Uses, pdl: bool = True
 ) -> Variant:
     """step: columns of a sum, 0 for no sums."""
-    sums = step > 0
-    constants = inputs.constants(
-        spec.in_features, len(spec.parts), step or 128, tokens,
-        sums=sums, scaled=scaled, turned=turned, pdl=pdl,
-    )  # fmt: skip
-    flags = [n for n, on in (("sums", sums), ("scaled", scaled), ("turned", turned)) if on]
+    parts = len(spec.parts)
+    constants = inputs.constants(spec.in_features, parts, step, tokens, uses, pdl)
+    flags = [f"sums of {step}"] if step else []
+    flags += [name for name in ("scaled", "turned", "biased") if getattr(uses, name)]
     name = f"inputs {spec.name} {tokens} tokens {' '.join(flags)}"
-    return _variant(
-        name, inputs_kernel, constants, spec.dtype, 4, 1, {},
-        pdl=pdl,
-    )  # fmt: skip
+    return _variant(name, inputs_kernel, constants, spec.dtype, 4, 1, {}, pdl=pdl)
 
 
 def of_group(spec: GroupSpec, buckets: Sequence[int], arch: int) -> Iterator[Variant]:
@@ -116,12 +115,12 @@ def of_group(spec: GroupSpec, buckets: Sequence[int], arch: int) -> Iterator[Var
             gemm_variant(spec, config, tokens, own.h_split),
             aux_variant(spec, own, tokens),
         ]
-        for scaled in (False, True):
-            for turned in (False, True) if own.gathers > 1 else (False,):
-                if step or scaled or turned:
-                    found.append(inputs_variant(spec, tokens, step, scaled, turned))
+        for scaled, turned, biased in product((False, True), repeat=3):
+            uses = Uses(scaled, False, turned, biased)
+            if (step or any((scaled, turned, biased))) and (own.gathers > 1 or not turned):
+                found.append(inputs_variant(spec, tokens, step, uses))
         if step and tokens != max(config.bm, 16):
-            found.append(inputs_variant(spec, max(config.bm, 16), step, False, False))
+            found.append(inputs_variant(spec, max(config.bm, 16), step, Uses()))
         for variant in found:
             if variant.identity not in seen:
                 seen.add(variant.identity)
@@ -143,7 +142,7 @@ def all_variants(arch: int = 90) -> list[Variant]:
     weights with a bias, whatever an adapter needs, attention."""
     qkv, _, gate_up, down = llama_8b("int4")
     found = [v for v in of_group(qkv, (1, 16, 64, 256), arch) if v.kernel is not inputs_kernel]
-    found.append(inputs_variant(qkv, 16, 128, True, True))
+    found.append(inputs_variant(qkv, 16, 128, EVERYTHING))
     found += _gemms(gate_up, (1, 16, 64, 256), arch)
     found += _gemms(down, (16, 256), arch)
     for format in ("int8", "fp8", "dense"):
