@@ -126,8 +126,9 @@ def aux_config(tokens: int, in_features: int, arch: int) -> AuxConfig:
     bits = 256 if arch >= 90 and -(-in_features // 128) % 2 == 0 else 128
     gathers = 1 if many <= 2 else 8
     if many <= 16:
-        stages = 4 if arch >= 90 else 3
-        return AuxConfig(16, h_split=4, bk_bit=bits, gathers=gathers, num_stages=stages)
+        if arch >= 90:
+            return AuxConfig(16, h_split=4, bk_bit=bits, gathers=gathers, num_stages=4)
+        return AuxConfig(16, bk_shrink=64, h_split=4, bk_bit=bits, gathers=gathers)
     if many <= 32:
         return AuxConfig(32, h_split=2, bk_bit=128, gathers=gathers)
     return AuxConfig(64, h_split=1, bk_bit=128, gathers=gathers, num_warps=8)

@@ -23,7 +23,7 @@ from deltaserve.kernels.table import Group
 
 FLOATS = frozenset({
     "sums", "partial", "arena_float", "h", "planes", "page_scale", "vec_strength", "strengths",
-    "biases", "offsets",
+    "biases", "columns",
 })  # fmt: skip
 COMPUTE = frozenset({"x", "scaled", "turned", "arena", "bias", "y", "residual"})
 

@@ -94,7 +94,7 @@ def expand(
     unmasked, as wide as it goes, and then selected."""
     UNIT: tl.constexpr = 128 // arena.dtype.element_ty.primitive_bitwidth
     width = (out_features + 7) // 8 * 8
-    for p in range(first, last, ROWS // PAGE):
+    for p in tl.range(first, last, ROWS // PAGE, num_stages=3):
         page, row, live = page_rows(p, last, ROWS)
         offset = tl.load(page_b + page, mask=live, other=0).to(tl.int64) * UNIT
         inside = live[:, None]
