@@ -158,7 +158,9 @@ class Step:
         of as many tokens. apart: with room for modules whose inputs are scaled each its own way.
         Without a GPU the launches are made anew each time."""
         x, y = self.x[: segments.tokens], self.y[: segments.tokens]
-        plan = self.layer.plan(segments, self.base, limits=replace(ROOM, apart=apart))
+        plan = self.layer.plan(
+            segments, self.base, limits=replace(ROOM, uses=replace(ROOM.uses, apart=apart))
+        )
         launches = self._capture(plan, x, y)
 
         def replay(other: Segments) -> Tensor:

@@ -11,7 +11,7 @@ LABEL = re.compile(r"^(\$L\w+):")
 INSTRUCTION = re.compile(
     r"^\s*(?:@(?P<guard>!?%\w+)\s+)?(?P<op>[a-z]\w*(?:[.:]+\w+)*)\s*(?P<operands>[^;]*);"
 )
-TABLE = re.compile(r"^(\w+):\s*\.branchtargets([^;]*);", re.MULTILINE)
+TABLE = re.compile(r"^\s*(\$?\w+):\s*\.branchtargets([^;]*);", re.MULTILINE)
 MMA = re.compile(r"(wgmma\.mma_async|mma\.(sync|sp)|tcgen05\.mma)\b")
 COPY = re.compile(r"(ld\.global|ld\.relaxed|ld\.acquire|cp\.async\.c[ag]|cp\.async\.bulk)\b")
 

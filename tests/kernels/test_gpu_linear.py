@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_rig import MIXED, GpuRig
+from gpu_rig import DTYPES, MIXED, GpuRig
 from kernel_oracle import FAMILIES, random_primitive, relative_error
 
 from deltaserve.kernels.gpu import device
@@ -96,6 +96,15 @@ def test_numbers_of_tokens(tokens: int) -> None:
         other = ((slot, 0.5), (6, -0.25)) if i % 29 == 0 else ((slot, 1.0),)
         mixes.append(() if slot == 7 else other)
     GpuRig(inner, outs, torch.float32, adapters, quantize="int8").check(Segments.of(mixes))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_signs_as_older_gpus_unpack_them(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "arch", lambda _: 80)
+    adapters = {1: {0: (random_primitive("bit", 70, 300, 2),)}}
+    GpuRig(300, (70,), dtype, adapters).check(Segments([(1, 4, ((1, 1.0),))], 5))
 
 
 def test_input_scale_beside_replacement() -> None:

@@ -73,11 +73,38 @@ def signs(w, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PACKED: tl.co
 
 
 @triton.jit
+def signs_by_pair(w, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr):
+    """The same, each pair's shift, bit and base number out of its place in a row of 16. Without
+    Hopper's matrix instruction the compiler sees through this alone: the form above goes through
+    shared memory there."""
+    w = tl.reshape(w, (BN, BK // 128, 4, 1))
+    j = tl.arange(0, 16)[None, None, None, :]
+    if DT == tl.bfloat16:
+        shift = tl.where(j == 15, 8, j // 4 * 2)
+        kind = tl.where(j == 15, 0, j % 4)
+        mask = tl.where(kind == 2, 0x00400040, 0x00200020)
+        base = tl.where(kind == 2, 0x40804080, 0x41004100)
+        one = 0x3F803F80
+    else:
+        shift = tl.where(j < 12, j // 4 * 2, tl.where(j < 14, 6, 8))
+        kind = tl.where(j < 12, j % 4, 2 + j % 2)
+        mask = tl.where(kind == 2, 0x02000200, 0x01000100)
+        base = tl.where(kind == 2, 0x44004400, 0x48004800)
+        one = 0x3C003C00
+    mask = tl.where(kind == 0, -2147450880, tl.where(kind == 1, 0x40004000, mask))
+    base = tl.where(kind == 0, one, tl.where(kind == 1, 0, base))
+    p = ((w << shift) & mask) | base
+    v = tl.reshape(halves(p, DT), (BN, BK // 128, 4, 8, 2, 2))  # n, c, L, s, half, e
+    return tl.reshape(tl.permute(v, (0, 1, 3, 4, 2, 5)), (BN, BK))
+
+
+@triton.jit
 def bit_tile(
     x, biases, arena_int, arena_float, planes, entries, strengths,
     m0, count, first, last, n0, column, out_features, k_from, k_to, plane, M, MP,
     N: tl.constexpr, K: tl.constexpr, DT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, EVEN_K: tl.constexpr, PACKED: tl.constexpr,
+    HOPPER: tl.constexpr,
 ):  # fmt: skip
     """One work item: BN rows from n0 of a module, `count` tokens from m0 that have the same
     adapters, the entries first..last, over the columns k_from..k_to; written to one plane of ready
@@ -112,7 +139,10 @@ def bit_tile(
                 if not EVEN_K:
                     seen = seen & ((k + at)[None, :] < K)
                 xt = tl.load(x + m[:, None] * K + (k + at)[None, :], mask=seen, other=0.0)
-                b = signs(w, BN, BK, DT, PACKED).to(X)
+                if HOPPER:
+                    b = signs(w, BN, BK, DT, PACKED).to(X)
+                else:
+                    b = signs_by_pair(w, BN, BK, DT).to(X)
                 acc = tl.dot(b, tl.trans(xt), acc, input_precision="ieee")
             factor = strength * tl.load(scales + p * rows + n)
             total += (acc - bias[None, :]) * factor[:, None]

@@ -44,7 +44,7 @@ def run_aux(
             h, planes, t["page_a"], t["page_col"], t["page_lo"], t["page_hi"], t["page_scale"],
             t["entries"], t["strengths"], x.shape[0], plan.tiles, plan.width // 8,
         ),
-        constants(group, aux, plan.tiling.tokens, pdl),
+        constants(group, aux, plan.tiling.tokens, gpu.arch(x.device), pdl),
         aux.num_warps,
         aux.num_stages,
         pdl,
@@ -52,11 +52,12 @@ def run_aux(
     return h, planes
 
 
-def constants(group: Group, aux: AuxConfig, tokens: int, pdl: bool) -> dict[str, Any]:
+def constants(group: Group, aux: AuxConfig, tokens: int, arch: int, pdl: bool) -> dict[str, Any]:
     """The kernel's constants: facts of the base and of the number of tokens."""
     return dict(
         N=sum(group.out_features), K=group.in_features, DT=gpu.unpacked_type(group.dtype),
         BM=aux.block, TOKENS=tokens, ROWS=aux.rows, BK_SHRINK=aux.bk_shrink,
         H_SPLIT=aux.h_split, BN=panels.TILE, BN_BIT=ROWS, BK_BIT=aux.bk_bit, BT=aux.gathers,
-        C=sell.ROWS, DEPTH=DEPTH, EVEN_K=group.in_features % 256 == 0, PACKED=gpu.packs(), PDL=pdl,
+        C=sell.ROWS, DEPTH=DEPTH, EVEN_K=group.in_features % 256 == 0, PACKED=gpu.packs(),
+        HOPPER=arch >= 90, PDL=pdl,
     )  # fmt: skip

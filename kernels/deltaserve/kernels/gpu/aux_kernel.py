@@ -27,7 +27,8 @@ def aux_kernel(
     N: tl.constexpr, K: tl.constexpr, DT: tl.constexpr, BM: tl.constexpr, TOKENS: tl.constexpr,
     ROWS: tl.constexpr, BK_SHRINK: tl.constexpr, H_SPLIT: tl.constexpr, BN: tl.constexpr,
     BN_BIT: tl.constexpr, BK_BIT: tl.constexpr, BT: tl.constexpr, C: tl.constexpr,
-    DEPTH: tl.constexpr, EVEN_K: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr,
+    DEPTH: tl.constexpr, EVEN_K: tl.constexpr, PACKED: tl.constexpr, HOPPER: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A persistent grid of any size over n_items[0] items of 12 int32 each: LoRA shrink tiles,
     1-bit tiles, sparse slices, panels. Every item writes its own place in h or in the planes, so
@@ -58,7 +59,7 @@ def aux_kernel(
                 bit_tile(
                     x, biases, arena_int, arena_float, planes, entries, strengths,
                     a, b, c, d, t * BN_BIT, f, g, u * 128, tl.minimum(v * 128, K), j,
-                    M, MP, N, K, DT, BM, BN_BIT, BK_BIT, EVEN_K, PACKED,
+                    M, MP, N, K, DT, BM, BN_BIT, BK_BIT, EVEN_K, PACKED, HOPPER,
                 )  # fmt: skip
         elif kind == SELL:  # tokens b..c of those from BT a, entries d..e, slices u..v
             sell_tile(

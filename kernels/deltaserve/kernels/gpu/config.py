@@ -99,7 +99,9 @@ def rule(key: GroupKey, tokens: int, arch: int) -> GemmConfig:
         return GemmConfig(64, 64, deep, 1, "after", 4, 3)
     if hopper:
         return GemmConfig(128, 128, deep, 1, "after", 8, 3)
-    return GemmConfig(128, 64, deep if key.format == "int4" else 64, 1, "after", 8, 3)
+    if key.format in ("int8", "fp8"):
+        return GemmConfig(64, 128, 64, 1, "after", 8, 3)
+    return GemmConfig(128, 64, deep, 1, "after", 8, 3)
 
 
 BITS = {"dense": 16, "int8": 8, "fp8": 8, "int4": 4}
@@ -121,16 +123,17 @@ def _stages(key: GroupKey, bm: int, bn: int, bk: int, arch: int) -> int:
 
 
 def aux_config(tokens: int, in_features: int, arch: int) -> AuxConfig:
-    """By rule: what decides is how few tokens there are."""
+    """By rule: what decides is how few tokens there are, and before sm_90 the registers."""
     many = bucket(tokens)
     bits = 256 if arch >= 90 and -(-in_features // 128) % 2 == 0 else 128
     gathers = 1 if many <= 2 else 8
+    split = 4 if many <= 16 else 2 if many <= 32 else 1
+    if arch < 90:
+        return AuxConfig(16, h_split=split, bk_bit=bits, gathers=gathers)
     if many <= 16:
-        if arch >= 90:
-            return AuxConfig(16, h_split=4, bk_bit=bits, gathers=gathers, num_stages=4)
-        return AuxConfig(16, bk_shrink=64, h_split=4, bk_bit=bits, gathers=gathers)
+        return AuxConfig(16, h_split=split, bk_bit=bits, gathers=gathers, num_stages=4)
     if many <= 32:
-        return AuxConfig(32, h_split=2, bk_bit=128, gathers=gathers)
+        return AuxConfig(32, h_split=split, bk_bit=128, gathers=gathers)
     return AuxConfig(64, h_split=1, bk_bit=128, gathers=gathers, num_warps=8)
 
 

@@ -80,8 +80,10 @@ def gemm_variant(
     )  # fmt: skip
 
 
-def aux_variant(spec: GroupSpec, config: AuxConfig, tokens: int, pdl: bool = True) -> Variant:
-    constants = {**aux.constants(spec.group, config, tokens, pdl), "PACKED": True}
+def aux_variant(
+    spec: GroupSpec, config: AuxConfig, tokens: int, arch: int, pdl: bool = True
+) -> Variant:
+    constants = {**aux.constants(spec.group, config, tokens, arch, pdl), "PACKED": True}
     columns = "*i16" if spec.in_features <= 1 << 16 else "*i32"
     name = f"aux {spec.name} {config.block} of {tokens} tokens by {config.gathers}"
     return _variant(
@@ -113,7 +115,7 @@ def of_group(spec: GroupSpec, buckets: Sequence[int], arch: int) -> Iterator[Var
         found = [
             gemm_variant(spec, config, max(config.bm, 16), 0),
             gemm_variant(spec, config, tokens, own.h_split),
-            aux_variant(spec, own, tokens),
+            aux_variant(spec, own, tokens, arch),
         ]
         for scaled, turned, biased in product((False, True), repeat=3):
             uses = Uses(scaled, False, turned, biased)
