@@ -129,7 +129,7 @@ def aux_config(tokens: int, in_features: int, arch: int) -> AuxConfig:
     gathers = 1 if many <= 2 else 8
     split = 4 if many <= 16 else 2 if many <= 32 else 1
     if arch < 90:
-        return AuxConfig(16, h_split=split, bk_bit=bits, gathers=gathers)
+        return AuxConfig(16, h_split=split, bk_bit=bits, gathers=gathers, num_stages=2)
     if many <= 16:
         return AuxConfig(16, h_split=split, bk_bit=bits, gathers=gathers, num_stages=4)
     if many <= 32:
