@@ -95,11 +95,11 @@ def nibbles(w, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PACKED: tl.
 
 @triton.jit
 def nibbles_minus(w, z, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PACKED: tl.constexpr):
-    """[BN, BK / 8] words, whole zeros z [BN] of type DT -> [BN, BK] of q - z, exact."""
+    """[BN, BK / 8] words, whole zeros z [BN], float32 -> [BN, BK] of q - z, exact."""
     w = tl.reshape(w, (BN, BK // 32, 4, 1))
     w = w >> (4 * tl.arange(0, 4)[None, None, None, :])
     p = nibble_pairs(w, DT, PACKED)
-    zz = (z.to(tl.float32) + (128 if DT == tl.bfloat16 else 1024)).to(DT)
+    zz = (z + (128 if DT == tl.bfloat16 else 1024)).to(DT)
     zz = zz.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     zz = tl.broadcast_to((zz | (zz << 16))[:, None, None, None], (BN, BK // 32, 4, 4))
     b = tl.reshape(pair_sub(p, zz, DT, PACKED), (BN, BK // 32, 4, 2, 2, 2))
@@ -172,17 +172,35 @@ def load_words(
 
 
 @triton.jit
+def scale_and_zero(scale, zero, at, live, DT: tl.constexpr):
+    """float32 (scale, zero). scale: int32, the two side by side as numbers of type DT, the zero in
+    the upper half: four bytes are what can be copied ahead; or float32, with zero beside it."""
+    if scale.dtype.element_ty == tl.int32:
+        both = tl.load(scale + at, mask=live, other=0)
+        if DT == tl.bfloat16:
+            s = (both << 16).to(tl.float32, bitcast=True)
+            z = (both & -65536).to(tl.float32, bitcast=True)
+        else:
+            s = both.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            z = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        s = tl.load(scale + at, mask=live, other=0.0)
+        z = tl.load(zero + at, mask=live, other=0.0)
+    return s, z
+
+
+@triton.jit
 def product(
     x, sums, weight, scale, zero, n, live, m, k_from, k_to, M, MP,
     N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
     HOW: tl.constexpr, DT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PACKED: tl.constexpr,
+    STAGES: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """float32 [BN, BM] of W x^T over the columns k_from..k_to of the rows n, `live` where n is a
     row of the weight, and the tokens m.
 
     x: [M, K]. sums: float32 [K / BK, MP], x summed over each step, read by HOW "sums" alone.
-    scale: [K / GROUP, N] of int4, else float32 [N]; zero: [K / GROUP, N].
+    scale, zero: [K / GROUP, N] of int4, see `scale_and_zero`; else scale is float32 [N].
     HOW, of int4: "sums" leaves the zeros to the sums of x, so that nothing touches a weight after
     it is unpacked, which pays while tokens are few; "after" subtracts whole zeros from the
     weights. Both scale the sums of each group: no weight is ever rounded.
@@ -190,7 +208,9 @@ def product(
     X: tl.constexpr = x.dtype.element_ty
     at = tl.arange(0, BK)
     acc = tl.zeros((BN, BM), tl.float32)
-    for k in range(k_from, k_to, BK):
+    # Said here and not only of the launch, the number of stages is that of every load in the loop:
+    # scales that are waited for at each step would cost more than the weights.
+    for k in tl.range(k_from, k_to, BK, num_stages=STAGES):
         seen = m[:, None] < M
         if not EVEN_K:
             seen = seen & ((k + at)[None, :] < K)
@@ -211,18 +231,16 @@ def product(
             acc = tl.dot(floats8(w, BN, BK, DT, PACKED).to(X), xt, acc, input_precision="ieee")
         else:
             w = load_words(weight, k, n, live, N, 32, BK, EVEN_N)
-            g = (k // GROUP) * N + n
-            s = tl.load(scale + g, mask=live, other=0.0)
-            z = tl.load(zero + g, mask=live, other=0.0)
+            s, z = scale_and_zero(scale, zero, (k // GROUP) * N + n, live, DT)
             if HOW == "sums":
                 part = tl.dot(nibbles(w, BN, BK, DT, PACKED).to(X), xt, input_precision="ieee")
                 total = tl.load(sums + (k // BK) * MP + m)
-                offset = z.to(tl.float32) + (128 if DT == tl.bfloat16 else 1024)
-                acc += (part - offset[:, None] * total[None, :]) * s.to(tl.float32)[:, None]
+                offset = z + (128 if DT == tl.bfloat16 else 1024)
+                acc += (part - offset[:, None] * total[None, :]) * s[:, None]
             else:
                 w = nibbles_minus(w, z, BN, BK, DT, PACKED)
                 part = tl.dot(w.to(X), xt, input_precision="ieee")
-                acc += part * s.to(tl.float32)[:, None]
+                acc += part * s[:, None]
     if FORMAT == "int8" or FORMAT == "fp8":
         acc *= tl.load(scale + n, mask=live, other=0.0)[:, None]
     return acc

@@ -120,8 +120,11 @@ def bit_tile(
     w_at = tl.arange(0, BK // 32)
     total = tl.zeros((BN, BM), tl.float32)
     bias = tl.zeros((BM,), tl.float32)
-    for k in range(k_from // 128, (k_to + 127) // 128):
-        bias += tl.load(biases + k * MP + m, mask=i < count, other=0.0)
+    many = tl.arange(0, 32)
+    for c in range(k_from // 128, (k_to + 127) // 128, 32):
+        mask = (c + many < (k_to + 127) // 128)[:, None] & (i < count)[None, :]
+        place = biases + (c + many)[:, None] * MP + m[None, :]
+        bias += tl.sum(tl.load(place, mask=mask, other=0.0), axis=0)
     for e in tl.range(first, last, disable_licm=True):
         words = arena_int + tl.load(entries + e * 4).to(tl.int64) * 4
         scales = arena_float + tl.load(entries + e * 4 + 1).to(tl.int64) * 4

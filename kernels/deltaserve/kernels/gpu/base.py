@@ -49,7 +49,7 @@ class GpuLinear(BaseLinear):
         self.nbytes = tensor_bytes(self.weights.weight, self.bias)
         if format != "dense":
             self.nbytes += tensor_bytes(self.weights.scale)
-        if format == "int4":
+        if format == "int4" and self.weights.scale.dtype != torch.int32:
             self.nbytes += tensor_bytes(self.weights.zero)
         self._workspace = Workspace(self.device)
 
@@ -83,8 +83,12 @@ class GpuLinear(BaseLinear):
             found["weight"] = w.weight.cpu()
         elif self.format == "int4":
             found["q"] = words.unpack_nibbles(w.weight.cpu(), self.in_features)
-            found["scale"] = w.scale.T.float().cpu().contiguous()
-            found["zero"] = w.zero.T.float().cpu().contiguous()
+            scale, zero = w.scale.cpu(), w.zero.cpu()
+            if scale.dtype == torch.int32:
+                both = scale.unsqueeze(-1).view(_half(self.dtype))
+                scale, zero = both[..., 0], both[..., 1]
+            found["scale"] = scale.T.float().contiguous()
+            found["zero"] = zero.T.float().contiguous()
         else:
             octets = words.unpack_bytes(w.weight.cpu(), self.in_features)
             signed = (octets ^ 128).view(torch.int8)
@@ -102,8 +106,7 @@ class GpuLinear(BaseLinear):
         elif self.format == "int4":
             weight = words.pack_nibbles(held["q"])
             whole = bool(torch.equal(held["zero"], held["zero"].round()))
-            scale = _narrow(held["scale"], self.dtype).T.contiguous()
-            zero = _narrow(held["zero"], self.dtype).T.contiguous()
+            scale, zero = _pair(held["scale"].float(), held["zero"].float(), self.dtype, none)
         else:
             q = held["q"].view(torch.uint8)
             weight = words.pack_bytes(q if self.format == "fp8" else q ^ 128)
@@ -185,10 +188,18 @@ def _group_size(group_size: int, in_features: int) -> int:
     return group_size
 
 
-def _narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """In `dtype` if that is exact."""
-    narrow = values.to(dtype)
-    return narrow if torch.equal(narrow.double(), values.double()) else values.float()
+def _half(dtype: torch.dtype) -> torch.dtype:
+    """The 16-bit type that scales and zeros are held in; float32 is served by float16's words."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+
+
+def _pair(scale: Tensor, zero: Tensor, dtype: torch.dtype, none: Tensor) -> tuple[Tensor, Tensor]:
+    """[out, groups] each -> what `Weights` holds."""
+    both = torch.stack((scale.T, zero.T), -1)
+    narrow = both.to(_half(dtype))
+    if torch.equal(narrow.double(), both.double()):
+        return narrow.contiguous().view(torch.int32).squeeze(-1), none
+    return both[..., 0].contiguous(), both[..., 1].contiguous()
 
 
 def _name(linear: GpuLinear) -> str:

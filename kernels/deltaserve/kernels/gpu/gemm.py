@@ -125,12 +125,15 @@ def constants(
     """The kernel's constants: facts of the base and of the launch, none of an adapter. h_split: 0
     without adapters."""
     rows = config.bn // 2 if activation else config.bn
+    starts = [sum(parts[:i]) for i in range(len(parts))]
+    part1, part2 = [*starts[1:3], key.out_features, key.out_features][:2]
     return dict(
-        N=key.out_features, K=key.in_features, PARTS=len(parts), FORMAT=key.format,
+        N=key.out_features, K=key.in_features, PARTS=len(parts), PART1=part1, PART2=part2,
+        FORMAT=key.format, STAGES=config.num_stages,
         GROUP=key.group_size or 1, HOW=config.how, DT=gpu.unpacked_type(dtype),
         BM=config.bm, BN=config.bn, BK=config.bk, SPLIT_K=config.split_k, TOKENS=tokens,
         ROWS=32 if config.bm >= 128 else 64, H_SPLIT=max(h_split, 1), ACTIVATION=activation,
-        EVEN_N=all(n % rows == 0 for n in parts),
+        EVEN_N=len(parts) <= 3 and all(n % rows == 0 for n in parts),
         EVEN_K=key.in_features % (config.bk * config.split_k) == 0,
         HAS_BIAS=bias, RESIDUAL=residual, ADAPTERS=h_split > 0,
         PACKED=gpu.packs(), PDL=pdl,

@@ -18,9 +18,13 @@ def add_planes(
 ):
     """acc [BN, BM] plus each token's ready deltas: its module's first few planes."""
     count = tl.load(plane_count + part * MP + m, mask=m < M, other=0)
-    for p in range(0, tl.max(count, axis=0)):
-        place = planes + (p * MP + m)[None, :].to(tl.int64) * N + n[:, None]
-        acc += tl.load(place, mask=(p < count)[None, :] & live[:, None], other=0.0)
+    AHEAD: tl.constexpr = 4 if BM <= 32 else 1  # loads that do not wait for each other
+    for first in range(0, tl.max(count, axis=0), AHEAD):
+        for i in tl.static_range(AHEAD):
+            p = first + i
+            place = planes + (p * MP + m)[None, :].to(tl.int64) * N + n[:, None]
+            mask = (p < count)[None, :] & live[:, None]
+            acc += tl.load(place, mask=mask, other=0.0, cache_modifier=".cg")
     return acc
 
 
@@ -78,7 +82,8 @@ def gemm_kernel(
     arena, arena_float, h, planes, page_b, page_col, page_lo, page_hi, page_bounds,
     vec_offset, vec_lo, vec_hi, vec_strength, vec_bounds, plane_count,
     M, TILES, WIDTH8, x_part, sums_part,
-    N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, FORMAT: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, PART1: tl.constexpr,
+    PART2: tl.constexpr, FORMAT: tl.constexpr, STAGES: tl.constexpr,
     GROUP: tl.constexpr, HOW: tl.constexpr, DT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT_K: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, H_SPLIT: tl.constexpr,
@@ -89,7 +94,8 @@ def gemm_kernel(
     """y [M, N] = the group's output for x [M, K]; grid (token tiles, column tiles * SPLIT_K).
 
     Token tiles vary fastest, so that programs that share weights run together. tiles: int32
-    [column tiles, 4] of (part, number in it, first column of the part, rows of the part).
+    [column tiles, 4] of (part, number in it, first column of the part, rows of the part), read
+    unless EVEN_N: at most three parts, of whole tiles, the second and third from PART1 and PART2.
     TILES: token tiles that the step's tables are laid out for, of TOKENS tokens each, BM of them
     here; WIDTH8: rows of h / 8. x_part, sums_part: in units of K and MP, from one part's inputs to
     the next one's, 0 if all share them.
@@ -103,17 +109,22 @@ def gemm_kernel(
     GATED: tl.constexpr = ACTIVATION is not None
     HALF: tl.constexpr = BN // 2 if GATED else BN
     WIDE: tl.constexpr = N // 2 if GATED else N
-    part = tl.load(tiles + nt * 4)
-    n0 = tl.load(tiles + nt * 4 + 1) * HALF
-    column = tl.load(tiles + nt * 4 + 2)
-    out_features = tl.load(tiles + nt * 4 + 3)
     r = tl.arange(0, BN)
     m = mt * BM + tl.arange(0, BM)
-    first = column + n0
-    live = n0 + r % HALF < out_features
-    if EVEN_N:  # the same, known before anything is loaded, and known to be aligned
+    if EVEN_N:  # nothing has to be loaded to know where the tile is
         first = nt * HALF
+        part = (first >= PART1).to(tl.int32) + (first >= PART2).to(tl.int32)
+        column = tl.where(part == 0, 0, tl.where(part == 1, PART1, PART2))
+        out_features = tl.where(part == 0, PART1, tl.where(part == 1, PART2 - PART1, N - PART2))
+        n0 = first - column
         live = r < BN
+    else:
+        part = tl.load(tiles + nt * 4)
+        n0 = tl.load(tiles + nt * 4 + 1) * HALF
+        column = tl.load(tiles + nt * 4 + 2)
+        out_features = tl.load(tiles + nt * 4 + 3)
+        first = column + n0
+        live = n0 + r % HALF < out_features
     n = first + r
     if GATED:
         n = first + r % HALF + (r // HALF) * (N // 2)
@@ -122,7 +133,7 @@ def gemm_kernel(
     acc = product(
         x + (part * x_part).to(tl.int64) * K, sums + (part * sums_part) * MP, weight, scale, zero,
         n, live, m, k_from, tl.minimum(k_from + span, K), M, MP, N, K, FORMAT, GROUP, HOW, DT,
-        BM, BN, BK, EVEN_N, EVEN_K, PACKED,
+        BM, BN, BK, STAGES, EVEN_N, EVEN_K, PACKED,
     )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()  # the first launch's h and planes are needed only now

@@ -195,7 +195,8 @@ def _random(spec: GroupSpec, out: int, inner: int, device: torch.device) -> Weig
         scale = torch.full((out,), 1 / (70 * inner**0.5), device=device)
     if spec.format == "int4":
         groups = -(-inner // spec.group_size)
-        scale = torch.full((groups, out), 1 / (5 * inner**0.5), device=device).to(spec.dtype)
-        zero = torch.randint(6, 10, (groups, out), device=device).to(spec.dtype)
+        pair = torch.full((groups, out, 2), 1 / (5 * inner**0.5), device=device)
+        pair[..., 1] = torch.randint(6, 10, (groups, out), device=device).float()
+        scale = pair.to(spec.dtype).view(torch.int32).squeeze(-1)
     size = spec.key.group_size
     return Weights(spec.format, inner, out, size, spec.dtype, weight, scale, zero, None)

@@ -30,7 +30,8 @@ COMPUTE = frozenset({"x", "scaled", "turned", "arena", "bias", "y", "residual"})
 
 @dataclass(frozen=True, slots=True)
 class GroupSpec:
-    """A group of linears of a model, as its kernels know it."""
+    """A group of linears of a model, as its kernels know it. wide_scales: scales and zeros of int4
+    are float32 (see `Weights`)."""
 
     name: str
     format: str
@@ -41,6 +42,7 @@ class GroupSpec:
     activation: str | None = None
     residual: bool = False
     bias: bool = False
+    wide_scales: bool = False
 
     @property
     def key(self) -> GroupKey:
@@ -67,7 +69,7 @@ def gemm_variant(
     if spec.format == "dense":
         types = {"weight": _pointer(spec.dtype), "scale": "*fp32", "zero": "*fp32"}
     elif spec.format == "int4":
-        types = {"scale": _pointer(spec.dtype), "zero": _pointer(spec.dtype)}
+        types = {"scale": "*fp32" if spec.wide_scales else "*i32", "zero": "*fp32"}
     else:
         types = {"scale": "*fp32", "zero": "*fp32"}
     absent = [n for n, here in (("bias", spec.bias), ("residual", spec.residual)) if not here]

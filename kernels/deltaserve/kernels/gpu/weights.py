@@ -13,9 +13,10 @@ from deltaserve.kernels.gpu.config import GroupKey
 @dataclass(frozen=True, eq=False, slots=True)
 class Weights:
     """format: "dense", "int8", "int4" or "fp8". weight: int32 words (base/words.py), or [out, in]
-    of a dense format. scale, zero: [groups, out] of int4; scale float32 [out] of int8 and fp8;
-    else unused. bias: [out] or None. dtype: of x and y. whole_zeros: whether the zeros of int4 are
-    whole numbers, as all but HQQ's are."""
+    of a dense format. scale of int4: int32 [groups, out], the zero in the upper half, both of
+    type dtype, or float32 beside zero where they are not exact in it; of int8 and fp8: float32
+    [out]; else unused. bias: [out] or None. dtype: of x and y. whole_zeros: whether the zeros of
+    int4 are whole numbers, as all but HQQ's are."""
 
     format: str
     in_features: int

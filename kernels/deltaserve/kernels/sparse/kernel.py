@@ -38,7 +38,7 @@ def sell_tile(
             begin = tl.load(starts + s) * C
             length = tl.load(starts + s + 1) - tl.load(starts + s)
             acc = tl.zeros((DEPTH, C, BT), tl.float32)
-            for t in range(0, length, DEPTH):
+            for t in tl.range(0, length, DEPTH, num_stages=3):
                 z = begin + (t + i)[:, None] * C + r[None, :]
                 live = (t + i)[:, None] < length
                 c = tl.load(columns + z, mask=live, other=0).to(tl.int32)
