@@ -25,6 +25,10 @@ from deltaserve.kernels.primitives import Primitive
 from deltaserve.kernels.segments import Segments
 from deltaserve.kernels.table import Group
 
+RESIDENT = 2
+"""Programs of the first launch that a multiprocessor holds at once. No more are started: the base
+product may overlap it only once all of them run."""
+
 
 class GpuLinearDeltas:
     """in_features; out_features of each part; dtype: of x and y.
@@ -99,7 +103,7 @@ class GpuLinearDeltas:
             h_split=aux.h_split,
             depth=aux.bk_bit,
             gathers=aux.gathers,
-            programs=4 * gpu.multiprocessors(self.device),
+            programs=RESIDENT * gpu.multiprocessors(self.device),
         )
         tiles = -(-segments.tokens // tiling.tokens)
         apart = limits is not None and limits.uses.apart
