@@ -29,44 +29,36 @@ def sign(w, PACKED: tl.constexpr, ASM: tl.constexpr, MASK: tl.constexpr, BASE: t
 
 
 @triton.jit
+def four(w, DT: tl.constexpr, PACKED: tl.constexpr):
+    """Pairs from the four bits that serve: 15, 14, and 6 and 5 in bf16, 9 and 8 in f16."""
+    if DT == tl.bfloat16:
+        first = sign(w, PACKED, BF16_15, -2147450880, 0x3F803F80)
+        third = sign(w, PACKED, BF16_6, 0x00400040, 0x40804080)
+        fourth = sign(w, PACKED, BF16_5, 0x00200020, 0x41004100)
+    else:
+        first = sign(w, PACKED, F16_15, -2147450880, 0x3C003C00)
+        third = sign(w, PACKED, F16_9, 0x02000200, 0x44004400)
+        fourth = sign(w, PACKED, F16_8, 0x01000100, 0x48004800)
+    return first, w & 0x40004000, third, fourth
+
+
+@triton.jit
 def signs(w, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PACKED: tl.constexpr):
     """[BN, BK / 32] words -> [BN, BK] of a column's constant plus or minus 1."""
     w = tl.reshape(w, (BN, BK // 128, 4))
-    a, b, c, d = w << 2, w << 4, w << 6, w << 8
-    if DT == tl.bfloat16:
-        p0 = sign(w, PACKED, BF16_15, -2147450880, 0x3F803F80)
-        p2 = sign(w, PACKED, BF16_6, 0x00400040, 0x40804080)
-        p3 = sign(w, PACKED, BF16_5, 0x00200020, 0x41004100)
-        p4 = sign(a, PACKED, BF16_15, -2147450880, 0x3F803F80)
-        p6 = sign(a, PACKED, BF16_6, 0x00400040, 0x40804080)
-        p7 = sign(a, PACKED, BF16_5, 0x00200020, 0x41004100)
-        p8 = sign(b, PACKED, BF16_15, -2147450880, 0x3F803F80)
-        p10 = sign(b, PACKED, BF16_6, 0x00400040, 0x40804080)
-        p11 = sign(b, PACKED, BF16_5, 0x00200020, 0x41004100)
-        p12 = sign(c, PACKED, BF16_15, -2147450880, 0x3F803F80)
-        p13 = c & 0x40004000
-        p14 = sign(c, PACKED, BF16_6, 0x00400040, 0x40804080)
-        p15 = sign(d, PACKED, BF16_15, -2147450880, 0x3F803F80)
-    else:
-        p0 = sign(w, PACKED, F16_15, -2147450880, 0x3C003C00)
-        p2 = sign(w, PACKED, F16_9, 0x02000200, 0x44004400)
-        p3 = sign(w, PACKED, F16_8, 0x01000100, 0x48004800)
-        p4 = sign(a, PACKED, F16_15, -2147450880, 0x3C003C00)
-        p6 = sign(a, PACKED, F16_9, 0x02000200, 0x44004400)
-        p7 = sign(a, PACKED, F16_8, 0x01000100, 0x48004800)
-        p8 = sign(b, PACKED, F16_15, -2147450880, 0x3C003C00)
-        p10 = sign(b, PACKED, F16_9, 0x02000200, 0x44004400)
-        p11 = sign(b, PACKED, F16_8, 0x01000100, 0x48004800)
-        p12 = sign(c, PACKED, F16_9, 0x02000200, 0x44004400)
-        p13 = sign(c, PACKED, F16_8, 0x01000100, 0x48004800)
-        p14 = sign(d, PACKED, F16_9, 0x02000200, 0x44004400)
-        p15 = sign(d, PACKED, F16_8, 0x01000100, 0x48004800)
-    p1, p5, p9 = w & 0x40004000, a & 0x40004000, b & 0x40004000
+    p0, p1, p2, p3 = four(w, DT, PACKED)
+    p4, p5, p6, p7 = four(w << 2, DT, PACKED)
+    p8, p9, p10, p11 = four(w << 4, DT, PACKED)
+    c0, c1, c2, c3 = four(w << 6, DT, PACKED)
+    d0, _, d2, d3 = four(w << 8, DT, PACKED)
     # Each join is a new last axis: of pair 8 q + 4 r + 2 t + half, first half, then t, r, q.
     t0 = tl.join(tl.join(p0, p1), tl.join(p2, p3))
     t1 = tl.join(tl.join(p4, p5), tl.join(p6, p7))
     t2 = tl.join(tl.join(p8, p9), tl.join(p10, p11))
-    t3 = tl.join(tl.join(p12, p13), tl.join(p14, p15))
+    if DT == tl.bfloat16:
+        t3 = tl.join(tl.join(c0, c1), tl.join(c2, d0))
+    else:
+        t3 = tl.join(tl.join(c2, c3), tl.join(d2, d3))
     p = tl.join(tl.join(t0, t1), tl.join(t2, t3))
     v = halves(p, DT)  # n, c, L, half, t, r, q, e
     return tl.reshape(tl.permute(v, (0, 1, 6, 5, 4, 3, 2, 7)), (BN, BK))

@@ -25,6 +25,12 @@ FLOATS = frozenset({
     "sums", "partial", "arena_float", "h", "planes", "page_scale", "vec_strength", "strengths",
     "biases", "columns",
 })  # fmt: skip
+NUMBERS = frozenset({"M", "TILES", "WIDTH8", "x_part", "sums_part"})
+TABLES = frozenset({
+    "arena_int", "bounds", "counter", "entries", "his", "items", "los", "n_items", "offsets",
+    "page_a", "page_b", "page_bounds", "page_col", "page_hi", "page_lo", "plane_count", "tiles",
+    "vec_bounds", "vec_hi", "vec_lo", "vec_offset", "weight",
+})  # fmt: skip
 COMPUTE = frozenset({"x", "scaled", "turned", "arena", "bias", "y", "residual"})
 
 
@@ -190,11 +196,9 @@ def _variant(
 def _type(argument: str, dtype: torch.dtype) -> str:
     if argument in COMPUTE:
         return _pointer(dtype)
-    if argument in FLOATS or argument == "strengths":
+    if argument in FLOATS:
         return "*fp32"
-    if argument in ("M", "TILES", "WIDTH8", "x_part", "sums_part"):
-        return "i32"
-    return "*i32"
+    return {**dict.fromkeys(NUMBERS, "i32"), **dict.fromkeys(TABLES, "*i32")}[argument]
 
 
 def _pointer(dtype: torch.dtype) -> str:

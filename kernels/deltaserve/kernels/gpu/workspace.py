@@ -26,10 +26,6 @@ class Workspace:
             self._buffers[key] = found
         return found
 
-    @property
-    def nbytes(self) -> int:
-        return sum(b.numel() * b.element_size() for b in self._buffers.values())
-
     def poison(self) -> None:
         """Fills all but the counters with NaN: for tests that nothing stale is read."""
         for (_, dtype), buffer in self._buffers.items():
