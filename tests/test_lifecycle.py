@@ -125,14 +125,15 @@ def hold_reads(
 ) -> tuple[threading.Event, list[str]]:
     """Reads of adapters wait for the event; the list is of the threads that made them."""
     gate, threads = threading.Event(), []
-    read = engine.adapters._read
+    loader = engine.adapters._loader
+    read = loader._read
 
     def held(uri: str, options: LoadOptions, parent: Adapter | None) -> Adapter:
         threads.append(threading.current_thread().name)
         assert gate.wait(30)
         return read(uri, options, parent)
 
-    monkeypatch.setattr(engine.adapters, "_read", held)
+    monkeypatch.setattr(loader, "_read", held)
     return gate, threads
 
 
@@ -336,7 +337,7 @@ def test_an_unload_frees_every_tensor(
         packed.extend(weakref.ref(t) for t in own)
         return prepared
 
-    monkeypatch.setattr(engine.adapters._host, "prepare", noting)
+    monkeypatch.setattr(engine.adapters._loader._host, "prepare", noting)
     before = engine.adapters.used_bytes
     engine.adapters.load(kind, str(folder)).result(60)
     generate(engine, [request(prompt(1), kind, max_tokens=3)], 60)

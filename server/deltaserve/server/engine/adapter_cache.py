@@ -8,54 +8,38 @@ two steps, so a step always sees whole adapters.
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
-from typing import Any, TypeAlias, TypeVar
+from concurrent.futures import Future
 
-from deltaserve.adapters.adapter import Adapter
-from deltaserve.adapters.errors import AdapterError
 from deltaserve.adapters.options import DEFAULT, LoadOptions
-from deltaserve.kernels.native.openmp import compute_alone
 from deltaserve.server.engine.core import AdapterInfo, AdapterRef, AdapterState
+from deltaserve.server.engine.loader import Loader, Read
 from deltaserve.server.engine.masks import Chosen
 from deltaserve.server.engine.observer import Observer
+from deltaserve.server.engine.registry import Infos, Registry, check_free
 from deltaserve.server.engine.residency import Arrival, Residency
-from deltaserve.server.engine.residents import Host, Residents
-from deltaserve.server.engine.watchers import Watchers
+from deltaserve.server.engine.residents import Host, Residencies, Residents
 from deltaserve.server.errors import (
     AdapterBusy,
     AdapterConflict,
     AdapterTooLarge,
     AdapterUnavailable,
-    AdapterUnknown,
-    InvalidRequest,
-    RequestError,
     ShuttingDown,
 )
 
 log = logging.getLogger(__name__)
 
 
-MAX_LINE = 8
-"""Adapters from one to the base, through its parents: each is read for a load."""
-
-T = TypeVar("T")
-Infos: TypeAlias = list[AdapterInfo]
-
-
 class AdapterCache:
-    """read: uri, options, its parent's content -> Adapter, on a loader thread. budget: bytes that
-    resident adapters may take together. wake: called from any thread when the engine thread has
-    something to do here."""
+    """read: called on a loader thread. budget: bytes that resident adapters may take together.
+    wake: called from any thread when the engine thread has something to do here. loaders: threads
+    that load."""
 
     def __init__(
         self,
         host: Host,
-        read: Callable[[str, LoadOptions, Adapter | None], Adapter],
+        read: Read,
         *,
         budget: int,
         wake: Callable[[], None],
@@ -64,21 +48,12 @@ class AdapterCache:
     ) -> None:
         self.loads = 0
         self._residents = Residents(host, budget, self._evicted)
-        self._host = host
-        self._read = read
         self._wake = wake
         self._observer = observer
-        self._lock = threading.RLock()
-        self._by_name: dict[str, Residency] = {}
-        self._arrived: deque[Arrival] = deque()
-        self._loading = 0
-        self._loaders = loaders
-        self._pool = ThreadPoolExecutor(
-            loaders, thread_name_prefix="deltaserve-loader", initializer=compute_alone
-        )
-        self._watchers = Watchers()
-        self._promised: set[Future[Any]] = set()
-        self._closed = False
+        self._registry = Registry()
+        self._lock = self._registry.lock
+        self._leaving: Residencies = []
+        self._loader = Loader(self._registry, host, read, wake, loaders)
 
     # From any thread:
 
@@ -112,37 +87,37 @@ class AdapterCache:
         number of times; other content is an AdapterConflict. A parent must be registered. patch:
         it will be part of every request, so it is pinned, and stays."""
         with self._lock:
-            if self._closed:
+            if self._registry.closed:
                 raise ShuttingDown("the server is shutting down and loads no adapters")
-            options = self._parented(name, options)
-            known = self._by_name.get(name)
+            options = self._registry.parented(name, options)
+            known = self._registry.get(name)
             if known is not None and known.unloading is not None:
                 raise AdapterBusy(
                     f"adapter {name!r} is being unloaded: load it again when that is done",
                     field="name",
                 )
-            done: Future[AdapterInfo] = self._promise()
+            done: Future[AdapterInfo] = self._registry.promise()
             if known is None or known.state is AdapterState.FAILED:
                 residency = Residency(
                     name, uri, options, pinned or patch, patch, waiting_for_load=[done]
                 )
-                self._by_name[name] = residency
-                self._start(residency)
+                self._registry.add(residency)
+                self._loader.start(residency)
             else:
-                self._pool.submit(self._compare, known, uri, options, pinned, done)
+                self._compare(known, uri, options, pinned, done)
         return done
 
     def unload(self, name: str) -> Future[int]:
         """Take no new requests for it, let the others finish, free it. -> bytes freed. AdapterBusy
         for the parent of a registered adapter: what was evicted could not be loaded again."""
         with self._lock:
-            residency = self._find(name)
-            _check_free(residency)
+            residency = self._registry.find(name)
+            check_free(residency)
             if residency.unloading is None:
-                children = [r.name for r in self._by_name.values() if r.options.parent == name]
+                children = self._registry.children(name)
                 if children:
                     raise AdapterBusy(
-                        f"adapter {name!r} is the parent of {', '.join(sorted(children)[:8])}: "
+                        f"adapter {name!r} is the parent of {', '.join(children[:8])}: "
                         "unload those first",
                         field="name",
                     )
@@ -151,41 +126,42 @@ class AdapterCache:
                         f"adapter {name!r} is being loaded: unload it when that is done",
                         field="name",
                     )
-                residency.unloading = self._promise()
-                self._change(residency, AdapterState.UNLOADING)
+                residency.unloading = self._registry.promise()
+                self._leaving.append(residency)
+                self._registry.change(residency, AdapterState.UNLOADING)
             future = residency.unloading
         self._wake()
         return future
 
     def get(self, name: str) -> AdapterInfo:
         with self._lock:
-            return self._find(name).info()
+            return self._registry.find(name).info()
 
     def list(self) -> Infos:
         """All registered adapters, by name."""
         with self._lock:
-            return [r.info() for _, r in sorted(self._by_name.items())]
+            return [r.info() for r in self._registry.all()]
 
     def pin(self, name: str, pinned: bool) -> AdapterInfo:
         """A pinned adapter is never evicted."""
         with self._lock:
-            residency = self._find(name)
+            residency = self._registry.find(name)
             if not pinned:
-                _check_free(residency)
+                check_free(residency)
             residency.pinned = pinned
-            self._notify(residency)
+            self._registry.notify(residency)
             info = residency.info()
         self._wake()
         return info
 
     def subscribe(self, callback: Callable[[AdapterInfo], None]) -> Callable[[], None]:
         """Call back at every change of state, from whatever thread makes it; the result ends it."""
-        return self._watchers.subscribe(callback)
+        return self._registry.subscribe(callback)
 
     def acquire(self, refs: Iterable[AdapterRef]) -> tuple[Residency, ...]:
         """The adapters of a new request, counted as in flight until `release`."""
         with self._lock:
-            found = tuple(self._resolve(ref.name) for ref in refs)
+            found = tuple(self._registry.resolve(ref.name) for ref in refs)
             for residency in found:
                 residency.in_flight += 1
                 residency.last_used = time.time()
@@ -208,17 +184,16 @@ class AdapterCache:
                 residency.running -= int(running)
                 residency.last_used = time.time()
                 assert residency.in_flight >= residency.running >= 0
-            news = bool(self._arrived) or any(r.unloading is not None for r in residencies)
+            news = bool(self._loader.arrived) or any(r.unloading is not None for r in residencies)
         if news:  # it may be what an unload or a load without room waited for
             self._wake()
 
     def close(self) -> None:
         """Take no more loads; fail the loads and unloads that are not done."""
         with self._lock:
-            self._closed = True
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        for future in list(self._promised):
-            future.set_exception(ShuttingDown("the server is shutting down"))
+            self._registry.closed = True
+        self._loader.close()
+        self._registry.close()
 
     # On the engine thread:
 
@@ -227,18 +202,17 @@ class AdapterCache:
         requests (their adapters, in the order they will be served) need."""
         with self._lock:
             head = next((w for w in waiting if not all(r.ready for r in w)), ())
-            for _ in range(len(self._arrived)):
-                arrival = self._arrived.popleft()
+            for _ in range(len(self._loader.arrived)):
+                arrival = self._loader.arrived.popleft()
                 if not self._publish(arrival, frozenset(head)):
-                    self._arrived.append(arrival)
-            for residency in list(self._by_name.values()):
-                if residency.unloading is not None and residency.in_flight == 0:
-                    self._finish_unload(residency)
+                    self._loader.arrived.append(arrival)
+            for residency in [r for r in self._leaving if not r.in_flight]:
+                self._finish_unload(residency)
             for wanted in waiting:
                 for residency in wanted:
                     if residency.ready or residency.loading:
                         continue
-                    if residency.state is AdapterState.FAILED or self._loading >= self._loaders:
+                    if residency.state is AdapterState.FAILED or self._loader.busy:
                         continue
                     residency.crowded = not self._residents.could_fit(
                         residency, greedy=wanted is head
@@ -265,110 +239,11 @@ class AdapterCache:
 
     # Inside:
 
-    def _find(self, name: str, field: str = "model") -> Residency:
-        residency = self._by_name.get(name)
-        if residency is None:
-            names = ", ".join(sorted(self._by_name)[:8]) or "none"
-            raise AdapterUnknown(
-                f"no adapter named {name!r} is registered (registered: {names})", field=field
-            )
-        return residency
-
-    def _resolve(self, called: str, field: str = "model") -> Residency:
-        """called: a name, or ``name@digest-prefix``."""
-        name, _, digest = called.partition("@")
-        residency = self._find(name, field)
-        if residency.state is AdapterState.UNLOADING:
-            raise AdapterUnknown(f"adapter {name!r} is being unloaded", field=field)
-        if residency.state is AdapterState.FAILED:
-            raise AdapterUnavailable(
-                f"adapter {name!r} could not be loaded: {residency.error}", field=field
-            )
-        if digest and not (residency.digest and residency.digest.startswith(digest)):
-            raise AdapterUnknown(
-                f"adapter {name!r} has digest {residency.digest[:16] or '(loading)'}, "
-                f"not {digest!r}",
-                field=field,
-            )
-        return residency
-
-    def _parented(self, name: str, options: LoadOptions) -> LoadOptions:
-        """The options with the parent's plain name; InvalidRequest if its line of parents is too
-        long or comes back to `name`, as it could after a load that failed."""
-        line, at = [name], options
-        while at.parent:
-            parent = self._resolve(at.parent, "options.parent")
-            if at is options:
-                options = replace(options, parent=parent.name)
-            line.append(parent.name)
-            at = parent.options
-            if parent.name == name or len(line) > MAX_LINE:
-                raise InvalidRequest(
-                    f"options.parent: {' < '.join(line)} is not possible; a line of parents must "
-                    f"end at the base after at most {MAX_LINE - 1}",
-                    field="options.parent",
-                )
-        return options
-
-    def _content(self, uri: str, options: LoadOptions) -> Adapter:
-        """On a loader thread: what is at `uri`, on top of its parents, which are read anew: they
-        need not be in memory."""
-        parent: Adapter | None = None
-        if options.parent:
-            with self._lock:
-                residency = self._find(options.parent, "options.parent")
-            parent = self._content(residency.uri, residency.options)
-            self._check_digest(residency, parent)
-        return self._read(uri, options, parent)
-
-    def _check_digest(self, residency: Residency, adapter: Adapter) -> None:
-        """AdapterConflict if it is not what it was when it was registered."""
-        with self._lock:
-            registered = residency.digest = residency.digest or adapter.digest
-        if adapter.digest != registered:
-            raise AdapterConflict(
-                f"{residency.uri} has changed since {residency.name!r} was registered: digest "
-                f"{adapter.digest[:16]}, registered {registered[:16]}",
-                field="uri",
-            )
-
-    def _promise(self) -> Future[T]:
-        """A future that `close` fails if nothing else has come of it by then."""
-        future: Future[T] = Future()
-        self._promised.add(future)
-        future.add_done_callback(self._promised.discard)
-        return future
-
     def _reload(self, residency: Residency) -> None:
         """It was evicted and is wanted, if only by requests that an unload waits for."""
         if residency.state is AdapterState.REGISTERED:
             residency.state = AdapterState.LOADING
-        self._start(residency)
-
-    def _start(self, residency: Residency) -> None:
-        residency.loading = True
-        self._loading += 1
-        self._notify(residency)
-        self._pool.submit(self._load, residency)
-
-    def _load(self, residency: Residency) -> None:
-        """On a loader thread."""
-        began = time.perf_counter()
-        arrival = Arrival(residency, 0.0)
-        try:
-            adapter = self._content(residency.uri, residency.options)
-            self._check_digest(residency, adapter)
-            arrival.prepared = self._host.prepare(adapter)
-            arrival.adapter = adapter.without_content()
-        except Exception as error:
-            if not isinstance(error, AdapterError | RequestError):
-                log.exception("loading adapter %r from %s failed", residency.name, residency.uri)
-            arrival.error = error
-        arrival.seconds = time.perf_counter() - began
-        with self._lock:
-            self._loading -= 1
-            self._arrived.append(arrival)
-        self._wake()
+        self._loader.start(residency)
 
     def _compare(
         self,
@@ -378,14 +253,19 @@ class AdapterCache:
         pinned: bool,
         done: Future[AdapterInfo],
     ) -> None:
-        """On a loader thread: is what `uri` holds what `known` is?"""
-        try:
-            digest = self._content(uri, options).digest
+        """Is what `uri` holds what `known` is?"""
+
+        def join(digest: str) -> None:
             with self._lock:
                 self._join(known, uri, digest, pinned, done)
-        except Exception as error:
-            done.set_exception(error)
-        self._wake()
+
+        def finish(read: Future[None]) -> None:
+            error = None if read.cancelled() else read.exception()
+            if error is not None:
+                done.set_exception(error)
+            self._wake()
+
+        self._loader.digest(uri, options, join).add_done_callback(finish)
 
     def _join(
         self, known: Residency, uri: str, digest: str, pinned: bool, done: Future[AdapterInfo]
@@ -442,7 +322,7 @@ class AdapterCache:
         residency.loaded_at, residency.load_seconds = time.time(), arrival.seconds
         residency.error, residency.loading = "", False
         if residency.state is not AdapterState.UNLOADING:
-            self._change(residency, AdapterState.READY)
+            self._registry.change(residency, AdapterState.READY)
         self._observer.on_adapter_load(residency.name, arrival.seconds)
         for future in residency.waiting_for_load:
             future.set_result(residency.info())
@@ -451,41 +331,25 @@ class AdapterCache:
 
     def _fail(self, residency: Residency, error: Exception) -> None:
         residency.error, residency.loading = str(error), False
-        self._change(residency, AdapterState.FAILED)
+        self._registry.change(residency, AdapterState.FAILED)
         for future in residency.waiting_for_load:
             future.set_exception(error)
         residency.waiting_for_load = []
         if not residency.loads:  # it never was an adapter
-            self._by_name.pop(residency.name, None)
+            self._registry.forget(residency.name)
 
     def _evicted(self, residency: Residency) -> None:
         self._observer.on_adapter_evicted(residency.name)
         if residency.state is AdapterState.READY:
-            self._change(residency, AdapterState.REGISTERED)
+            self._registry.change(residency, AdapterState.REGISTERED)
 
     def _finish_unload(self, residency: Residency) -> None:
         freed = residency.nbytes if residency.ready else 0
         if residency.ready:
             self._residents.take_out(residency)
-        del self._by_name[residency.name]
+        self._leaving.remove(residency)
+        self._registry.forget(residency.name)
         self._observer.on_adapter_unloaded(residency.name)
-        self._change(residency, AdapterState.UNLOADED)
+        self._registry.change(residency, AdapterState.UNLOADED)
         assert residency.unloading is not None
         residency.unloading.set_result(freed)
-
-    def _change(self, residency: Residency, state: AdapterState) -> None:
-        residency.state = state
-        self._notify(residency)
-
-    def _notify(self, residency: Residency) -> None:
-        self._watchers.tell(residency.info())
-
-
-def _check_free(residency: Residency) -> None:
-    """AdapterBusy for a patch."""
-    if residency.patch:
-        raise AdapterBusy(
-            f"adapter {residency.name!r} is part of every request to this server: it stays until "
-            "the server ends",
-            field="name",
-        )
