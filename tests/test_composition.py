@@ -305,7 +305,7 @@ def test_masks_with_strengths_and_in_lists(files: Files, engine: Engine) -> None
 
 def test_a_masks_slot_lives_as_long_as_its_requests(files: Files, engine: Engine) -> None:
     engine.adapters.load("lora", files.uri("lora")).result(60)
-    host = engine._model.modules._installed
+    host = engine._runner.model.modules._installed
     assert len(host) == 1
     masks = [("*.q_proj",), ("*.q_pro?",), ("*.v_proj",), ("*",), ()]
     held: list[int] = []

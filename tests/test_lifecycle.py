@@ -329,7 +329,7 @@ def test_an_unload_frees_every_tensor(
     folder = files.roots / f"kind-{kind}"
     VARIANTS[kind].make(files.base, folder, torch.Generator().manual_seed(5))
     packed: list[weakref.ref[torch.Tensor]] = []
-    prepare = engine._model.prepare
+    prepare = engine._runner.model.prepare
 
     def noting(adapter: Adapter) -> PreparedAdapter:
         prepared = prepare(adapter)

@@ -8,20 +8,13 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 from tokenizers import Tokenizer
 
 from deltaserve.kernels.native.openmp import release_workers
-from deltaserve.server.engine.activation import (
-    NEVER,
-    Active,
-    cache_keys,
-    invoked_at,
-    spans,
-)
 from deltaserve.server.engine.adapter_cache import AdapterCache
+from deltaserve.server.engine.admission import Admission
 from deltaserve.server.engine.core import (
     AdapterRef,
     AdapterState,
@@ -31,15 +24,13 @@ from deltaserve.server.engine.core import (
     Request,
 )
 from deltaserve.server.engine.detokenizer import Detokenizer
-from deltaserve.server.engine.masks import Chosen, choose, masked
 from deltaserve.server.engine.observer import Observer
 from deltaserve.server.engine.outcome import StepOutputs, error_output
-from deltaserve.server.engine.residency import Residency
 from deltaserve.server.engine.runner import ModelRunner
 from deltaserve.server.engine.scheduler import Batch, Scheduler
 from deltaserve.server.engine.sequence import Sequence
 from deltaserve.server.engine.stats import EngineInfo, EngineStats
-from deltaserve.server.engine.validate import Limits, check, check_length
+from deltaserve.server.engine.validate import Limits, check
 from deltaserve.server.errors import (
     AdapterUnavailable,
     Cancelled,
@@ -78,7 +69,6 @@ class Engine:
         max_queue: int = 4096,
     ) -> None:
         self.adapters = adapters
-        self._model = model
         self._runner = runner
         self._scheduler = scheduler
         self._observer = observer
@@ -86,20 +76,21 @@ class Engine:
         self._tokenizer = tokenizer
         self._max_queue = max_queue
         self._eos = frozenset(model.eos_token_ids)
-        self._patches: tuple[AdapterRef, ...] = ()
         blocks = scheduler.blocks
         self._limits = Limits(model.vocab_size, model.max_length, blocks.total * blocks.block_size)
+        self._admission = Admission(
+            model, adapters, self._limits, info.held_fingerprint, blocks.block_size
+        )
         self._lock = threading.Condition()
         self._inbox: deque[Sequence | str] = deque()
         self._known: dict[str, Sequence] = {}
-        self._failed: list[tuple[Sequence, RequestError]] = []
         self._steps = 0
         self._draining = False
         self._stopping = False
         self._woken = False
         self._stepping = False
         self._thread = threading.Thread(target=self._loop, name="deltaserve-engine", daemon=True)
-        scheduler.begin = self._begin
+        scheduler.begin = self._admission.begin
 
     # From any thread:
 
@@ -112,7 +103,7 @@ class Engine:
         """Take in a request; what is wrong with it at once is raised, everything later comes as
         an `Output`."""
         check(request, self._limits)
-        sequence = self._sequence(self._patched(request), outbox)
+        sequence = self._sequence(self._admission.patched(request), outbox)
         try:
             self._enqueue(sequence)
         except RequestError:
@@ -122,26 +113,7 @@ class Engine:
     def set_patches(self, patches: Iterable[AdapterRef]) -> None:
         """Make these loaded adapters part of every request, in this order, before its own. Before
         the first request. InvalidRequest if they cannot be combined."""
-        found = tuple(patches)
-        held = self.adapters.acquire(found)
-        try:
-            self._check_mix(held, found)
-        finally:
-            self.adapters.release(held, running=False)
-        self._patches = found
-
-    def _patched(self, request: Request) -> Request:
-        """The request with the server's own patches before its adapters."""
-        if not self._patches:
-            return request
-        own = {patch.name for patch in self._patches}
-        for ref in request.adapters:
-            if ref.name.partition("@")[0] in own:
-                raise InvalidRequest(
-                    f"adapters: {ref.name!r} is part of every request to this server; leave it out",
-                    field="adapters",
-                )
-        return replace(request, adapters=(*self._patches, *request.adapters))
+        self._admission.set_patches(patches)
 
     def _enqueue(self, sequence: Sequence) -> None:
         request_id = sequence.id
@@ -256,9 +228,9 @@ class Engine:
         self.adapters.step([s.adapters for s in self._scheduler.waiting if s.adapters])
         self._scheduler.first = self._overdue()
         batch = self._scheduler.schedule()
-        for sequence, error in self._failed:
+        for sequence, error in self._admission.failed:
             self._end(sequence, error_output(sequence, error), out)
-        self._failed.clear()
+        self._admission.failed.clear()
         if batch:
             self._run(batch, out)
             self._steps += 1
@@ -277,7 +249,8 @@ class Engine:
         while self._inbox:
             item = self._inbox.popleft()
             if isinstance(item, Sequence):
-                self._scheduler.add(item)
+                if self._known.get(item.id) is item:  # it may have ended in the inbox
+                    self._scheduler.add(item)
             elif (known := self._known.get(item)) is not None:
                 self._end(known, error_output(known, Cancelled("cancelled by the client")), out)
         now = time.monotonic()
@@ -301,52 +274,6 @@ class Engine:
                     field="model",
                 )
         self.adapters.check_room(sequence.adapters)
-
-    def _begin(self, sequence: Sequence) -> bool:
-        """The scheduler wants to admit it: its adapters are resident. False if it fails."""
-        held = sequence.adapters
-        refs = sequence.request.adapters
-        prefixes = [a.prefix for a in held if a.prefix is not None]
-        try:
-            if held and not sequence.admitted:
-                sequence.chosen = self._check_mix(held, refs)
-            prefix = prefixes[0] if prefixes else None
-            request = sequence.request
-            check_length(
-                len(request.prompt_ids),
-                len(prefix) if prefix is not None else 0,
-                request.sampling.max_tokens,
-                self._limits,
-            )
-        except RequestError as error:
-            self._failed.append((sequence, error))
-            return False
-        if not sequence.admitted:
-            sequence.admitted = True
-            sequence.slots = self.adapters.admitted(held, sequence.chosen)
-        virtual = len(prefix) if prefix is not None else 0
-        active = [_active(sequence, i, virtual) for i in range(len(held))]
-        root, turns = cache_keys(
-            active, self._scheduler.blocks.block_size, self._info.held_fingerprint, request.salt
-        )
-        sequence.begin(prefix, spans(active), root, turns)
-        return True
-
-    def _check_mix(
-        self, held: tuple[Residency, ...], refs: tuple[AdapterRef, ...]
-    ) -> tuple[Chosen, ...]:
-        """The modules that each adapter acts on. InvalidRequest for what cannot be combined."""
-        chosen, weighted = [], []
-        for residency, ref in zip(held, refs, strict=True):
-            assert residency.structure is not None
-            chosen.append(choose(residency.structure, residency.name, ref.modules))
-            weighted.append((masked(residency.structure, chosen[-1]), ref.strength))
-        reason = self._model.composable(weighted)
-        if reason is not None:
-            patches = ", ".join(repr(p.name) for p in self._patches)
-            own = f" ({patches} is part of every request to this server)" if patches else ""
-            raise InvalidRequest(f"adapters: {reason}{own}", field="adapters")
-        return tuple(chosen)
 
     def _run(self, batch: Batch, out: StepOutputs) -> None:
         now = time.monotonic()
@@ -384,8 +311,6 @@ class Engine:
             if self._known.pop(sequence.id, None) is None:
                 return
             self._lock.notify_all()
-        if sequence in self._inbox:
-            self._inbox.remove(sequence)
         self._scheduler.remove(sequence)
         chosen = sequence.chosen if sequence.admitted else ()
         self.adapters.release(sequence.adapters, running=sequence.admitted, chosen=chosen)
@@ -426,18 +351,6 @@ class Engine:
     def _wake_locked(self) -> None:
         self._woken = True
         self._lock.notify_all()
-
-
-def _active(sequence: Sequence, i: int, virtual: int) -> Active:
-    """From where on the request's adapter i acts. virtual: tokens before the prompt."""
-    request, residency = sequence.request, sequence.adapters[i]
-    structure, start = residency.structure, 0
-    if structure is not None and structure.invocation:
-        start = invoked_at(request.prompt_ids, structure.invocation)
-        start += virtual if start < NEVER else 0
-    strength = float(request.adapters[i].strength)
-    key = (residency.digest, repr(strength), "\0".join(sequence.chosen[i]))
-    return Active(sequence.slots[i], strength, key, start)
 
 
 def _names(sequences: list[Sequence]) -> tuple[str, ...]:

@@ -70,32 +70,33 @@ class Scheduler:
         self.blocks = blocks
         self.max_batch_tokens = max_batch_tokens
         self.max_sequences = max_sequences
-        self.waiting: list[Sequence] = []
-        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []  # in order
+        self.running: dict[Sequence, None] = {}
         self.preemptions = 0
         self.first: Sequence | None = None
         self.begin: Callable[[Sequence], bool] = lambda sequence: True
 
     def add(self, sequence: Sequence) -> None:
-        bisect.insort(self.waiting, sequence, key=lambda s: s.order)
+        bisect.insort(self.waiting, sequence, key=_order)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a finished, failed or cancelled sequence and give back its blocks."""
         if sequence in self.running:
-            self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+            del self.running[sequence]
+        else:
+            self._stop_waiting(sequence)
         self.blocks.release(sequence.blocks)
         sequence.blocks, sequence.hashes = [], []
 
     def schedule(self) -> Batch:
         batch = Batch()
         budget = self.max_batch_tokens
-        for sequence in sorted(self.running, key=lambda s: s.order):
+        ordered = sorted(self.running, key=_order)
+        for sequence in ordered:
             if sequence in self.running and sequence.decoding and self._grow(sequence, 1, batch):
                 batch.decodes.append(Scheduled(sequence, sequence.computed, 1))
                 budget -= 1
-        for sequence in sorted(self.running, key=lambda s: s.order):
+        for sequence in ordered:
             if budget > 0 and sequence in self.running and not sequence.decoding:
                 budget -= self._chunk(sequence, budget, batch)
         budget = self._admit(budget, batch)
@@ -124,10 +125,15 @@ class Scheduler:
                 self.blocks.release(sequence.blocks)
                 sequence.blocks, sequence.hashes, sequence.computed = [], [], 0
                 break  # what comes after it must not overtake it for ever
-            self.waiting.remove(sequence)
-            self.running.append(sequence)
+            self._stop_waiting(sequence)
+            self.running[sequence] = None
             budget -= self._chunk(sequence, budget, batch)
         return budget
+
+    def _stop_waiting(self, sequence: Sequence) -> None:
+        at = bisect.bisect_left(self.waiting, sequence.order, key=_order)
+        if at < len(self.waiting) and self.waiting[at] is sequence:
+            del self.waiting[at]
 
     def _overtakes(self, sequence: Sequence) -> bool:
         first = self.first
@@ -159,7 +165,7 @@ class Scheduler:
             try:
                 sequence.blocks.append(self.blocks.take())
             except OutOfBlocks:
-                victim = max(self.running, key=lambda s: s.order)
+                victim = max(self.running, key=_order)
                 self._preempt(victim, batch)
                 if victim is sequence:
                     return False
@@ -167,13 +173,17 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence, batch: Batch) -> None:
         self.preemptions += 1
-        self.running.remove(sequence)
+        del self.running[sequence]
         self.blocks.release(sequence.blocks)
         sequence.blocks, sequence.hashes, sequence.computed = [], [], 0
         batch.decodes = [p for p in batch.decodes if p.sequence is not sequence]
         batch.chunks = [p for p in batch.chunks if p.sequence is not sequence]
         batch.fills = [f for f in batch.fills if f[0] is not sequence]
         self.add(sequence)
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.order
 
 
 def _placement(part: Scheduled) -> tuple[object, ...]:
