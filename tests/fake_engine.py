@@ -84,7 +84,13 @@ class FakeAdapters:
         self.load_seconds = 0.0
 
     def load(
-        self, name: str, uri: str, *, pinned: bool = False, options: LoadOptions = DEFAULT
+        self,
+        name: str,
+        uri: str,
+        *,
+        pinned: bool = False,
+        options: LoadOptions = DEFAULT,
+        register_only: bool = False,
     ) -> Future[AdapterInfo]:
         future: Future[AdapterInfo] = Future()
         kind, _, _ = uri.partition(":")
@@ -103,6 +109,10 @@ class FakeAdapters:
                 future.set_exception(ZeroDivisionError("a secret"))
                 return future
             self._put(info(name, uri, AdapterState.LOADING, pinned, options))
+        if register_only:
+            self._put(replace(self._infos[name], state=AdapterState.REGISTERED, tier=Tier.DISK))
+            future.set_result(self._infos[name])
+            return future
         threading.Timer(self.load_seconds, self._ready, (name, future)).start()
         return future
 

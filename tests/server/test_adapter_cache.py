@@ -1,16 +1,20 @@
 """Adapters come and go within their budget, and nobody waits for ever or gets the wrong one."""
 
+import gc
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.errors import InvalidAdapter
 from deltaserve.adapters.options import LoadOptions
+from deltaserve.kernels.primitives import Bias
 from deltaserve.server.engine.adapter_cache import AdapterCache
 from deltaserve.server.engine.core import AdapterInfo, AdapterRef, AdapterState
 from deltaserve.server.engine.observer import NullObserver
@@ -279,3 +283,118 @@ def test_watchers_see_every_state() -> None:
         AdapterState.UNLOADING,
         AdapterState.UNLOADED,
     ]
+
+
+def registered(rig: Rig, name: str, **how: Any) -> AdapterInfo:
+    return rig.load(name, register_only=True, **how)
+
+
+def test_one_that_is_only_registered_is_checked_and_loaded_when_it_is_asked_for() -> None:
+    rig = Rig(100, {"a": 30})
+    seen: list[AdapterState] = []
+    rig.cache.subscribe(lambda info: seen.append(info.state))
+    info = registered(rig, "a")
+    assert (info.state, info.tier, info.digest) == (AdapterState.REGISTERED, "disk", "digest-a")
+    assert (info.loads, info.resident_bytes, info.source_bytes) == (0, 0, 30)
+    assert (info.format, rig.cache.used_bytes, rig.disk.reads) == ("test", 0, 1)
+    assert not rig.host.slots and seen == [AdapterState.LOADING, AdapterState.REGISTERED]
+    waiting = rig.cache.acquire([AdapterRef("a@digest-a")])
+    rig.until(lambda: waiting[0].ready, [waiting])
+    assert rig.cache.get("a").loads == 1 and rig.disk.reads == 2
+    assert rig.cache.used_bytes == 30 and list(rig.host.slots.values()) == ["digest-a"]
+
+
+def test_what_is_wrong_with_it_is_said_when_it_is_registered() -> None:
+    rig = Rig(100, {"huge": 101, "a": 30})
+    for name, error, said in (
+        ("bad", InvalidAdapter, "damaged"),
+        ("huge", AdapterTooLarge, "needs 101 bytes"),
+    ):
+        with pytest.raises(error, match=said):
+            registered(rig, name)
+        with pytest.raises(AdapterUnknown):
+            rig.cache.get(name)
+    with pytest.raises(InvalidRequest, match="register_only: a pinned adapter"):
+        rig.cache.load("a", "/a", register_only=True, pinned=True)
+
+
+def test_a_file_that_changes_or_goes_after_registration_fails_who_asks_for_it_alone() -> None:
+    rig = Rig(100, {"a": 30, "b": 30, "c": 30})
+    for name in "abc":
+        registered(rig, name)
+    rig.disk.content["/a"] = ("digest-new", 30)
+    del rig.disk.content["/b"]
+    waiting = [rig.cache.acquire([AdapterRef(n)]) for n in "abc"]
+    rig.until(lambda: waiting[2][0].ready and not waiting[1][0].loading, waiting)
+    assert [w[0].state for w in waiting[:2]] == [AdapterState.FAILED] * 2
+    for name, said in (("a", "changed since"), ("b", "is damaged")):
+        with pytest.raises(AdapterUnavailable, match=said):
+            rig.cache.acquire([AdapterRef(name)])
+
+
+def test_a_load_joins_a_registration_and_the_other_way_round() -> None:
+    rig = Rig(100, {"a": 30})
+    rig.disk.gate.clear()
+    checked = rig.cache.load("a", "/a", register_only=True)
+    loaded = rig.cache.load("a", "/a")
+    again = rig.cache.load("a", "/a", register_only=True)
+    rig.disk.gate.set()
+    rig.until(lambda: loaded.done() and again.done(), [])
+    assert checked.result().digest == again.result().digest == "digest-a"
+    assert loaded.result().state is AdapterState.READY
+    assert registered(rig, "a").state is AdapterState.READY
+    rig.cache.load("b", "/b", register_only=True)
+    rig.disk.content["/a"] = ("digest-new", 30)
+    with pytest.raises(AdapterConflict):
+        registered(rig, "a")
+
+
+def test_one_that_is_not_in_memory_takes_at_most_4_kib() -> None:
+    """Registered alone, and evicted again: what the loads of many leave behind, to the byte."""
+    count = 300
+    rig = Rig(10, {f"{i:04}-{'n' * 100}": 10 for i in range(count)})
+    names = [uri[1:] for uri in rig.disk.content]
+
+    def read(uri: str, options: LoadOptions, parent: Adapter | None) -> Adapter:
+        modules = {f"model.layers.{i}.mlp.up_proj": (Bias(torch.zeros(8)),) for i in range(64)}
+        notes = (f"{uri}: {'a long note ' * 500}",)
+        return Adapter(f"{uri:>64}", "test", modules, source_bytes=10, notes=notes)
+
+    rig.cache._loader._read = read
+    rig.load(names[0])
+    gc.collect()
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for register_only in (True, False):
+            for name in names[1:]:
+                rig.load(name, register_only=register_only)
+            gc.collect()
+            held = tracemalloc.get_traced_memory()[0] - before
+            assert held / (count - 1) < 4096, register_only
+    finally:
+        tracemalloc.stop()
+    assert rig.cache.evictions == count - 1 and len(rig.cache.list()) == count
+
+
+def test_what_a_request_waits_for_is_read_before_what_is_registered() -> None:
+    rig = Rig(100, {n: 10 for n in "abcdef"})
+    registered(rig, "a")
+    order: list[str] = []
+    read = rig.cache._loader._read
+
+    def noting(uri: str, options: LoadOptions, parent: Adapter | None) -> Adapter:
+        order.append(uri)
+        return read(uri, options, parent)
+
+    rig.cache._loader._read = noting
+    rig.disk.gate.clear()
+    futures = [rig.cache.load("b", "/b", register_only=True)]
+    rig.until(lambda: order == ["/b"], [])
+    futures += [rig.cache.load(n, f"/{n}", register_only=True) for n in "cd"]
+    futures.append(rig.cache.load("e", "/e"))
+    waiting = rig.cache.acquire([AdapterRef("a")])
+    rig.cache.step([waiting])
+    rig.disk.gate.set()
+    rig.until(lambda: all(f.done() for f in futures), [waiting])
+    assert order == ["/b", "/a", "/e", "/c", "/d"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +36,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i, name in enumerate(("lora", "ia3")):
         generator = torch.Generator().manual_seed(i)
         VARIANTS[name].make(root / "base", root / "adapters" / name, generator)
+    shutil.copytree(root / "adapters" / "ia3", root / "many" / "tuned")
+    shutil.copytree(root / "adapters" / "ia3", root / "many" / "torn")
+    torn = root / "many" / "torn" / "adapter_model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-1])
     return root
 
 
@@ -44,6 +49,7 @@ def server(files: Path) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]
         command(
             *("--base", files / "base", "--adapter", f"first={files / 'adapters' / 'lora'}"),
             *("--adapter-root", files / "adapters", "--metrics-port", 0, *SMALL),
+            *("--adapter-dir", files / "many"),
         ),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -99,6 +105,24 @@ def test_adapters_over_the_wire(files: Path, server: tuple) -> None:  # type: ig
         with pytest.raises(errors.InvalidArgument, match="chat template"):
             client.generate([{"role": "user", "content": "hi"}])
         assert client.unload_adapter("second") == loaded.resident_bytes
+
+
+def test_a_folder_of_adapters(files: Path, server: tuple) -> None:  # type: ignore[type-arg]
+    """Registered lazily under their folders' names; what is damaged is named and left out."""
+    log = server[2]
+    assert any("registered 1 adapters, left out 1" in line for line in log), log
+    assert any("torn is left out" in line and "adapter_model" in line for line in log), log
+    with Client(server[1]) as client:
+        found = client.get_adapter("tuned")
+        assert (found.state, found.tier, found.loads) == ("registered", "disk", 0)
+        assert found.format == "peft-ia3" and found.digest and not found.resident_bytes
+        prompt = make_tokenizer()("lazily").input_ids
+        answer = client.generate(prompt, "tuned", max_tokens=5, ignore_eos=True, logprobs=True)
+        assert client.get_adapter("tuned").state == "ready"
+        with pytest.raises(errors.NotFound):
+            client.get_adapter("torn")
+    expected = reference(files, "ia3", prompt + answer.token_ids)[len(prompt) - 1 : -1]
+    assert expected.argmax(-1).tolist() == answer.token_ids
 
 
 def test_metrics_over_http(server: tuple) -> None:  # type: ignore[type-arg]

@@ -192,6 +192,9 @@ def load_adapter(
     name: Annotated[str, typer.Argument(help="What requests will call it.")],
     uri: Annotated[str, typer.Argument(help="A folder on the server.")],
     pinned: Annotated[bool, typer.Option(help="Never evict it.")] = False,
+    register_only: Annotated[
+        bool, typer.Option(help="Check it; the first request that asks for it loads it.")
+    ] = False,
     parent: Annotated[str, typer.Option(help="The adapter that its files are relative to.")] = "",
     task_id: Annotated[
         int | None, typer.Option(min=0, help="Which task of an adapter that holds several.")
@@ -213,6 +216,7 @@ def load_adapter(
             name,
             uri,
             pinned,
+            register_only=register_only,
             timeout=timeout,
             parent=parent,
             task_id=task_id,

@@ -173,11 +173,13 @@ class Client:
         pinned: bool = False,
         *,
         wait: bool = True,
+        register_only: bool = False,
         timeout: float | None = None,
         **options: Unpack[LoadOptions],
     ) -> types.Adapter:
-        """Register and load a folder of the server. wait: until it is in memory."""
-        request = requests.load(name, uri, pinned, wait, options)
+        """Register and load a folder of the server. wait: until it is in memory. register_only:
+        it is read and checked, and loaded when a request first asks for it."""
+        request = requests.load(name, uri, pinned, wait, register_only, options)
         with _typed():
             response = self._adapters.LoadAdapter(request, timeout=timeout or self._timeout)
         return answers.adapter(response.adapter)

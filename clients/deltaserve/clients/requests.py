@@ -134,7 +134,7 @@ def _weighted(item: str | tuple[str, float] | Weighted) -> pb.WeightedAdapter:
 
 
 def load(
-    name: str, uri: str, pinned: bool, wait: bool, options: LoadOptions
+    name: str, uri: str, pinned: bool, wait: bool, register_only: bool, options: LoadOptions
 ) -> adapter_pb2.LoadAdapterRequest:
     """A LoadAdapterRequest."""
     unknown = set(options) - set(LoadOptions.__annotations__)
@@ -148,6 +148,7 @@ def load(
             uri=uri,
             pinned=pinned,
             return_early=not wait,
+            register_only=register_only,
             options=adapter_pb2.LoadOptions(**options),
         )
 

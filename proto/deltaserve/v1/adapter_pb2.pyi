@@ -42,18 +42,20 @@ ADAPTER_TIER_HOST: AdapterTier
 ADAPTER_TIER_DEVICE: AdapterTier
 
 class LoadAdapterRequest(_message.Message):
-    __slots__ = ("name", "uri", "pinned", "return_early", "options")
+    __slots__ = ("name", "uri", "pinned", "return_early", "options", "register_only")
     NAME_FIELD_NUMBER: _ClassVar[int]
     URI_FIELD_NUMBER: _ClassVar[int]
     PINNED_FIELD_NUMBER: _ClassVar[int]
     RETURN_EARLY_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    REGISTER_ONLY_FIELD_NUMBER: _ClassVar[int]
     name: str
     uri: str
     pinned: bool
     return_early: bool
     options: LoadOptions
-    def __init__(self, name: _Optional[str] = ..., uri: _Optional[str] = ..., pinned: _Optional[bool] = ..., return_early: _Optional[bool] = ..., options: _Optional[_Union[LoadOptions, _Mapping]] = ...) -> None: ...
+    register_only: bool
+    def __init__(self, name: _Optional[str] = ..., uri: _Optional[str] = ..., pinned: _Optional[bool] = ..., return_early: _Optional[bool] = ..., options: _Optional[_Union[LoadOptions, _Mapping]] = ..., register_only: _Optional[bool] = ...) -> None: ...
 
 class LoadOptions(_message.Message):
     __slots__ = ("allow_base_mismatch", "task_id", "max_error", "parent")

@@ -29,6 +29,10 @@ def serve(
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="NAME=PATH", help="Load before serving; repeatable.")
     ] = None,
+    adapter_dir: Annotated[
+        list[Path] | None,
+        typer.Option(help="Its sub-folders are adapters, loaded when asked for; repeatable."),
+    ] = None,
     parent: Annotated[
         list[str] | None,
         typer.Option(metavar="CHILD=PARENT", help="One --adapter is relative to another."),
@@ -114,6 +118,9 @@ def serve(
                 parents=tuple(c.child_and_parent(item) for item in parent or ()),
                 tasks=tuple(c.task(item) for item in task or ()),
                 max_errors=tuple(c.max_error(item) for item in max_error or ()),
+                registered=tuple(
+                    found for folder in adapter_dir or () for found in c.adapters_in(folder)
+                ),
             ),
             engine=c.EngineConfig(
                 max_batch_tokens=max_batch_tokens,

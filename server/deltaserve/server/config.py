@@ -83,13 +83,14 @@ class Patch:
 class AdapterConfig:
     """Which adapters may be served.
 
-    preload: (name, path) loaded before the server is ready. roots: folders that adapters loaded
-    over the wire must lie in; none forbids loading over the wire. bytes: memory that all adapters
-    may take, None for a share of what is free. allow_base_mismatch: accept adapters that were
-    made for another base of the same shapes. patches: part of every request, in this order.
-    parents: (adapter of preload, the one that its files are relative to). tasks: (adapter of
-    preload, which of its tasks). max_errors: (adapter of preload, the relative error that smaller
-    forms of its weights may have).
+    preload: (name, path) loaded before the server is ready. registered: (name, path) checked before
+    the server is ready and loaded when they are asked for. roots: folders that adapters loaded over
+    the wire must lie in; none forbids loading over the wire. bytes: memory that all adapters may
+    take, None for a share of what is free. allow_base_mismatch: accept adapters that were made for
+    another base of the same shapes. patches: part of every request, in this order. parents:
+    (adapter of preload, the one that its files are relative to). tasks: (adapter of preload, which
+    of its tasks). max_errors: (adapter of preload, the relative error that smaller forms of its
+    weights may have).
     """
 
     preload: tuple[tuple[str, Path], ...] = ()
@@ -100,6 +101,7 @@ class AdapterConfig:
     parents: tuple[tuple[str, str], ...] = ()
     tasks: tuple[tuple[str, int], ...] = ()
     max_errors: tuple[tuple[str, float], ...] = ()
+    registered: tuple[tuple[str, Path], ...] = ()
 
     def __post_init__(self) -> None:
         given = [("--adapter", name, path) for name, path in self.preload]
@@ -122,6 +124,11 @@ class AdapterConfig:
                     raise ConfigError(f"{flag} {name}={value:g}: no --adapter of that name")
                 if chosen.count(name) > 1:
                     raise ConfigError(f"{flag} {name}={value:g}: {name!r} is given twice")
+        taken = set(names)
+        for name, path in self.registered:
+            if name in taken:
+                raise ConfigError(f"--adapter-dir {path}: the name {name!r} is given twice")
+            taken.add(name)
         for root in self.roots:
             if not root.is_dir():
                 raise ConfigError(f"--adapter-root {root}: no such folder")
@@ -238,6 +245,14 @@ def name_and_path(text: str) -> tuple[str, Path]:
     """``NAME=PATH`` of --adapter."""
     name, path = _pair("--adapter", text, "NAME=PATH")
     return name, Path(path)
+
+
+def adapters_in(folder: Path) -> list[tuple[str, Path]]:
+    """(name, path) of the folders in the folder of --adapter-dir, hidden ones excepted."""
+    if not folder.is_dir():
+        raise ConfigError(f"--adapter-dir {folder}: no such folder")
+    found = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return [(path.name, path) for path in found]
 
 
 def child_and_parent(text: str) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from deltaserve.server.engine.engine import Engine
 from deltaserve.server.engine.text import Text
 from deltaserve.server.engine_metrics import EngineCollector
 from deltaserve.server.errors import RequestError
+from deltaserve.server.folders import register
 from deltaserve.server.metrics import Metrics
 from deltaserve.server.model.errors import ModelError
 from deltaserve.server.progress import Bar
@@ -44,6 +45,8 @@ def run(config: Config) -> int:
     engine.start()
     try:
         _preload(engine, config)
+        with Bar() as bar:
+            register(engine, config.adapters.registered, bar)
         _expose(metrics, engine, config)
         return _run_loop(_serve(engine, text, config, metrics))
     finally:

@@ -46,6 +46,12 @@ async def test_load_without_waiting() -> None:
         assert (await client.load_adapter("b", "/b")).state == "ready"
 
 
+async def test_register_only() -> None:
+    async with served() as s, AsyncClient(s.address) as client:
+        found = await client.load_adapter("a", "/a", register_only=True)
+        assert (found.state, found.tier) == ("registered", "disk")
+
+
 async def test_a_client_that_goes_away_does_not_break_a_load() -> None:
     engine = FakeEngine()
     engine.adapters.load_seconds = 0.3

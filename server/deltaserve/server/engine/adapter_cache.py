@@ -12,19 +12,22 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 
+from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.options import DEFAULT, LoadOptions
 from deltaserve.server.engine.core import AdapterInfo, AdapterRef, AdapterState
 from deltaserve.server.engine.loader import Loader, Read
 from deltaserve.server.engine.masks import Chosen
 from deltaserve.server.engine.observer import Observer
 from deltaserve.server.engine.registry import Infos, Registry, check_free
-from deltaserve.server.engine.residency import Arrival, Residency
+from deltaserve.server.engine.residency import Arrival, Futures, Residency
 from deltaserve.server.engine.residents import Host, Residencies, Residents
+from deltaserve.server.engine.workers import Urgency
 from deltaserve.server.errors import (
     AdapterBusy,
     AdapterConflict,
     AdapterTooLarge,
     AdapterUnavailable,
+    InvalidRequest,
     ShuttingDown,
 )
 
@@ -82,10 +85,17 @@ class AdapterCache:
         pinned: bool = False,
         options: LoadOptions = DEFAULT,
         patch: bool = False,
+        register_only: bool = False,
     ) -> Future[AdapterInfo]:
         """Register `name` and make it resident. The same content under the same name is fine any
         number of times; other content is an AdapterConflict. A parent must be registered. patch:
-        it will be part of every request, so it is pinned, and stays."""
+        it will be part of every request, so it is pinned, and stays. register_only: read and check
+        it, and load it when a request asks for it; InvalidRequest for one that is pinned."""
+        if register_only and (pinned or patch):
+            raise InvalidRequest(
+                "register_only: a pinned adapter is in memory always; leave out one of the two",
+                field="register_only",
+            )
         with self._lock:
             if self._registry.closed:
                 raise ShuttingDown("the server is shutting down and loads no adapters")
@@ -98,13 +108,12 @@ class AdapterCache:
                 )
             done: Future[AdapterInfo] = self._registry.promise()
             if known is None or known.state is AdapterState.FAILED:
-                residency = Residency(
-                    name, uri, options, pinned or patch, patch, waiting_for_load=[done]
-                )
+                residency = Residency(name, uri, options, pinned or patch, patch)
+                residency.waiting(register_only).append(done)
                 self._registry.add(residency)
-                self._loader.start(residency)
+                self._loader.start(residency, Urgency.WHENEVER if register_only else Urgency.ASKED)
             else:
-                self._compare(known, uri, options, pinned, done)
+                self._compare(known, uri, options, pinned, register_only, done)
         return done
 
     def unload(self, name: str) -> Future[int]:
@@ -218,7 +227,7 @@ class AdapterCache:
                         residency, greedy=wanted is head
                     )
                     if not residency.crowded:
-                        self._reload(residency)
+                        self._reload(residency, Urgency.WANTED)
 
     def admitted(
         self, residencies: Sequence[Residency], chosen: Sequence[Chosen]
@@ -239,11 +248,11 @@ class AdapterCache:
 
     # Inside:
 
-    def _reload(self, residency: Residency) -> None:
+    def _reload(self, residency: Residency, urgency: Urgency) -> None:
         """It was evicted and is wanted, if only by requests that an unload waits for."""
         if residency.state is AdapterState.REGISTERED:
             residency.state = AdapterState.LOADING
-        self._loader.start(residency)
+        self._loader.start(residency, urgency)
 
     def _compare(
         self,
@@ -251,24 +260,25 @@ class AdapterCache:
         uri: str,
         options: LoadOptions,
         pinned: bool,
+        register_only: bool,
         done: Future[AdapterInfo],
     ) -> None:
         """Is what `uri` holds what `known` is?"""
 
         def join(digest: str) -> None:
             with self._lock:
-                self._join(known, uri, digest, pinned, done)
+                self._join(known, uri, digest, pinned, register_only, done)
 
-        def finish(read: Future[None]) -> None:
-            error = None if read.cancelled() else read.exception()
-            if error is not None:
-                done.set_exception(error)
-            self._wake()
-
-        self._loader.digest(uri, options, join).add_done_callback(finish)
+        self._loader.digest(uri, options, join, done)
 
     def _join(
-        self, known: Residency, uri: str, digest: str, pinned: bool, done: Future[AdapterInfo]
+        self,
+        known: Residency,
+        uri: str,
+        digest: str,
+        pinned: bool,
+        register_only: bool,
+        done: Future[AdapterInfo],
     ) -> None:
         """The same content under the same name: its load is this one's too."""
         name = known.name
@@ -284,12 +294,12 @@ class AdapterCache:
                 field="name",
             )
         known.pinned = known.pinned or pinned
-        if known.ready:
+        if known.ready or (register_only and not known.loading):
             done.set_result(known.info())
             return
-        known.waiting_for_load.append(done)
+        known.waiting(register_only).append(done)
         if not known.loading:
-            self._reload(known)
+            self._reload(known, Urgency.ASKED)
 
     def _publish(self, arrival: Arrival, protected: frozenset[Residency]) -> bool:
         """False if there is no room now. Nothing is evicted unless there will be room."""
@@ -298,11 +308,14 @@ class AdapterCache:
             self._fail(residency, arrival.error)
             return True
         adapter, prepared = arrival.adapter, arrival.prepared
-        assert adapter is not None and prepared is not None
+        assert adapter is not None
         try:
-            self._residents.check_room(prepared.nbytes, f"adapter {residency.name!r} needs")
+            self._residents.check_room(arrival.nbytes, f"adapter {residency.name!r} needs")
         except AdapterTooLarge as error:
             self._fail(residency, error)
+            return True
+        if prepared is None:
+            self._checked(residency, adapter, arrival.nbytes)
             return True
         residency.crowded = not self._residents.make_room(prepared.nbytes, protected)
         if residency.crowded:
@@ -313,9 +326,7 @@ class AdapterCache:
             log.exception("installing adapter %r failed", residency.name)
             self._fail(residency, error)
             return True
-        residency.digest, residency.format = adapter.digest, adapter.format
-        residency.primitives, residency.notes = adapter.primitives, adapter.notes
-        residency.source_bytes = adapter.source_bytes
+        residency.describe(adapter)
         residency.structure, residency.prefix = adapter, prepared.prefix
         residency.loads += 1
         self.loads += 1
@@ -324,22 +335,39 @@ class AdapterCache:
         if residency.state is not AdapterState.UNLOADING:
             self._registry.change(residency, AdapterState.READY)
         self._observer.on_adapter_load(residency.name, arrival.seconds)
-        for future in residency.waiting_for_load:
-            future.set_result(residency.info())
-        residency.waiting_for_load = []
+        self._answer(residency, residency.waiting_for_load, residency.waiting_for_check)
         return True
+
+    def _checked(self, residency: Residency, adapter: Adapter, nbytes: int) -> None:
+        """It is registered; who has asked for more meanwhile gets it."""
+        residency.describe(adapter)
+        residency.nbytes, residency.loading = nbytes, False
+        if residency.state is not AdapterState.UNLOADING:
+            self._registry.change(residency, AdapterState.REGISTERED)
+        self._answer(residency, residency.waiting_for_check)
+        residency.shrink()
+        if residency.waiting_for_load:
+            self._reload(residency, Urgency.ASKED)
+
+    def _answer(self, residency: Residency, *waiting: Futures) -> None:
+        for futures in waiting:
+            for future in futures:
+                future.set_result(residency.info())
+            futures.clear()
 
     def _fail(self, residency: Residency, error: Exception) -> None:
         residency.error, residency.loading = str(error), False
         self._registry.change(residency, AdapterState.FAILED)
-        for future in residency.waiting_for_load:
-            future.set_exception(error)
-        residency.waiting_for_load = []
-        if not residency.loads:  # it never was an adapter
+        for futures in (residency.waiting_for_load, residency.waiting_for_check):
+            for future in futures:
+                future.set_exception(error)
+            futures.clear()
+        if not residency.format:  # it never was an adapter
             self._registry.forget(residency.name)
 
     def _evicted(self, residency: Residency) -> None:
         self._observer.on_adapter_evicted(residency.name)
+        residency.shrink()
         if residency.state is AdapterState.READY:
             self._registry.change(residency, AdapterState.REGISTERED)
 

@@ -156,6 +156,7 @@ def reader(
     beyond it are refused unread."""
     named = {str(path): path for _, path in config.preload}
     named |= {str(patch.path): patch.path for patch in config.patches}
+    named |= {str(path): path for _, path in config.registered}
     most = 4 * budget + FOLDER_EXTRAS
 
     def read(uri: str, options: LoadOptions, parent: Adapter | None) -> Adapter:

@@ -6,16 +6,18 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TypeAlias
 
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.errors import AdapterError
 from deltaserve.adapters.options import LoadOptions
 from deltaserve.kernels.native.openmp import compute_alone
+from deltaserve.server.engine.core import AdapterInfo
 from deltaserve.server.engine.registry import Registry
 from deltaserve.server.engine.residency import Arrival, Residency
 from deltaserve.server.engine.residents import Host
+from deltaserve.server.engine.workers import Urgency, Workers
 from deltaserve.server.errors import RequestError
 
 log = logging.getLogger(__name__)
@@ -42,39 +44,51 @@ class Loader:
         self._read = read
         self._on_arrival = on_arrival
         self._loaders = loaders
-        self._loading = 0
-        self._pool = ThreadPoolExecutor(
-            loaders, thread_name_prefix="deltaserve-loader", initializer=compute_alone
-        )
+        self._wanted = 0
+        self._workers = Workers(loaders, "deltaserve-loader", compute_alone)
 
     @property
     def busy(self) -> bool:
-        """No thread is free."""
-        return self._loading >= self._loaders
+        """As many loads as there are threads are under way for waiting requests."""
+        return self._wanted >= self._loaders
 
-    def start(self, residency: Residency) -> None:
-        """Load it, or load it again. Under the registry's lock."""
+    def start(self, residency: Residency, urgency: Urgency) -> None:
+        """Load it, or load it again; check it only if that is `Urgency.WHENEVER`. Under the
+        registry's lock."""
         residency.loading = True
-        self._loading += 1
+        self._wanted += urgency is Urgency.WANTED
         self._registry.notify(residency)
-        self._pool.submit(self._load, residency)
+        self._workers.submit(urgency, lambda: self._load(residency, urgency))
 
-    def digest(self, uri: str, options: LoadOptions, then: Callable[[str], None]) -> Future[None]:
-        """Read what is at `uri` and go on with its digest, on a loader thread; the result is of
-        both."""
-        return self._pool.submit(lambda: then(self._content(uri, options).digest))
+    def digest(
+        self, uri: str, options: LoadOptions, then: Callable[[str], None], done: Future[AdapterInfo]
+    ) -> None:
+        """Read what is at `uri` and go on with its digest, on a loader thread; what either raises
+        is `done`'s."""
+
+        def read() -> None:
+            try:
+                then(self._content(uri, options).digest)
+            except Exception as error:
+                done.set_exception(error)
+            self._on_arrival()
+
+        self._workers.submit(Urgency.ASKED, read)
 
     def close(self) -> None:
-        """Wait for the loads that have begun."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Wait for the loads that have begun; the others are not done."""
+        self._workers.close()
 
-    def _load(self, residency: Residency) -> None:
+    def _load(self, residency: Residency, urgency: Urgency) -> None:
         began = time.perf_counter()
         arrival = Arrival(residency, 0.0)
         try:
             adapter = self._content(residency.uri, residency.options)
             self._registry.check_digest(residency, adapter)
-            arrival.prepared = self._host.prepare(adapter)
+            prepared = self._host.prepare(adapter)
+            arrival.nbytes = prepared.nbytes
+            if urgency is not Urgency.WHENEVER:
+                arrival.prepared = prepared
             arrival.adapter = adapter.without_content()
         except Exception as error:
             if not isinstance(error, AdapterError | RequestError):
@@ -82,7 +96,7 @@ class Loader:
             arrival.error = error
         arrival.seconds = time.perf_counter() - began
         with self._registry.lock:
-            self._loading -= 1
+            self._wanted -= urgency is Urgency.WANTED
             self.arrived.append(arrival)
         self._on_arrival()
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.options import DEFAULT, LoadOptions
@@ -21,11 +22,22 @@ class View:
     users: int = 0
 
 
-@dataclass(eq=False)
+Futures: TypeAlias = list[Future[AdapterInfo]]
+
+MAX_NOTES = 512
+"""Characters of notes that are kept of an adapter that is not in memory."""
+
+
+@dataclass(eq=False, slots=True)
 class Residency:
     """One registered adapter. in_flight counts the requests that name it and are not done,
     running those of them that hold cache blocks: it cannot be evicted under those. patch: it is
-    part of every request. prepared, slot and views: while it is in memory."""
+    part of every request. structure, prefix, prepared, slot and views: while it is in memory.
+    nbytes: what it takes there, known from its first load on. loading: a loader has it, or it
+    waits for room. waiting_for_check: who asked for no more than that it be registered.
+
+    Thousands may be registered, so what is kept of one that is not in memory is small, and texts
+    that many have in common are one object."""
 
     name: str
     uri: str
@@ -51,14 +63,31 @@ class Residency:
     primitives: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     source_bytes: int = 0
-    loading: bool = False  # a loader has it, or it waits for room
+    loading: bool = False
     crowded: bool = False  # running requests of other adapters leave it no room
-    waiting_for_load: list[Future[AdapterInfo]] = field(default_factory=list)
+    waiting_for_load: Futures = field(default_factory=list)
+    waiting_for_check: Futures = field(default_factory=list)
     unloading: Future[int] | None = None
 
     @property
     def ready(self) -> bool:
         return self.slot > 0
+
+    def waiting(self, register_only: bool) -> Futures:
+        """Of those who want it checked alone, or loaded."""
+        return self.waiting_for_check if register_only else self.waiting_for_load
+
+    def describe(self, adapter: Adapter) -> None:
+        """Take over what is known of it from now on, in memory or not."""
+        self.digest = adapter.digest
+        self.format = sys.intern(adapter.format)
+        self.primitives = _shared(adapter.primitives)
+        self.notes = adapter.notes
+        self.source_bytes = adapter.source_bytes
+
+    def shrink(self) -> None:
+        """It is not in memory any more: keep little."""
+        self.notes = () if sum(map(len, self.notes)) > MAX_NOTES else _shared(self.notes)
 
     def info(self) -> AdapterInfo:
         return AdapterInfo(
@@ -84,6 +113,16 @@ class Residency:
         )
 
 
+_texts: dict[tuple[str, ...], tuple[str, ...]] = {}
+
+
+def _shared(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """An equal tuple that was given before, if it is among the first few hundred."""
+    if len(_texts) >= 256:
+        return _texts.get(texts, texts)
+    return _texts.setdefault(texts, texts)
+
+
 class Prepared(Protocol):
     """An adapter packed for serving."""
 
@@ -96,10 +135,11 @@ class Prepared(Protocol):
 @dataclass(slots=True)
 class Arrival:
     """What a loader thread made of it: the adapter without content and packed, or an error.
-    seconds: how long it took."""
+    nbytes: as packed; nothing packed is there if it was checked only. seconds: how long it took."""
 
     residency: Residency
     seconds: float
     adapter: Adapter | None = None
     prepared: Prepared | None = None
+    nbytes: int = 0
     error: Exception | None = None

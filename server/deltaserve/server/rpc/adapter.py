@@ -84,6 +84,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
             convert.uri(request.uri),
             pinned=request.pinned,
             options=convert.load_options(request.options),
+            register_only=request.register_only,
         )
         if request.return_early and not future.done():
             return pb.LoadAdapterResponse(adapter=answer.adapter(self._adapters.get(name)))
