@@ -307,9 +307,15 @@ class FakeEngine:
                 for r in request.adapters
             ),
             finish_reason=FinishReason.LENGTH if last else None,
-            usage=Usage(len(request.prompt_ids), done + 1, 1) if last else None,
+            usage=_usage(request, done + 1) if last else None,
             timings=Timings(0.0, 0.0, seconds / 2, seconds) if last else None,
         )
+
+
+def _usage(request: Request, done: int) -> Usage:
+    """Three drafts, two of them right, if there may be any."""
+    speculates = bool(request.speculation.draft_tokens)
+    return Usage(len(request.prompt_ids), done, 1, 0, 3 * speculates, 2 * speculates)
 
 
 def logprob(token: int, top: int) -> TokenLogprob:

@@ -29,7 +29,14 @@ def _seconds(m: Timestamp | Duration) -> float:
 
 
 def usage(m: generation_pb2.Usage) -> types.Usage:
-    return types.Usage(m.prompt_tokens, m.completion_tokens, m.cached_tokens, m.prefix_tokens)
+    return types.Usage(
+        m.prompt_tokens,
+        m.completion_tokens,
+        m.cached_tokens,
+        m.prefix_tokens,
+        m.drafted_tokens,
+        m.accepted_tokens,
+    )
 
 
 def timings(m: generation_pb2.Timings) -> types.Timings:

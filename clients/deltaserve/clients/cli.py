@@ -71,6 +71,9 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")] = None,
     ignore_eos: Annotated[bool, typer.Option(help="Go on after the end of text.")] = False,
+    draft_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens drafted by prompt lookup in a step; 0 is off.")
+    ] = None,
     chat: Annotated[bool, typer.Option(help="The prompt is the user's turn of a chat.")] = False,
     stream: Annotated[bool, typer.Option(help="Print pieces as they come.")] = True,
     timeout: Timeout = None,
@@ -82,7 +85,15 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     asked: Prompt = [{"role": "user", "content": text}] if chat else text
     adapters = _masked([_weighted(item) for item in adapter or ()], modules or ())
-    given = {"top_p": top_p, "top_k": top_k, "seed": seed, "stop": stop, "timeout": timeout}
+    given: dict[str, Any] = {
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+        "stop": stop,
+        "timeout": timeout,
+    }
+    if draft_tokens is not None:
+        given["speculation"] = {"draft_tokens": draft_tokens}
     options = Options(**{k: v for k, v in given.items() if v is not None})  # type: ignore[typeddict-item]
     with _connected(address, ca) as client:
         if as_json or not stream:

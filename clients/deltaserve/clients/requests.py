@@ -39,6 +39,14 @@ class LoadOptions(TypedDict, total=False):
     parent: str
 
 
+class Speculation(TypedDict, total=False):
+    """Drafting by prompt lookup; `generation.proto` explains each field."""
+
+    draft_tokens: int
+    min_ngram: int
+    max_ngram: int
+
+
 class Options(TypedDict, total=False):
     """What else a generation takes; `generation.proto` explains each field. stop: one or several
     texts that end it. timeout: seconds until DeadlineExceeded."""
@@ -60,6 +68,7 @@ class Options(TypedDict, total=False):
     cache_salt: str
     keep_special_tokens: bool
     request_id: str
+    speculation: Speculation
     timeout: float
 
 
@@ -188,9 +197,18 @@ def generate(
         for name in _PLAIN:
             if given.get(name) is not None:
                 setattr(request, name, given[name])
+        if options.get("speculation") is not None:
+            request.speculation.CopyFrom(_speculation(options["speculation"]))
         if logprobs is not False:
             request.logprobs = 0 if logprobs is True else logprobs
         return request
+
+
+def _speculation(given: Speculation) -> pb.Speculation:
+    if not isinstance(given, Mapping) or set(given) - set(Speculation.__annotations__):
+        known = sorted(Speculation.__annotations__)
+        raise TypeError(f"speculation: {given!r} is not possible; give a mapping of {known}")
+    return pb.Speculation(**given)
 
 
 def score(

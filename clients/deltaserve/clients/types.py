@@ -8,12 +8,15 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Token counts. cached_tokens: prompt tokens that were not computed again. prefix_tokens:
-    virtual tokens of a prompt- or prefix-tuned adapter."""
+    virtual tokens of a prompt- or prefix-tuned adapter. drafted_tokens: by speculative decoding, of
+    which accepted_tokens became part of the completion."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
     prefix_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,6 +83,9 @@ def serve(
         int | None, typer.Option(help="Tokens of a request; the model's limit if left out.")
     ] = None,
     max_queue: Annotated[int, typer.Option(help="Requests in flight; more are refused.")] = 4096,
+    speculate: Annotated[
+        int, typer.Option(help="Most tokens drafted by prompt lookup in a step; 0 is off.")
+    ] = 0,
     max_seconds: Annotated[float, typer.Option(help="Longest life of a request.")] = 3600.0,
     write_seconds: Annotated[
         float, typer.Option(help="A stream that nobody reads for so long is ended.")
@@ -130,6 +133,7 @@ def serve(
                 prefix_cache=prefix_cache,
                 max_length=max_length,
                 max_queue=max_queue,
+                speculate=speculate,
             ),
             rpc=c.RpcConfig(
                 host=host,

@@ -22,6 +22,8 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 MAX_PATCHES = 8
+MAX_DRAFT = 32
+"""Tokens that may be drafted for a request in one step."""
 
 
 class ConfigError(ValueError):
@@ -163,7 +165,8 @@ class EngineConfig:
     max_batch_tokens: tokens of one step, prompts in chunks. max_sequences: requests in one step.
     kv_cache_bytes: None for a share of what is free. block_size: tokens in a block of it.
     max_length: tokens of a request, prompt and answer; None for the model's own limit.
-    max_queue: requests that may wait or run before more are refused.
+    max_queue: requests that may wait or run before more are refused. speculate: most tokens drafted
+    in a step for a request that does not say; 0 is off.
     """
 
     max_batch_tokens: int = 512
@@ -173,12 +176,15 @@ class EngineConfig:
     prefix_cache: bool = True
     max_length: int | None = None
     max_queue: int = 4096
+    speculate: int = 0
 
     def __post_init__(self) -> None:
         _at_least("--max-batch-tokens", self.max_batch_tokens, 1)
         _at_least("--max-sequences", self.max_sequences, 1)
         _at_least("--block-size", self.block_size, 1)
         _at_least("--max-queue", self.max_queue, 1)
+        if not 0 <= self.speculate <= MAX_DRAFT:
+            raise ConfigError(f"--speculate {self.speculate}: must be from 0 to {MAX_DRAFT}")
         if self.kv_cache_bytes is not None:
             _at_least("--kv-cache-bytes", self.kv_cache_bytes, 1)
         if self.max_length is not None:

@@ -10,6 +10,7 @@ from fake_engine import AB, BOS, FakeEngine, FakeText, token_id
 from served import served
 
 from deltaserve.clients import AsyncClient, errors
+from deltaserve.server.engine.core import Speculation
 from deltaserve.server.errors import EngineFailure
 
 
@@ -86,6 +87,7 @@ async def test_what_is_sent_arrives_in_the_engine() -> None:
             priority=-3,
             cache_salt="tenant",
             keep_special_tokens=True,
+            speculation={"draft_tokens": 0, "max_ngram": 3},
             timeout=50.0,
         )
     first, second = s.engine.submitted
@@ -98,7 +100,20 @@ async def test_what_is_sent_arrives_in_the_engine() -> None:
     assert (p.seed, second.sampling.seed) == (11, 12)
     assert (p.ignore_eos, p.logprobs, p.skip_special_tokens) == (True, 4, False)
     assert (first.priority, first.salt) == (-3, "tenant")
+    assert first.speculation == second.speculation == Speculation(0, None, 3)
     assert 0 < first.deadline - time.monotonic() < 51  # type: ignore[operator]
+
+
+async def test_the_usage_counts_drafts() -> None:
+    async with served() as s, AsyncClient(s.address) as client:
+        kwargs = {"max_tokens": 5, "n": 2, "speculation": {"draft_tokens": 4}}
+        usage = (await client.generate("x", **kwargs)).usage
+        plain = (await client.generate("x", max_tokens=5)).usage
+        pieces = [p async for p in client.stream("x", **kwargs)]
+    assert (usage.drafted_tokens, usage.accepted_tokens) == (6, 4)
+    assert (plain.drafted_tokens, plain.accepted_tokens) == (0, 0)
+    streamed = [p.usage for p in pieces if p.usage is not None]
+    assert [(u.drafted_tokens, u.accepted_tokens) for u in streamed] == [(3, 2)] * 2
 
 
 async def test_score() -> None:

@@ -64,6 +64,10 @@ BAD = [
     ({"request_id": "a\nb"}, "request_id"),
     ({"request_id": "a\u2028b"}, "request_id"),
     ({"priority": 2**31 - 1}, "priority"),
+    ({"speculation": {"draft_tokens": 33}}, "speculation.draft_tokens"),
+    ({"speculation": {"min_ngram": 0}}, "speculation.min_ngram"),
+    ({"speculation": {"max_ngram": 17}}, "speculation.max_ngram"),
+    ({"speculation": {"min_ngram": 5, "max_ngram": 4}}, "speculation.min_ngram"),
 ]
 
 

@@ -59,9 +59,20 @@ class AdapterRef:
 
 
 @dataclass(frozen=True, slots=True)
+class Speculation:
+    """Drafting by prompt lookup. draft_tokens: most in a step, 0 is off, None is the engine's
+    default. min_ngram, max_ngram: newest tokens that are looked up; None is 2 and 4."""
+
+    draft_tokens: int | None = None
+    min_ngram: int | None = None
+    max_ngram: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One prompt to continue. deadline: `time.monotonic()` seconds, None for none. priority:
-    higher goes first. salt: requests with different salts share no prefix cache."""
+    higher goes first. salt: requests with different salts share no prefix cache. speculation: how
+    fast, never what is answered."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -70,6 +81,7 @@ class Request:
     priority: int = 0
     deadline: float | None = None
     salt: str = ""
+    speculation: Speculation = Speculation()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +110,8 @@ class Usage:
     completion_tokens: int
     cached_tokens: int  # prompt tokens whose keys and values came from the prefix cache
     prefix_tokens: int = 0  # virtual tokens of a prompt- or prefix-tuned adapter
+    drafted_tokens: int = 0  # by prompt lookup
+    accepted_tokens: int = 0  # of these, part of the completion
 
 
 @dataclass(frozen=True, slots=True)

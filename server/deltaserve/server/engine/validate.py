@@ -6,7 +6,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from deltaserve.server.engine.core import Request, SamplingParams
+from deltaserve.server.config import MAX_DRAFT
+from deltaserve.server.engine.core import Request, SamplingParams, Speculation
 from deltaserve.server.errors import InvalidRequest
 
 MAX_STOPS = 64
@@ -15,6 +16,7 @@ MAX_LOGPROBS = 256
 MAX_ADAPTERS = 16
 MAX_PATTERNS = 16
 MAX_PATTERN_LENGTH = 256
+MAX_NGRAM = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ def check(request: Request, limits: Limits) -> None:
         _refuse("request_id", "''", "a name that is not empty")
     _check_prompt(request, limits)
     _check_sampling(request.sampling, limits, len(request.prompt_ids))
+    _check_speculation(request.speculation)
     if len(request.adapters) > MAX_ADAPTERS:
         _refuse("adapters", f"{len(request.adapters)} adapters", f"at most {MAX_ADAPTERS}")
     for ref in request.adapters:
@@ -116,6 +119,16 @@ def _check_sampling(p: SamplingParams, limits: Limits, prompt: int) -> None:
             _refuse("logit_bias", bias, "finite and within ±1000")
     for token in p.stop_token_ids:
         _range("stop_token_ids", token, 0, limits.vocab_size - 1)
+
+
+def _check_speculation(s: Speculation) -> None:
+    if s.draft_tokens is not None:
+        _range("draft_tokens", s.draft_tokens, 0, MAX_DRAFT)
+    for field, value in (("min_ngram", s.min_ngram), ("max_ngram", s.max_ngram)):
+        if value is not None:
+            _range(field, value, 1, MAX_NGRAM)
+    if s.min_ngram is not None and s.max_ngram is not None and s.min_ngram > s.max_ngram:
+        _refuse("min_ngram", s.min_ngram, f"at most max_ngram, which is {s.max_ngram}")
 
 
 def _range(field: str, value: float, low: float, high: float) -> None:

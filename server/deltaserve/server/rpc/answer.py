@@ -51,6 +51,8 @@ def usage(entries: Iterable[Usage], *, one_prompt: bool = False) -> generation_p
         completion_tokens=sum(u.completion_tokens for u in all_of),
         cached_tokens=sum(u.cached_tokens for u in prompts),
         prefix_tokens=sum(u.prefix_tokens for u in prompts),
+        drafted_tokens=sum(u.drafted_tokens for u in all_of),
+        accepted_tokens=sum(u.accepted_tokens for u in all_of),
     )
 
 

@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 
 from deltaserve.adapters.options import LoadOptions
 from deltaserve.server.config import ADAPTER_NAME, NAME_RULE
-from deltaserve.server.engine.core import AdapterRef, SamplingParams
+from deltaserve.server.engine.core import AdapterRef, SamplingParams, Speculation
 from deltaserve.server.errors import InvalidRequest
 from deltaserve.v1 import adapter_pb2
 from deltaserve.v1 import generation_pb2 as pb
@@ -36,6 +36,7 @@ _PATHS = {
     "stop": "stop.strings",
     "stop_token_ids": "stop.token_ids",
     "messages": "chat.messages",
+    **{name: f"speculation.{name}" for name in pb.Speculation.DESCRIPTOR.fields_by_name},
 }
 """The engine's names of fields -> paths in the request."""
 
@@ -99,6 +100,12 @@ def sampling(request: GenerateRequest, choice: int = 0) -> SamplingParams:
         logprobs=request.logprobs if request.HasField("logprobs") else None,
         skip_special_tokens=not request.keep_special_tokens,
     )
+
+
+def speculation(request: GenerateRequest) -> Speculation:
+    """What the request says of drafting; what it does not say is None."""
+    given = request.speculation
+    return Speculation(**{field.name: value for field, value in given.ListFields()})
 
 
 def choices(request: GenerateRequest) -> int:

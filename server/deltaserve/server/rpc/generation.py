@@ -125,6 +125,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         convert.check_labels(request)
         adapters = convert.adapters(request, self._info.base)
         samplings = [convert.sampling(request, i) for i in range(convert.choices(request))]
+        speculation = convert.speculation(request)
         prompt = tuple(await self._encoder.prompt(request))
         name = request.request_id or uuid.uuid4().hex
         deadline = self._deadline(context)
@@ -137,6 +138,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 priority=request.priority,
                 deadline=deadline,
                 salt=request.cache_salt,
+                speculation=speculation,
             )
             for i, sampling in enumerate(samplings)
         ]
