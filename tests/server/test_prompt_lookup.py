@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from deltaserve.server.engine.prompt_lookup import Drafter, NgramIndex
 
 
-def brute_force(tokens: list[int], least: int, most: int, start: int) -> int | None:
+def brute_force(tokens: list[int], least: int, most: int) -> int | None:
     """By the definition: the longest n-gram first, its last occurrence before the end."""
     for n in range(most, least - 1, -1):
-        for at in range(len(tokens) - 1, start + n - 1, -1):
-            if len(tokens) - n >= start and tokens[at - n : at] == tokens[-n:]:
+        for at in range(len(tokens) - 1, n - 1, -1):
+            if tokens[at - n : at] == tokens[-n:]:
                 return at
     return None
 
@@ -21,26 +21,25 @@ def brute_force(tokens: list[int], least: int, most: int, start: int) -> int | N
     st.lists(st.integers(0, 3), max_size=60),
     st.integers(1, 4),
     st.integers(0, 3),
-    st.integers(0, 5),
     st.data(),
 )
 def test_the_index_agrees_with_a_search(
-    tokens: list[int], least: int, more: int, start: int, data: st.DataObject
+    tokens: list[int], least: int, more: int, data: st.DataObject
 ) -> None:
-    index = NgramIndex(least, least + more, start)
-    known = min(start, len(tokens))
+    index = NgramIndex(least, least + more)
+    known = 0
     while known < len(tokens):
         known = data.draw(st.integers(known + 1, len(tokens)))
         while not index.extend(tokens[:known], most=7):
             pass
-        assert index.find(tokens[:known]) == brute_force(tokens[:known], least, least + more, start)
+        assert index.find(tokens[:known]) == brute_force(tokens[:known], least, least + more)
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.integers(1, 32))
 def test_a_draft_is_what_followed_repeated_past_the_end(tokens: list[int], most: int) -> None:
     drafter = Drafter(most, 1, 3)
     drafter.observe(tokens)
-    found = brute_force(tokens, 1, 3, 0)
+    found = brute_force(tokens, 1, 3)
     grown, expected = list(tokens), []
     for i in range(most if found is not None else 0):
         assert found is not None
@@ -93,10 +92,3 @@ def test_a_long_prompt_is_indexed_in_parts() -> None:
         drafter.observe(tokens)
         calls += 1
     assert calls == 5  # of 1024 tokens at most
-
-
-def test_virtual_tokens_are_never_looked_up() -> None:
-    tokens = [-1, -2, 5, 6, -1, 5, 6]
-    drafter = Drafter(4, 1, 3, start=2)
-    drafter.observe(tokens[:3])
-    assert not list(drafter.draft(tokens[:3], 4))

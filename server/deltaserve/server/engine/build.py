@@ -24,6 +24,7 @@ from deltaserve.server.engine.kv_cache import BlockManager
 from deltaserve.server.engine.observer import NullObserver, Observer
 from deltaserve.server.engine.runner import ModelRunner, kv_token_bytes, make_kv_store
 from deltaserve.server.engine.scheduler import Scheduler
+from deltaserve.server.engine.speculation import Speculator
 from deltaserve.server.engine.stats import EngineInfo
 from deltaserve.server.engine.text import Text
 from deltaserve.server.model import BaseModel
@@ -115,6 +116,7 @@ def make_engine(
         adapter_budget_bytes=budget,
     )
     scheduler = Scheduler(manager, config.max_batch_tokens, config.max_sequences)
+    scheduler.speculator = Speculator(manager, model.max_length, config.speculate)
     made.append(
         Engine(
             model,

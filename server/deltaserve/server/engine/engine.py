@@ -344,8 +344,14 @@ class Engine:
             p.stop,
             skip_special_tokens=p.skip_special_tokens,
         )
+        speculator = self._scheduler.speculator
         return Sequence(
-            request, outbox, self.adapters.acquire(request.adapters), detokenizer, generator
+            request,
+            outbox,
+            self.adapters.acquire(request.adapters),
+            detokenizer,
+            generator,
+            speculator.drafter(request) if speculator is not None else None,
         )
 
     def _wake_locked(self) -> None:

@@ -19,7 +19,7 @@ from deltaserve.server.engine.core import (
 from deltaserve.server.engine.observer import Observer
 from deltaserve.server.engine.runner import LogitRow
 from deltaserve.server.engine.sampler import Choice, Row, logprob_of, sample
-from deltaserve.server.engine.scheduler import Batch, Scheduler
+from deltaserve.server.engine.scheduler import Batch, Scheduled, Scheduler
 from deltaserve.server.engine.sequence import Sequence
 from deltaserve.server.errors import Cancelled, NonFiniteLogits, RequestError
 
@@ -32,7 +32,7 @@ class StepOutputs:
         self.finished: list[tuple[Sequence, Output]] = []
         self.poisoned: list[Sequence] = []
         self._outputs: dict[Outbox, list[Output]] = defaultdict(list)
-        self._chosen: list[tuple[Sequence, float]] = []
+        self._chosen: list[tuple[Sequence, bool, float]] = []
 
     def add(self, sequence: Sequence, output: Output) -> None:
         self._outputs[sequence.outbox].append(output)
@@ -56,16 +56,23 @@ class StepOutputs:
         for i in sorted(scored, key=lambda i: rows[i].position):  # chunks are ordered by adapter
             self._score(rows[i], logits[i])
         picked = logits if len(sampled) == len(rows) else logits[sampled]
-        descriptions = [_row(rows[i].part.sequence, eos) for i in sampled]
-        choices = sample(picked, descriptions) if sampled else []
+        choices = sample(picked, _rows([rows[i].part for i in sampled], eos)) if sampled else []
         scheduler.advance(batch)
         now = time.monotonic()
+        chosen: dict[Sequence, list[Choice]] = defaultdict(list)
         for i, choice in zip(sampled, choices, strict=True):
-            sequence = rows[i].part.sequence
-            if not choice.finite:
+            if choice is not None:
+                chosen[rows[i].part.sequence].append(choice)
+        for sequence, run in chosen.items():
+            if sequence in self.poisoned:
+                continue
+            sound = [choice for choice in run if choice.finite]
+            ended = bool(sound) and self._next(sequence, sound, eos, max_length, now)
+            if len(sound) < len(run) and not ended:
                 self._poison(sequence)
-            elif sequence not in self.poisoned:
-                self._next(sequence, choice, eos, max_length, now)
+        for sequence in dict.fromkeys(p.sequence for p in batch.decodes if p.draft is not None):
+            if sequence not in self.poisoned:
+                scheduler.accept(sequence)
 
     def _score(self, row: LogitRow, logits: Tensor) -> None:
         """Keep the log-probability of the prompt token behind this row."""
@@ -92,46 +99,58 @@ class StepOutputs:
     def _next(
         self,
         sequence: Sequence,
-        choice: Choice,
+        choices: list[Choice],
         eos: frozenset[int],
         max_length: int,
         now: float,
-    ) -> None:
-        """The sequence's newest token is known."""
+    ) -> bool:
+        """The sequence's newest tokens are known: one, and those behind right drafts. True if it
+        ends with one of them; what follows that one is dropped."""
         p = sequence.request.sampling
         if p.max_tokens == 0:
             self._finish(sequence, FinishReason.LENGTH, "", now)
-            return
-        token = choice.token_id
+            return True
         first = sequence.outputs == 0
+        text = ""
+        ids: list[int] = []
+        logprobs: list[TokenLogprob] = []
+        for choice in choices:
+            token = choice.token_id
+            self._append(sequence, token, now)
+            ids.append(token)
+            if choice.logprob is not None:
+                logprobs.append(choice.logprob)
+            enough = sequence.outputs >= p.min_tokens
+            ends = enough and (token in p.stop_token_ids or (token in eos and not p.ignore_eos))
+            text += "" if ends else sequence.detokenizer.add(token)
+            stopped = sequence.detokenizer.stopped_by if enough else ""
+            full = sequence.outputs >= p.max_tokens or len(sequence.tokens) >= max_length
+            if sequence.drafter is not None and len(ids) > 1:
+                sequence.drafter.accepted += 1
+            if ends or stopped or full:
+                reason = FinishReason.STOP if ends or stopped else FinishReason.LENGTH
+                why = stopped or (str(token) if ends else "")
+                self._finish(sequence, reason, why, now, text, tuple(ids), tuple(logprobs))
+                return True
+        self.add(
+            sequence,
+            Output(
+                sequence.id,
+                text=text,
+                token_ids=tuple(ids),
+                logprobs=tuple(logprobs),
+                served_by=sequence.served_by if first else None,
+            ),
+        )
+        return False
+
+    def _append(self, sequence: Sequence, token: int, now: float) -> None:
+        since = sequence.submitted if sequence.outputs == 0 else sequence.last_token
         sequence.tokens.append(token)
         sequence.outputs += 1
-        self._chosen.append(
-            (sequence, now - (sequence.submitted if first else sequence.last_token))
-        )
+        self._chosen.append((sequence, sequence.outputs == 1, now - since))
         sequence.first_token = sequence.first_token or now
         sequence.last_token = now
-        enough = sequence.outputs >= p.min_tokens
-        ends = enough and (token in p.stop_token_ids or (token in eos and not p.ignore_eos))
-        text = "" if ends else sequence.detokenizer.add(token)
-        logprobs = (choice.logprob,) if choice.logprob is not None else ()
-        stopped = sequence.detokenizer.stopped_by if enough else ""
-        if ends or stopped:
-            why = stopped or str(token)
-            self._finish(sequence, FinishReason.STOP, why, now, text, (token,), logprobs)
-        elif sequence.outputs >= p.max_tokens or len(sequence.tokens) >= max_length:
-            self._finish(sequence, FinishReason.LENGTH, "", now, text, (token,), logprobs)
-        else:
-            self.add(
-                sequence,
-                Output(
-                    sequence.id,
-                    text=text,
-                    token_ids=(token,),
-                    logprobs=logprobs,
-                    served_by=sequence.served_by if first else None,
-                ),
-            )
 
     def _finish(
         self,
@@ -150,8 +169,8 @@ class StepOutputs:
 
     def observe(self, observer: Observer) -> None:
         """Tell the metrics of the step's tokens."""
-        for sequence, seconds in self._chosen:
-            if sequence.outputs == 1:
+        for sequence, first, seconds in self._chosen:
+            if first:
                 observer.on_first_token(sequence.label, seconds)
                 observer.on_tokens(sequence.label, len(sequence.request.prompt_ids), 1)
             else:
@@ -185,6 +204,8 @@ def final_output(
             completion_tokens=sequence.outputs,
             cached_tokens=sequence.cached,
             prefix_tokens=sequence.virtual,
+            drafted_tokens=sequence.drafter.drafted if sequence.drafter else 0,
+            accepted_tokens=sequence.drafter.accepted if sequence.drafter else 0,
         ),
         timings=Timings(
             queue=began - sequence.submitted,
@@ -203,15 +224,29 @@ def error_output(sequence: Sequence, error: RequestError) -> Output:
     return final_output(sequence, reason, time.monotonic(), error=error)
 
 
-def _row(sequence: Sequence, eos: frozenset[int]) -> Row:
-    request = sequence.request
-    return Row(
-        request.sampling,
-        sequence.generator,
-        request.prompt_ids,
-        sequence.output_ids if needs_outputs(sequence) else [],
-        tuple(eos),
-    )
+def _rows(parts: list[Scheduled], eos: frozenset[int]) -> list[Row]:
+    """How to choose what follows each part. A sequence's drafts are behind it, in order."""
+    rows: list[Row] = []
+    for part in parts:
+        sequence, draft = part.sequence, part.draft
+        if not needs_outputs(sequence):
+            outputs: list[int] = []
+        elif draft is None:
+            outputs = sequence.output_ids
+        else:
+            outputs = [*rows[-1].output_ids, draft]
+        request = sequence.request
+        rows.append(
+            Row(
+                request.sampling,
+                sequence.generator,
+                request.prompt_ids,
+                outputs,
+                tuple(eos),
+                draft,
+            )
+        )
+    return rows
 
 
 def needs_outputs(sequence: Sequence) -> bool:

@@ -23,19 +23,18 @@ class NgramIndex:
     """Where each n-gram of a growing list of tokens was last followed by another token. It holds
     no tokens: every call is given the same list, only longer."""
 
-    def __init__(self, least: int, most: int, start: int = 0) -> None:
-        """n-grams of `least` to `most` tokens, from the token at `start` on."""
+    def __init__(self, least: int, most: int) -> None:
+        """n-grams of `least` to `most` tokens."""
         self.least = least
         self.most = most
-        self.start = start
-        self.indexed = start
+        self.indexed = 0
         self._follows: dict[tuple[int, ...], int] = {}
 
     def extend(self, tokens: Sequence[int], most: int = CATCH_UP) -> bool:
         """Index up to `most` tokens more; True if that was all."""
         end = min(len(tokens), self.indexed + most)
         for at in range(self.indexed, end):
-            for n in range(self.least, min(self.most, at - self.start) + 1):
+            for n in range(self.least, min(self.most, at) + 1):
                 self._follows[tuple(tokens[at - n : at])] = at
         self.indexed = end
         return end == len(tokens)
@@ -43,7 +42,7 @@ class NgramIndex:
     def find(self, tokens: Sequence[int]) -> int | None:
         """Where the longest n-gram that ends `tokens` occurred last before: index of the token
         behind it."""
-        for n in range(min(self.most, len(tokens) - self.start), self.least - 1, -1):
+        for n in range(min(self.most, len(tokens)), self.least - 1, -1):
             at = self._follows.get(tuple(tokens[-n:]))
             if at is not None:
                 return at
@@ -61,15 +60,14 @@ class Drafter:
     most: tokens drafted at once. drafted, accepted: tokens, counted by who verifies them.
     """
 
-    def __init__(self, most: int, min_ngram: int, max_ngram: int, start: int = 0) -> None:
-        """start: index of the first token that may be looked up."""
+    def __init__(self, most: int, min_ngram: int, max_ngram: int) -> None:
         self.most = most
         self.drafted = 0
         self.accepted = 0
-        self._index = NgramIndex(min_ngram, max_ngram, start)
+        self._index = NgramIndex(min_ngram, max_ngram)
         self._at: int | None = None
         self._agreed = 0
-        self._judged = start
+        self._judged = 0
         self._rates = list(_PRIORS)
 
     def observe(self, tokens: Sequence[int]) -> None:

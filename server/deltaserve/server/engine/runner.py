@@ -53,7 +53,7 @@ class LogitRow:
 
     @property
     def samples(self) -> bool:
-        return self.position == len(self.part.sequence.tokens) - 1
+        return self.position >= len(self.part.sequence.tokens) - 1
 
 
 class ModelRunner:
@@ -72,7 +72,7 @@ class ModelRunner:
         ids: list[int] = []
         positions: list[int] = []
         for part in parts:
-            ids += part.sequence.tokens[part.start : part.start + part.count]
+            ids += part.tokens
             positions += range(part.start, part.start + part.count)
             for position in _wanted(part):
                 rows.append(LogitRow(part, position))

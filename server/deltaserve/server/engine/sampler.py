@@ -18,13 +18,15 @@ from deltaserve.server.engine.core import SamplingParams, TokenLogprob
 @dataclass(slots=True)
 class Row:
     """One row of logits: how to choose, from which generator, after which tokens (prompt and
-    outputs, virtual ones left out); eos: the tokens that `min_tokens` holds back."""
+    outputs, virtual ones left out); eos: the tokens that `min_tokens` holds back. after: the row
+    follows a drafted token; it is only asked if the row before it chose that very token."""
 
     sampling: SamplingParams
     generator: torch.Generator | None
     prompt_ids: tuple[int, ...]
     output_ids: list[int]
     eos: tuple[int, ...] = ()
+    after: int | None = None
 
 
 @dataclass(slots=True)
@@ -53,13 +55,19 @@ def _adjusts(row: Row) -> bool:
     )
 
 
-def sample(logits: Tensor, rows: list[Row]) -> list[Choice]:
-    """logits: float32 [n, vocabulary], unchanged. -> the choice for each row."""
+def sample(logits: Tensor, rows: list[Row]) -> list[Choice | None]:
+    """logits: float32 [n, vocabulary], unchanged. -> the choice for each row; None for one behind
+    a wrong draft. That one draws nothing: a generator is where it would be without drafts."""
     best, argmax = logits.max(-1)
     finite = torch.isfinite(best).tolist()
     tokens: list[int] = argmax.tolist()
-    choices = []
+    choices: list[Choice | None] = []
     for i, row in enumerate(rows):
+        if row.after is not None:
+            before = choices[-1]
+            if before is None or not before.finite or before.token_id != row.after:
+                choices.append(None)
+                continue
         if finite[i] and not plain(row):
             tokens[i] = _sample_row(logits[i], row)
         choice = Choice(tokens[i], finite[i])

@@ -5,20 +5,26 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from deltaserve.kernels.segments import Mix
 from deltaserve.server.engine.kv_cache import BlockManager, OutOfBlocks
 from deltaserve.server.engine.sequence import Sequence
 
+if TYPE_CHECKING:
+    from deltaserve.server.engine.speculation import Speculator
+
 
 @dataclass(slots=True)
 class Scheduled:
     """One sequence's part of a step: its tokens [start, start + count) are computed; with
-    `sample`, they reach the newest token and the next one is chosen."""
+    `sample`, they reach the newest token and the next one is chosen. draft: the part is this one
+    token, which the sequence does not have yet: it is verified by what is chosen before it."""
 
     sequence: Sequence
     start: int
     count: int
+    draft: int | None = None
 
     @property
     def mix(self) -> Mix:
@@ -26,14 +32,21 @@ class Scheduled:
         return self.sequence.span_at(self.start).mix
 
     @property
+    def tokens(self) -> list[int]:
+        if self.draft is not None:
+            return [self.draft]
+        return self.sequence.tokens[self.start : self.start + self.count]
+
+    @property
     def sample(self) -> bool:
-        return self.start + self.count == len(self.sequence.tokens)
+        return self.start + self.count >= len(self.sequence.tokens)
 
 
 @dataclass(slots=True)
 class Batch:
-    """One step. decodes: single tokens, ordered by adapters; chunks: parts of prompts, likewise,
-    a sequence having one for each of its spans that the step computes.
+    """One step. decodes: single tokens, ordered by adapters, a sequence's drafts behind its own;
+    chunks: parts of prompts, likewise, a sequence having one for each of its spans that the step
+    computes.
     fills: (sequence, start, count): virtual tokens whose given keys and values are to be written.
     """
 
@@ -74,6 +87,7 @@ class Scheduler:
         self.running: dict[Sequence, None] = {}
         self.preemptions = 0
         self.first: Sequence | None = None
+        self.speculator: Speculator | None = None
         self.begin: Callable[[Sequence], bool] = lambda sequence: True
 
     def add(self, sequence: Sequence) -> None:
@@ -100,6 +114,8 @@ class Scheduler:
             if budget > 0 and sequence in self.running and not sequence.decoding:
                 budget -= self._chunk(sequence, budget, batch)
         budget = self._admit(budget, batch)
+        if self.speculator is not None:
+            self.speculator.extend(batch, budget)
         batch.decodes.sort(key=_placement)
         batch.chunks.sort(key=_placement)
         return batch
@@ -107,9 +123,20 @@ class Scheduler:
     def advance(self, batch: Batch) -> None:
         """The step ran: its tokens are in the cache."""
         for part in batch.parts:
+            if part.draft is not None:
+                continue  # until it is accepted
             part.sequence.computed = max(part.sequence.computed, part.start + part.count)
         for sequence in dict.fromkeys(part.sequence for part in batch.parts):
             sequence.publish(self.blocks)
+
+    def accept(self, sequence: Sequence) -> None:
+        """Its drafts are verified: `tokens` ends with those that were right and one more. Blocks
+        that were taken for the others are given back."""
+        sequence.computed = len(sequence.tokens) - 1
+        sequence.publish(self.blocks)
+        held = -(-sequence.computed // self.blocks.block_size)
+        self.blocks.release(sequence.blocks[held:])
+        del sequence.blocks[held:]
 
     def _admit(self, budget: int, batch: Batch) -> int:
         for sequence in list(self.waiting):

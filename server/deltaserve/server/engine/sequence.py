@@ -19,6 +19,7 @@ from deltaserve.server.engine.masks import Chosen
 
 if TYPE_CHECKING:
     from deltaserve.server.engine.detokenizer import Detokenizer
+    from deltaserve.server.engine.prompt_lookup import Drafter
     from deltaserve.server.engine.residency import Residency
 
 _arrivals = itertools.count()
@@ -43,6 +44,7 @@ class Sequence:
     adapters: tuple[Residency, ...]
     detokenizer: Detokenizer
     generator: torch.Generator | None = None
+    drafter: Drafter | None = None
     arrival: int = field(default_factory=lambda: next(_arrivals))
     submitted: float = field(default_factory=time.monotonic)
 
