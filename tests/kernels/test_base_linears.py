@@ -11,6 +11,7 @@ from deltaserve.kernels.base import (
     DenseLinear,
     Int4Linear,
     Int8Linear,
+    PermutedLinear,
     concat,
     dequantize,
     make_linear,
@@ -115,6 +116,35 @@ def test_concat(kind: str, dtype: torch.dtype) -> None:
     expected = torch.cat([p(x) for p in parts], 1)
     assert relative_error(joined(x), expected) < TOLERANCE[dtype]
     assert concat(parts[:1]) is parts[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_permuted(kind: str) -> None:
+    """The columns come in another order, the bias, the weight and the sum do not change."""
+    order = torch.randperm(100)
+    whole, bias = torch.randn(30, 100), torch.randn(30)
+    plain = make_linear(whole[:, order], bias, dtype=torch.float32, quantize=kind)
+    linear = PermutedLinear(plain, order)
+    assert torch.equal(linear.weight()[:, order], plain.weight())
+    x = torch.randn(4, 100)
+    expected = x.double() @ linear.weight().double().T + bias
+    assert relative_error(linear(x), expected) < 2e-6
+    assert linear.nbytes == plain.nbytes + 800 and linear.bias is plain.bias
+    assert torch.equal(linear.held()["order"], order)
+    other = make_linear(torch.randn(20, 100), None, dtype=torch.float32, quantize=kind)
+    joined = concat([linear, PermutedLinear(other, order)])
+    parts = torch.cat([linear.weight(), PermutedLinear(other, order).weight()])
+    assert torch.equal(joined.weight(), parts)
+    assert joined.bias is not None and torch.equal(joined.bias[:30], bias)
+    with pytest.raises(ValueError, match="cannot join"):
+        concat([linear, PermutedLinear(other, order.flip(0))])
+    alone = PermutedLinear(other, order)
+    alone.set_bias(torch.ones(20))
+    assert other.bias is not None and alone.nbytes == other.nbytes + 800
+    with pytest.raises(ValueError, match="each input once"):
+        PermutedLinear(plain, order.clamp_max(98))
+    with pytest.raises(ValueError, match="shape"):
+        PermutedLinear(plain, order[1:])
 
 
 def test_concat_refuses_unlike_linears() -> None:

@@ -5,6 +5,7 @@ from deltaserve.kernels.base.int4 import Int4Linear
 from deltaserve.kernels.base.int8 import Int8Linear
 from deltaserve.kernels.base.linear import BaseLinear
 from deltaserve.kernels.base.make import concat, make_linear
+from deltaserve.kernels.base.permuted import PermutedLinear
 from deltaserve.kernels.base.quantize import dequantize, quantize
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "DenseLinear",
     "Int4Linear",
     "Int8Linear",
+    "PermutedLinear",
     "concat",
     "dequantize",
     "make_linear",

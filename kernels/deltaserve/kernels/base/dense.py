@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,9 @@ class DenseLinear(BaseLinear):
 
     def weight(self) -> Tensor:
         return self._canonical().float()
+
+    def likeness(self) -> Hashable:
+        return "dense", self.dtype, self.in_features
 
     def held(self) -> dict[str, Tensor]:
         found = {"weight": self._canonical()}

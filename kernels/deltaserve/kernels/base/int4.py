@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -77,6 +79,9 @@ class Int4Linear(BaseLinear):
 
     def weight(self) -> Tensor:
         return self._rows(slice(None), self.out_features)
+
+    def likeness(self) -> Hashable:
+        return "int4", self.dtype, self.in_features, self.group_size
 
     def held(self) -> dict[str, Tensor]:
         found = {

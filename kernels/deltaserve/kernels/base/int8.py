@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,6 +64,9 @@ class Int8Linear(BaseLinear):
 
     def weight(self) -> Tensor:
         return self._canonical().float() * self._scale[:, None]
+
+    def likeness(self) -> Hashable:
+        return "int8", self.dtype, self.in_features, self.activations
 
     def held(self) -> dict[str, Tensor]:
         found = {"q": self._canonical(), "scale": self._scale}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -26,9 +27,18 @@ class BaseLinear(ABC):
     def __call__(self, x: Tensor) -> Tensor:
         """x: [T, in]. Returns [T, out]."""
 
+    def set_bias(self, bias: Tensor) -> None:
+        """Gives a linear that has none a bias [out]."""
+        self.bias = compute_bias(bias, self.out_features, self.dtype)
+        self.nbytes += tensor_bytes(self.bias)
+
     @abstractmethod
     def weight(self) -> Tensor:
         """float32 [out, in], dequantized, as served. A new tensor, safe from any thread."""
+
+    def likeness(self) -> Hashable:
+        """Linears of equal likeness are held alike: `concat` can make one of them."""
+        return id(self)
 
     @abstractmethod
     def held(self) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from deltaserve.kernels.base.dense import DenseLinear
 from deltaserve.kernels.base.int4 import Int4Linear
 from deltaserve.kernels.base.int8 import Int8Linear
 from deltaserve.kernels.base.linear import BaseLinear
+from deltaserve.kernels.base.permuted import PermutedLinear
 from deltaserve.kernels.base.quantize import INT4_GROUP
 from deltaserve.kernels.base.quantize import quantize as quantize_weight
 
@@ -48,16 +49,19 @@ def make_linear(
 def concat(linears: Sequence[BaseLinear]) -> BaseLinear:
     """One linear whose outputs are those of `linears`, one after the other.
 
-    They must be of one kind, dtype and in_features; a missing bias is zeros if another has one.
+    They must be held alike (`BaseLinear.likeness`); a missing bias is zeros if another has one.
     """
     first = linears[0]
     for other in linears[1:]:
-        if type(other) is not type(first) or other.dtype != first.dtype:
-            raise ValueError(f"cannot join {_name(first)} and {_name(other)}: kinds must be equal")
-        if other.in_features != first.in_features:
-            raise ValueError(f"cannot join in_features {first.in_features} and {other.in_features}")
+        if other.likeness() != first.likeness():
+            raise ValueError(
+                f"cannot join linears that are held as {first.likeness()} and {other.likeness()}"
+            )
     if len(linears) == 1:
         return first
+    if isinstance(first, PermutedLinear):
+        inner = [linear.inner for linear in linears if isinstance(linear, PermutedLinear)]
+        return PermutedLinear(concat(inner), first.order)
     bias = _bias(linears)
     held = [linear.held() for linear in linears]
     if isinstance(first, DenseLinear):
@@ -65,12 +69,8 @@ def concat(linears: Sequence[BaseLinear]) -> BaseLinear:
     q = torch.cat([h["q"] for h in held])
     scale = torch.cat([h["scale"] for h in held])
     if isinstance(first, Int8Linear):
-        if len({linear.activations for linear in linears if isinstance(linear, Int8Linear)}) > 1:
-            raise ValueError("cannot join int8 linears of different activations")
         return Int8Linear(q, scale, bias, first.dtype, first.activations)
     assert isinstance(first, Int4Linear)
-    if len({linear.group_size for linear in linears if isinstance(linear, Int4Linear)}) > 1:
-        raise ValueError("cannot join int4 linears of different group sizes")
     zero = torch.cat([h["zero"] for h in held])
     return Int4Linear(q, scale, zero, bias, first.dtype, first.group_size)
 
@@ -83,7 +83,3 @@ def _bias(linears: Sequence[BaseLinear]) -> Tensor | None:
     return torch.cat(
         [m if ln.bias is None else ln.bias for ln, m in zip(linears, missing, strict=True)]
     )
-
-
-def _name(linear: BaseLinear) -> str:
-    return f"{type(linear).__name__} in {linear.dtype}"

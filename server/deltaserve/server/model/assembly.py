@@ -3,7 +3,7 @@ place, one group at a time, so that no weight is held twice for longer than its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -30,10 +30,11 @@ def assemble(
     dtype: torch.dtype,
     on_group: Callable[[float], None],
 ) -> Modules:
-    """quantized: linears whose weights were quantized while loading; emptied. schemes: also of
-    those that are not in it (a tied lm_head is quantized here)."""
+    """quantized: linears whose weights were quantized while loading, or before; emptied. schemes:
+    of those whose weights are to be quantized; one that is not in `quantized` (a tied lm_head) is
+    quantized here."""
     groups = []
-    split = [part for names in report.groups for part in _split(names, schemes)]
+    split = [part for names in report.groups for part in _split(names, schemes, quantized)]
     for done, names in enumerate(split):
         base = _base(model, names, schemes, quantized)
         sizes = [_sizes(model.get_submodule(name))[1] for name in names]
@@ -75,11 +76,15 @@ def _shorten_lookups(model: nn.Module) -> None:
             module.__dict__[name] = child
 
 
-def _split(names: tuple[str, ...], schemes: Mapping[str, Scheme]) -> list[tuple[str, ...]]:
+def _split(
+    names: tuple[str, ...], schemes: Mapping[str, Scheme], quantized: Mapping[str, BaseLinear]
+) -> list[tuple[str, ...]]:
     """A group's members that are held alike stay together."""
-    alike: dict[Scheme | None, list[str]] = {}
+    alike: dict[Hashable, list[str]] = {}
     for name in names:
-        alike.setdefault(schemes.get(name), []).append(name)
+        made = quantized.get(name)
+        key = schemes.get(name) if made is None else made.likeness()
+        alike.setdefault(key, []).append(name)
     return [tuple(part) for part in alike.values()]
 
 
@@ -92,7 +97,7 @@ def _base(
     modules: list[Any] = [model.get_submodule(name) for name in names]
     biases: list[Tensor | None] = [module.bias for module in modules]
     bias = _joined_bias(biases, [_sizes(module)[1] for module in modules])
-    if names[0] not in schemes:
+    if names[0] not in schemes and names[0] not in quantized:
         weights = [m.weight.T if isinstance(m, Conv1D) else m.weight for m in modules]
         weight = weights[0] if len(weights) == 1 else torch.cat([w.detach() for w in weights])
         return DenseLinear(weight.detach(), bias, weight.dtype)
@@ -102,8 +107,7 @@ def _base(
         parts.append(schemes[name].linear(module.weight.detach()) if made is None else made)
     base = concat(parts)
     if bias is not None:
-        base.bias = bias.to(base.dtype).contiguous()
-        base.nbytes += base.bias.numel() * base.bias.element_size()
+        base.set_bias(bias)
     return base
 
 
