@@ -149,13 +149,6 @@ def test_files_that_are_no_model(tmp_path: Path, saved: Save) -> None:
         load(folder, dtype=torch.float32)
 
 
-def test_pre_quantized_checkpoints_are_refused(saved: Save) -> None:
-    folder = saved(archs.build("llama"))
-    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(UnsupportedModel, match="gptq"):
-        load(folder, dtype=torch.float32)
-
-
 def test_remote_code_is_never_run(saved: Save) -> None:
     folder = saved(archs.build("llama"))
     edit_config(

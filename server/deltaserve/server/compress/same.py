@@ -75,6 +75,11 @@ def _config(flag: str, folder: Path) -> Mapping[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CompressError(f"{flag} {folder}: config.json: {error}") from error
     content: dict[str, Any] = found.to_dict()
+    if content.get("quantization_config") is not None:
+        raise CompressError(
+            f"{flag} {folder}: config.json has a quantization_config; what a fine-tune changed is "
+            "measured on the weights that it was made from, not on quantized ones"
+        )
     return content
 
 

@@ -3,8 +3,6 @@ transformers, request by request (tests/archs.py has a small configuration of ea
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import PreTrainedConfig
 
 from deltaserve.server.model.errors import UnsupportedModel
@@ -89,13 +87,6 @@ def check(config: PreTrainedConfig, *, allow_untested: bool = False) -> None:
         )
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{config.model_type!r} is an encoder-decoder model")
-    quantization: Any = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else ""
-        raise UnsupportedModel(
-            f"config.json: quantization_config ({method or 'unnamed'}): pre-quantized checkpoints "
-            "are not read; load the original weights and let them be quantized"
-        )
     odd = sorted(set(getattr(text, "layer_types", None) or ()) - ATTENTIONS)
     if odd:
         raise UnsupportedModel(

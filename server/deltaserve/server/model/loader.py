@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -18,7 +19,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from deltaserve.adapters.base import ModuleSpec
 from deltaserve.kernels.base.quantize import INT4_GROUP, check_group_size
@@ -27,16 +28,24 @@ from deltaserve.server.model.assembly import assemble
 from deltaserve.server.model.attention import ATTENTION
 from deltaserve.server.model.base_model import BaseModel
 from deltaserve.server.model.context import ForwardContext
-from deltaserve.server.model.errors import MalformedModel, ModelNotFound, UnsupportedModel
+from deltaserve.server.model.errors import (
+    MalformedModel,
+    ModelError,
+    ModelNotFound,
+    UnsupportedModel,
+)
 from deltaserve.server.model.memory import trim
 from deltaserve.server.model.probe import PROBE, ArchReport, probe
+from deltaserve.server.model.quantized import Format, Packed, format_of
+from deltaserve.server.model.quantized.state import state_dict
 from deltaserve.server.model.quantizer import PlanConfig, QuantizationPlan, Scheme
 from deltaserve.server.model.spec import base_spec, original_modules
 
 Quantize: TypeAlias = Literal["none", "int8", "int4"]
 Progress: TypeAlias = Callable[[float, str], None]
 _AUTO: Any = AutoModelForCausalLM
-_LOGGING: Any = logging
+_LOGGING: Any = transformers_logging
+logger = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.bfloat16)
 
 # Shares of the time that the stages take, for the progress: probe, read, assemble, fingerprint.
@@ -54,13 +63,15 @@ class LinearShape:
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """What is known of the model before any weight is read. prefix: what transformers calls the
-    part without the head."""
+    """What is known of the model before any weight is read. config: without what it says of
+    quantization. stored: how the checkpoint's weights are quantized, None if they are not. prefix:
+    what transformers calls the part without the head."""
 
     config: PreTrainedConfig
+    stored: Format | None
     report: ArchReport
     modules: Mapping[str, ModuleSpec]
-    class_name: str
+    model_class: type[PreTrainedModel]
     prefix: str
     tied: Mapping[str, str]
     max_length: int
@@ -93,6 +104,8 @@ def load(
     folder = checkpoint_folder(Path(path))
     say(0.0, "probing the architecture")
     skeleton = skeleton_of(folder, dtype, max_length, allow_untested)
+    if skeleton.stored is not None:
+        _check_stored(folder, skeleton.stored, quantize)
     schemes = _schemes(skeleton, dtype, quantize, group_size, activations, quantize_head)
     model, plan = _read(folder, skeleton, schemes, dtype, say)
     rope.pin(model, skeleton.config, skeleton.max_length)
@@ -117,7 +130,7 @@ def load(
         skeleton.modules,
         modules,
         skeleton.tied,
-        quantize,
+        quantize if skeleton.stored is None else skeleton.stored.label,
     )
     defaults = _generation(folder, skeleton.config)
     trim()
@@ -151,7 +164,13 @@ def linear_shapes(
     Raises what `load` raises.
     """
     _check_options(dtype, quantize, "float", group_size)
-    skeleton = skeleton_of(checkpoint_folder(Path(path)), dtype, None, allow_untested)
+    folder = checkpoint_folder(Path(path))
+    skeleton = skeleton_of(folder, dtype, None, allow_untested)
+    if skeleton.stored is not None:
+        raise UnsupportedModel(
+            f"{folder} is quantized already ({skeleton.stored.label}); its groups are known once "
+            "its weights are read"
+        )
     schemes = _schemes(skeleton, dtype, quantize, group_size, "float", True)
     found: dict[LinearShape, None] = {}
     for names in skeleton.report.groups:
@@ -178,6 +197,16 @@ def _check_options(
         check_group_size(group_size)
 
 
+def _check_stored(folder: Path, stored: Format, quantize: str) -> None:
+    if quantize != "none":
+        raise UnsupportedModel(
+            f"--quantize {quantize}: {folder} is quantized already ({stored.label}) and is served "
+            "as it is; leave the option out, or load the original weights"
+        )
+    for note in stored.notes:
+        logger.warning("%s: %s", folder, note)
+
+
 def checkpoint_folder(folder: Path) -> Path:
     """``folder``, if it holds a config and safetensors; else ModelNotFound or UnsupportedModel."""
     if not (folder / "config.json").is_file():
@@ -202,6 +231,7 @@ def skeleton_of(
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UnsupportedModel(f"{folder}/config.json: {error}") from error
     architectures.check(config, allow_untested=allow_untested)
+    stored = format_of(config.__dict__.pop("quantization_config", None))
     length = rope.max_length(config, max_length)
     try:
         with torch.device("meta"):
@@ -220,7 +250,7 @@ def skeleton_of(
     tied = {report.head: report.embedding} if head.weight is embedding.weight else {}
     found = original_modules(model, report)
     prefix = model.base_model_prefix
-    return Skeleton(config, report, found, type(model).__name__, prefix, tied, length)
+    return Skeleton(config, stored, report, found, type(model), prefix, tied, length)
 
 
 def _has_experts(model: nn.Module) -> bool:
@@ -259,32 +289,45 @@ def _read(
     say: Progress,
 ) -> tuple[PreTrainedModel, QuantizationPlan]:
     early = {name: s for name, s in schemes.items() if name not in skeleton.tied}
+    count = len(early)
     plan = QuantizationPlan(
         early,
-        lambda n: say(READ + (ASSEMBLE - READ) * n / len(early), "reading and quantizing"),
+        lambda n: say(READ + (ASSEMBLE - READ) * n / count, "reading and quantizing"),
+        dtype=dtype,
     )
     say(READ, "reading the weights")
-    options: dict[str, Any] = {"quantization_config": PlanConfig(plan)} if early else {}
+    options: dict[str, Any] = {
+        "config": copy.deepcopy(skeleton.config),
+        "dtype": dtype,
+        "attn_implementation": ATTENTION,
+        "local_files_only": True,
+        "use_safetensors": True,
+        "output_loading_info": True,
+    }
+    if early or skeleton.stored is not None:
+        options["quantization_config"] = PlanConfig(plan)
+    model_class: Any = skeleton.model_class
     try:
-        with _quiet():
-            model, info = _AUTO.from_pretrained(
-                folder,
-                config=copy.deepcopy(skeleton.config),
-                dtype=dtype,
-                attn_implementation=ATTENTION,
-                trust_remote_code=False,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
-            )
+        with _quiet(), ExitStack() as stack:
+            source: Path | None = folder
+            if skeleton.stored is not None:
+                source = None
+                state = stack.enter_context(state_dict(folder, skeleton.stored))
+                options["state_dict"] = state
+                plan.packed = {k: v for k, v in state.items() if isinstance(v, Packed)}
+                count = len(plan.packed)
+            model, info = model_class.from_pretrained(source, **options)
+            if skeleton.stored is not None:
+                _check_biases(state, plan, info["unexpected_keys"])
+    except ModelError:
+        raise
     except Exception as error:
-        raise MalformedModel(f"{folder}: {error}") from error
+        raise plan.error or MalformedModel(f"{folder}: {error}") from error
     for what in ("missing_keys", "mismatched_keys", "error_msgs"):
         if info.get(what):
             some = sorted(map(str, info[what]))
             raise MalformedModel(f"{folder}: {what.replace('_', ' ')}: {', '.join(some[:8])}")
-    unread = sorted(set(early) - set(plan.linears))
+    unread = sorted((set(early) | plan.paths) - set(plan.linears))
     if unread:
         raise MalformedModel(f"{folder}: no weights for {', '.join(unread[:8])}")
     model.eval().requires_grad_(False)
@@ -294,10 +337,20 @@ def _read(
     return model, plan
 
 
+def _check_biases(
+    state: Mapping[str, Any], plan: QuantizationPlan, unexpected: Collection[str]
+) -> None:
+    """AutoGPTQ writes a bias of zeros for linears that have none. Another one would be lost."""
+    for packed in plan.packed.values():
+        name = f"{packed.module}.bias"
+        if name in unexpected and bool(state[name][...].any()):
+            raise MalformedModel(f"{name} is not zero, but the model's linear has no bias")
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' progress bar; `load` reports its own progress."""
-    shown = logging.is_progress_bar_enabled()
+    shown = _LOGGING.is_progress_bar_enabled()
     _LOGGING.disable_progress_bar()
     try:
         yield

@@ -24,13 +24,13 @@ from deltaserve.server.model.loader import Skeleton, checkpoint_folder, load, sk
 from deltaserve.server.model.probe import ArchReport
 
 DTYPE = torch.float32
-"""As which the base is taken: unquantized, every cast of a checkpoint exact."""
+"""As which the base is taken: every cast of a checkpoint is exact."""
 
 
 @dataclass(frozen=True)
 class Peek:
-    """spec: of the base as it would be served in float32, unquantized, but for its fingerprints.
-    report: of the dry run."""
+    """spec: of the base as it would be served in float32, not quantized further than its
+    checkpoint is, but for its fingerprints. report: of the dry run."""
 
     spec: BaseSpec
     report: ArchReport
@@ -88,7 +88,7 @@ def peek(path: str | Path, *, allow_untested: bool = False) -> Iterator[Peek]:
             name=str(config.get("_name_or_path") or folder.name),
             fingerprint="",
             held_fingerprint="",
-            quantization="none",
+            quantization="none" if skeleton.stored is None else skeleton.stored.label,
             config=config,
             weight=weights.weight,
             bias=weights.bias,
@@ -141,6 +141,9 @@ class _Weights:
 
     def _find(self, module: str, what: str, shape: tuple[int, ...]) -> Tensor | None:
         prefix = self._skeleton.prefix
+        linear = self._skeleton.modules[module].kind is ModuleKind.LINEAR
+        if linear and self._skeleton.stored is not None:
+            return None
         for path in (module, module.removeprefix(f"{prefix}."), f"{prefix}.{module}"):
             entry = self.checkpoint.entries.get(f"{path}.{what}")
             if entry is not None and entry.shape == shape:

@@ -7,20 +7,28 @@ weight is in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from deltaserve.kernels.base import BaseLinear, Int4Linear, Int8Linear, quantize
+from deltaserve.server.model.errors import MalformedModel, ModelError, UnsupportedModel
 from deltaserve.server.model.memory import trim
+from deltaserve.server.model.quantized import Packed
 
 METHOD = "deltaserve"
 BLOCK = 1 << 20
@@ -50,11 +58,17 @@ class Scheme:
 @dataclass
 class QuantizationPlan:
     """schemes: module path -> how its weight is held. linears: what became of them. on_weight: is
-    called with the number of weights quantized so far."""
+    called with the number of weights quantized so far. packed: weights that are quantized already,
+    by their names in the checkpoint. dtype: of what they compute in. error: of one of them, which
+    transformers only logs."""
 
     schemes: Mapping[str, Scheme]
     on_weight: Callable[[int], None]
     linears: dict[str, BaseLinear] = field(default_factory=dict)
+    packed: Mapping[str, Packed] = field(default_factory=dict)
+    paths: set[str] = field(default_factory=set)
+    dtype: torch.dtype = torch.float32
+    error: ModelError | None = None
 
 
 @register_quantization_config(METHOD)
@@ -87,6 +101,9 @@ class _Quantize(ConversionOps):
             weight = value[0] if isinstance(value, list) else value
             path = name.removesuffix(".weight")
             module: Any = kwargs["model"].get_submodule(path)
+            if isinstance(weight, Packed):
+                done[name] = self._unpack(weight, path, module)
+                continue
             shape, want = tuple(weight.shape), tuple(module.weight.shape)
             if shape != want:
                 raise ValueError(f"{name} has shape {shape}, the model needs {want}")
@@ -99,6 +116,42 @@ class _Quantize(ConversionOps):
             done[name] = nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
         return done
 
+    def _unpack(self, packed: Packed, path: str, module: Any) -> nn.Parameter:
+        plan = self.plan
+        shape = module.weight.shape
+        out, inner = reversed(shape) if isinstance(module, Conv1D) else shape
+        try:
+            plan.linears[path] = packed.linear(out, inner, plan.dtype)
+        except ModelError as error:
+            plan.error = plan.error or error
+            raise
+        except ValueError as error:
+            plan.error = plan.error or MalformedModel(f"{packed.module}: {error}")
+            raise
+        plan.on_weight(len(plan.linears))
+        trim()
+        return nn.Parameter(torch.empty(0, dtype=plan.dtype), requires_grad=False)
+
+
+def renamed(model: Any, names: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
+    """(name in the checkpoint, module path, whether more than the name differs) of those weights
+    that the model has."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    state = model.state_dict()
+    for name in names:
+        target, pattern = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, state
+        )
+        if target not in state and name in state:
+            target, pattern = name, None
+        if target not in state:
+            continue
+        path = target.removesuffix(".weight")
+        plain = path != target and type(model.get_submodule(path)) in (nn.Linear, Conv1D)
+        yield name, path, pattern is not None or not plain
+
 
 @register_quantizer(METHOD)
 class PlanQuantizer(HfQuantizer):
@@ -108,7 +161,27 @@ class PlanQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         path, _, leaf = param_name.rpartition(".")
-        return leaf == "weight" and path in self._plan.schemes
+        return leaf == "weight" and (path in self._plan.schemes or path in self._plan.paths)
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        plan = self._plan
+        ties = model.all_tied_weights_keys
+        tied = {*ties, *ties.values()}
+        for name, path, converted in renamed(model, plan.packed):
+            module = plan.packed[name].module
+            if f"{path}.weight" in tied:
+                plan.error = UnsupportedModel(
+                    f"{module} is quantized, but config.json ties its weight to another module's"
+                )
+                raise plan.error
+            if converted:
+                plan.error = UnsupportedModel(
+                    f"{module} is quantized and a part of {path}, which fuses several weights; "
+                    "quantized ones are read of plain linears only"
+                )
+                raise plan.error
+            plan.paths.add(path)
+        return model
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self._plan)

@@ -1,0 +1,155 @@
+"""Quantized checkpoints of small models, packed bit by bit from the formats' definitions.
+
+Written without a look at what reads them: every number is put where the format says, one field at
+a time, and the float weight that it stands for is computed from the same numbers in float64.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+Pack = Callable[[str, Tensor, torch.Generator], tuple[Tensors, Tensor]]
+"""(module, its weight [out, in], randomness) -> (tensors by what follows the module's path, the
+float weight that they stand for)."""
+
+
+def stream(values: Any, bits: int) -> Any:
+    """Whole numbers -> int32 words: value i at bits `i * bits` and up of one long number."""
+    number = 0
+    for i, value in enumerate(values):
+        assert 0 <= int(value) < 1 << bits
+        number |= int(value) << (i * bits)
+    words = -(-len(values) * bits // 32)
+    return np.frombuffer(number.to_bytes(4 * words, "little"), dtype="<i4").copy()
+
+
+def rows(values: Any, bits: int) -> Tensor:
+    """[n, m] -> int32 [n, words], each row a stream."""
+    return torch.from_numpy(np.stack([stream(row, bits) for row in np.asarray(values)]))
+
+
+@dataclass
+class Rounded:
+    """q [out, in]; scale, zero [out, groups]; group [in]: which group an input is of."""
+
+    q: Tensor
+    scale: Tensor
+    zero: Tensor
+    group: Tensor
+
+    def weight(self) -> Tensor:
+        """float32 [out, in], rounded once."""
+        scale, zero = self.scale.double()[:, self.group], self.zero.double()[:, self.group]
+        return ((self.q.double() - zero) * scale).float()
+
+
+def rounded(
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    *,
+    symmetric: bool,
+    generator: torch.Generator,
+    order: bool = False,
+    dtype: torch.dtype = torch.float16,
+) -> Rounded:
+    """Round to nearest, scales as `dtype` holds them. order: inputs of a group lie anywhere."""
+    out, inner = weight.shape
+    size = inner if group_size == -1 else group_size
+    group = torch.arange(inner) // size
+    if order:
+        group = group[torch.randperm(inner, generator=generator)]
+    groups, top = -(-inner // size), (1 << bits) - 1
+    scale, zero = torch.zeros(out, groups), torch.zeros(out, groups)
+    q = torch.zeros(out, inner, dtype=torch.long)
+    for g in range(groups):
+        own = group == g
+        part = weight[:, own]
+        if symmetric:
+            scale[:, g] = (2 * part.abs().amax(1) / top).to(dtype).float()
+            zero[:, g] = (top + 1) // 2
+        else:
+            low, high = part.amin(1).clamp_max(0), part.amax(1).clamp_min(0)
+            scale[:, g] = ((high - low) / top).to(dtype).float()
+            zero[:, g] = (-low / scale[:, g]).round().clamp(1, top)
+        q[:, own] = (part / scale[:, g, None] + zero[:, g, None]).round().clamp(0, top).long()
+    return Rounded(q, scale, zero, group)
+
+
+def gptq(
+    bits: int,
+    group_size: int,
+    *,
+    symmetric: bool = True,
+    order: bool = False,
+    v2: bool = False,
+) -> Pack:
+    def pack(module: str, weight: Tensor, generator: torch.Generator) -> tuple[Tensors, Tensor]:
+        r = rounded(weight, bits, group_size, symmetric=symmetric, generator=generator, order=order)
+        stored = r.zero.long().T - (0 if v2 else 1)
+        return {
+            "qweight": rows(r.q, bits).T.contiguous(),
+            "qzeros": rows(stored, bits),
+            "scales": r.scale.T.contiguous().half(),
+            "g_idx": r.group.int(),
+        }, r.weight()
+
+    return pack
+
+
+def write(
+    source: Path,
+    packed: Path,
+    plain: Path,
+    pack: Pack,
+    config: dict[str, Any],
+    *,
+    skip: Iterable[str] = ("lm_head",),
+    seed: int = 0,
+) -> None:
+    """From the checkpoint in `source` a quantized one in `packed` and, in `plain`, one of the float
+    weights that it stands for. skip: ends of the names of linears that are left alone."""
+    generator = torch.Generator().manual_seed(seed)
+    for folder in (packed, plain):
+        shutil.copytree(source, folder)
+    tensors = load_file(source / "model.safetensors")
+    held, floats = dict(tensors), dict(tensors)
+    for name, tensor in tensors.items():
+        module = name.removesuffix(".weight")
+        linear = tensor.dim() == 2 and module != name and "embed" not in name
+        if not linear or module.endswith(tuple(skip)):
+            continue
+        parts, weight = pack(module, tensor.float(), generator)
+        del held[name]
+        held |= {f"{module}.{part}": value.contiguous() for part, value in parts.items()}
+        floats[name] = weight
+    save_file(held, packed / "model.safetensors", {"format": "pt"})
+    save_file(floats, plain / "model.safetensors", {"format": "pt"})
+    edit(packed, lambda c: c.update(quantization_config=config))
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Changes config.json."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def edit_tensors(folder: Path, change: Callable[[Tensors], Any]) -> None:
+    """Changes model.safetensors."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path, {"format": "pt"})
