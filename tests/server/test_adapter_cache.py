@@ -398,3 +398,15 @@ def test_what_a_request_waits_for_is_read_before_what_is_registered() -> None:
     rig.disk.gate.set()
     rig.until(lambda: all(f.done() for f in futures), [waiting])
     assert order == ["/b", "/a", "/e", "/c", "/d"]
+
+
+def test_a_pinned_adapter_that_is_not_in_memory_needs_room_too() -> None:
+    rig = Rig(100, {"a": 60, "b": 50, "p": 20})
+    rig.load("p", pinned=True)
+    rig.load("a")
+    rig.load("b")
+    rig.cache.pin("a", True)
+    both = rig.cache.acquire([AdapterRef("a"), AdapterRef("b")])
+    assert not both[0].ready and both[1].ready
+    with pytest.raises(AdapterTooLarge, match="need 110 bytes beside 20 bytes of pinned"):
+        rig.cache.check_room(both)

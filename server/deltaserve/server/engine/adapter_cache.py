@@ -243,7 +243,7 @@ class AdapterCache:
     def check_room(self, wanted: Sequence[Residency]) -> None:
         """AdapterTooLarge if these can never be in memory together."""
         names = ", ".join(repr(r.name) for r in wanted)
-        need = sum(r.nbytes for r in wanted if not r.pinned)
+        need = sum(r.nbytes for r in wanted if not (r.pinned and r.ready))
         self._residents.check_room(need, f"adapters {names} together need")
 
     # Inside:
