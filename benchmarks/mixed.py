@@ -35,6 +35,11 @@ OURS = {
     "int4": {"dtype": "bfloat16", "quantize": "int4"},
 }
 THEIRS = {"bfloat16": "bfloat16", "float32": "float32"}
+OTHERS = {  # script in mixed_peers/, and the forms that were fastest for at least one workload
+    "llama.cpp": ("with_llama_cpp.py", ("Q4_0",)),
+    "openvino": ("with_openvino.py", ("int8", "int4")),
+    "onnxruntime": ("with_onnxruntime.py", ("int4",)),
+}
 Answers = list[list[int]]
 
 
@@ -195,8 +200,12 @@ def busy_seconds() -> float:
 
 
 def measure(args: argparse.Namespace, model: str, engine: str, form: str) -> list[dict[str, Any]]:
-    command = [sys.executable, __file__, "--worker", "--models", str(args.models)]
-    command += ["--model", model, "--engine", engine, "--form", form]
+    if engine in OTHERS:
+        script = Path(__file__).parent / "mixed_peers" / OTHERS[engine][0]
+        command = [dict(args.other)[engine], str(script)]
+    else:
+        command = [sys.executable, __file__, "--worker", "--engine", engine]
+    command += ["--models", str(args.models), "--model", model, "--form", form]
     command += ["--workloads", args.workloads, "--threads", str(args.threads)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -260,12 +269,27 @@ def table(rows: list[dict[str, Any]], model: str) -> None:
     Console(width=150).print(shown)
 
 
+def other_engine(text: str) -> tuple[str, str]:
+    name, _, python = text.partition("=")
+    if name not in OTHERS or not python:
+        raise argparse.ArgumentTypeError(f"{text}: NAME=PYTHON, NAME one of {', '.join(OTHERS)}")
+    return name, python
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", type=Path, default=Path("models"))
     parser.add_argument("--only", default="llama-160m")
     parser.add_argument("--forms", default=",".join(OURS))
     parser.add_argument("--peers", default=",".join(THEIRS))
+    parser.add_argument(
+        "--other",
+        type=other_engine,
+        action="append",
+        default=[],
+        metavar="NAME=PYTHON",
+        help=f"another engine ({', '.join(OTHERS)}) and an interpreter that has it; repeatable",
+    )
     parser.add_argument("--workloads", default=",".join(WORKLOADS))
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--threads", type=int, default=cores())
@@ -291,6 +315,9 @@ def main() -> None:
                 rows += measure(args, model, "transformers", form)
             for form in filter(None, args.forms.split(",")):
                 rows += measure(args, model, "deltaserve", form)
+            for other, _ in args.other:
+                for form in OTHERS[other][1]:
+                    rows += measure(args, model, other, form)
     exact = [r for r in rows if (r["engine"], r["form"]) == ("transformers", "float32")]
     agreement(rows, exact)
     for model in models:
