@@ -1,6 +1,9 @@
 """Tokens are drawn as the parameters say, and from the request's own generator alone."""
 
+import random
+
 import torch
+from transformers import NoBadWordsLogitsProcessor
 
 from deltaserve.server.engine.core import SamplingParams
 from deltaserve.server.engine.sampler import Row, adjust, logprob_of, sample, truncate
@@ -72,6 +75,37 @@ def test_min_tokens_hold_back_the_end() -> None:
     logits = torch.tensor([9.0, 1.0, 2.0])
     assert sample(logits[None], [row(min_tokens=2)])[0].token_id == 2
     assert sample(logits[None], [row(outputs=[1, 1], min_tokens=2)])[0].token_id == 0
+
+
+def test_bad_sequences_are_those_of_transformers() -> None:
+    draw = random.Random(7)
+    excluded = 0
+    for _ in range(300):
+        vocabulary = draw.choice([3, 12])
+        bad = [
+            [draw.randrange(vocabulary) for _ in range(draw.randint(1, 4))]
+            for _ in range(draw.randint(1, 6))
+        ]
+        prompt = tuple(draw.randrange(vocabulary) for _ in range(draw.randint(1, 5)))
+        outputs = [draw.randrange(vocabulary) for _ in range(draw.randint(0, 5))]
+        logits = torch.randn(vocabulary)
+        theirs = NoBadWordsLogitsProcessor(bad, eos_token_id=vocabulary)(
+            torch.tensor([[*prompt, *outputs]]), logits[None].clone()
+        )[0]
+        asked = SamplingParams(bad_tokens=tuple(map(tuple, bad)))
+        ours = adjust(logits.clone(), Row(asked, None, prompt, outputs))
+        assert torch.equal(ours, theirs)
+        excluded += int((ours != logits).sum())
+    assert excluded > 100
+
+
+def test_nothing_left_to_choose_is_a_dead_end() -> None:
+    logits = torch.randn(3, 4)
+    every = tuple((i,) for i in range(4))
+    for temperature in (0.0, 1.0):
+        choices = sample(logits, [row(), row(1, temperature=temperature, bad_tokens=every), row()])
+        assert [c is not None and c.sound for c in choices] == [True, False, True]
+        assert choices[1] is not None and choices[1].dead
 
 
 def test_logprobs_are_of_the_raw_distribution() -> None:

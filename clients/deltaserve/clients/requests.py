@@ -59,6 +59,8 @@ class Options(TypedDict, total=False):
     frequency_penalty: float
     seed: int
     logit_bias: Mapping[int, float]
+    bad_words: Sequence[str]
+    bad_token_sequences: Sequence[Sequence[int]]
     min_tokens: int
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
@@ -188,6 +190,9 @@ def generate(
             if given.get(name) is not None:
                 setattr(request.sampling, name, given[name])
         request.sampling.logit_bias.update(options.get("logit_bias") or {})
+        request.sampling.bad_words.extend(_texts("bad_words", options.get("bad_words")))
+        for sequence in options.get("bad_token_sequences") or ():
+            request.sampling.bad_token_sequences.add(ids=sequence)
         stop = options.get("stop") or ()
         request.stop.max_tokens = max_tokens
         request.stop.min_tokens = options.get("min_tokens") or 0
@@ -202,6 +207,12 @@ def generate(
         if logprobs is not False:
             request.logprobs = 0 if logprobs is True else logprobs
         return request
+
+
+def _texts(field: str, given: Sequence[str] | None) -> Sequence[str]:
+    if isinstance(given, str):
+        raise TypeError(f"{field}: give a list of texts")
+    return given or ()
 
 
 def _speculation(given: Speculation) -> pb.Speculation:

@@ -53,8 +53,8 @@ class ServedBy:
 @dataclass(frozen=True, slots=True)
 class Choice:
     """One continuation. logprobs: one per token, None if they were not asked for. top_logprobs:
-    per token the best ones as (token id, log-probability). finish_reason: ``stop``, ``length`` or
-    ``cancelled``."""
+    per token the best ones as (token id, log-probability). finish_reason: ``stop``, ``length``,
+    ``cancelled`` or ``dead_end``."""
 
     text: str
     token_ids: list[int]

@@ -10,10 +10,11 @@ from deltaserve.server.errors import RequestError
 
 
 class FinishReason(StrEnum):
-    STOP = "stop"  # a stop string, a stop token or the end-of-sequence token
+    STOP = "stop"  # a stop string, a stop token, the end-of-sequence token or the constraint's end
     LENGTH = "length"  # max_tokens, or the model's length limit
     CANCELLED = "cancelled"
     ERROR = "error"
+    DEAD_END = "dead_end"  # no token may follow
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +22,13 @@ class SamplingParams:
     """How tokens are chosen. Checked by `validate.check`.
 
     temperature 0 is greedy. top_k 0 and top_p 1 are off, as is min_p 0. logit_bias is added to
-    the logits before anything else. logprobs: None for none, k for the chosen token's and the k
-    best; they are of the raw model distribution, before penalties, temperature and truncation.
+    the logits before anything else. bad_tokens: sequences of tokens that are never generated; all
+    but the last token of one may be the prompt's. logprobs: None for none, k for the chosen token's
+    and the k best; of the raw model distribution, before penalties, temperature and truncation.
     seed: None draws one; a request with a seed gets the same tokens whatever else is in the batch.
     score_from: index of a prompt token; the log-probabilities of the prompt tokens from there on
-    are returned (the RPC `Score`). n > 1 is made of n requests by the caller.
+    are returned with the first output, each with the prompt_logprobs best ones of its place.
+    n > 1 is made of n requests by the caller.
     """
 
     max_tokens: int = 64
@@ -38,12 +41,14 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_tokens: tuple[tuple[int, ...], ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
     score_from: int | None = None
+    prompt_logprobs: int = 0
     skip_special_tokens: bool = True
 
 
@@ -86,7 +91,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Log-probability of one token, and of the best ones at its position ((token id, logprob))."""
+    """Log-probability of one token, NaN for a prompt's first, and of the best ones at its position
+    ((token id, logprob))."""
 
     token_id: int
     logprob: float

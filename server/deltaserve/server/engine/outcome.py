@@ -66,9 +66,13 @@ class StepOutputs:
         for sequence, run in chosen.items():
             if sequence in self.poisoned:
                 continue
-            sound = [choice for choice in run if choice.finite]
+            sound = [choice for choice in run if choice.sound]
             ended = bool(sound) and self._next(sequence, sound, eos, max_length, now)
-            if len(sound) < len(run) and not ended:
+            if len(sound) == len(run) or ended:
+                continue
+            if run[-1].finite:
+                self._finish(sequence, FinishReason.DEAD_END, "", now)
+            else:
                 self._poison(sequence)
         for sequence in dict.fromkeys(p.sequence for p in batch.decodes if p.draft is not None):
             if sequence not in self.poisoned:
@@ -77,7 +81,7 @@ class StepOutputs:
     def _score(self, row: LogitRow, logits: Tensor) -> None:
         """Keep the log-probability of the prompt token behind this row."""
         sequence = row.part.sequence
-        top = sequence.request.sampling.logprobs or 0
+        top = sequence.request.sampling.prompt_logprobs
         entry = logprob_of(logits, sequence.tokens[row.position + 1], top)
         sequence.scores.append(entry)
         if not math.isfinite(entry.logprob):
@@ -139,6 +143,7 @@ class StepOutputs:
                 text=text,
                 token_ids=tuple(ids),
                 logprobs=tuple(logprobs),
+                prompt_logprobs=tuple(sequence.scores) if first else (),
                 served_by=sequence.served_by if first else None,
             ),
         )
@@ -195,7 +200,7 @@ def final_output(
         text=text,
         token_ids=token_ids,
         logprobs=logprobs,
-        prompt_logprobs=tuple(sequence.scores),
+        prompt_logprobs=tuple(sequence.scores) if sequence.outputs == len(token_ids) else (),
         served_by=sequence.served_by,
         finish_reason=reason,
         stop_reason=stop_reason,
@@ -253,5 +258,9 @@ def needs_outputs(sequence: Sequence) -> bool:
     """Whether the choice depends on earlier outputs (they need not be copied otherwise)."""
     p = sequence.request.sampling
     return bool(
-        p.min_tokens or p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
+        p.min_tokens
+        or p.bad_tokens
+        or p.repetition_penalty != 1
+        or p.presence_penalty
+        or p.frequency_penalty
     )

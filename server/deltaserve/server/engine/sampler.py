@@ -1,4 +1,5 @@
-"""From logits to tokens: penalties, temperature, truncation, one draw; and log-probabilities.
+"""From logits to tokens: biases, penalties, exclusions, temperature, truncation, one draw; and
+log-probabilities.
 
 Greedy rows are an argmax over the whole batch. Every sampled row draws from its own generator, so
 what a seeded request gets does not depend on the rest of the batch.
@@ -31,11 +32,17 @@ class Row:
 
 @dataclass(slots=True)
 class Choice:
-    """finite is False if the row held a NaN or its maximum is infinite: the token is no answer."""
+    """finite is False if the row held a NaN or its maximum is infinite, dead is True if no token is
+    left to choose from: the token is no answer then."""
 
     token_id: int
     finite: bool
     logprob: TokenLogprob | None = None
+    dead: bool = False
+
+    @property
+    def sound(self) -> bool:
+        return self.finite and not self.dead
 
 
 def plain(row: Row) -> bool:
@@ -48,6 +55,7 @@ def _adjusts(row: Row) -> bool:
     p = row.sampling
     return bool(
         p.logit_bias
+        or p.bad_tokens
         or p.repetition_penalty != 1
         or p.presence_penalty
         or p.frequency_penalty
@@ -65,13 +73,16 @@ def sample(logits: Tensor, rows: list[Row]) -> list[Choice | None]:
     for i, row in enumerate(rows):
         if row.after is not None:
             before = choices[-1]
-            if before is None or not before.finite or before.token_id != row.after:
+            if before is None or not before.sound or before.token_id != row.after:
                 choices.append(None)
                 continue
+        dead = False
         if finite[i] and not plain(row):
-            tokens[i] = _sample_row(logits[i], row)
-        choice = Choice(tokens[i], finite[i])
-        if finite[i] and row.sampling.logprobs is not None:
+            token = _sample_row(logits[i], row)
+            dead = token is None
+            tokens[i] = -1 if token is None else token
+        choice = Choice(tokens[i], finite[i], dead=dead)
+        if choice.sound and row.sampling.logprobs is not None:
             choice.logprob = logprob_of(logits[i], tokens[i], row.sampling.logprobs)
         choices.append(choice)
     return choices
@@ -87,9 +98,12 @@ def logprob_of(logits: Tensor, token_id: int, top: int) -> TokenLogprob:
     return TokenLogprob(token_id, float(logprobs[token_id]), best)
 
 
-def _sample_row(logits: Tensor, row: Row) -> int:
+def _sample_row(logits: Tensor, row: Row) -> int | None:
+    """None if every token is excluded."""
     p = row.sampling
     scores = adjust(logits.clone(), row) if _adjusts(row) else logits
+    if scores is not logits and scores.max() == float("-inf"):
+        return None
     if p.temperature == 0:
         return int(scores.argmax())
     probabilities = truncate(torch.softmax(scores / p.temperature, -1), p)
@@ -99,9 +113,10 @@ def _sample_row(logits: Tensor, row: Row) -> int:
 
 
 def adjust(scores: Tensor, row: Row) -> Tensor:
-    """Bias and penalties, in place. repetition_penalty: over prompt and outputs, divides positive
-    logits and multiplies negative ones (Keskar et al. 2019); presence and frequency: over outputs,
-    subtracted once and per occurrence (OpenAI)."""
+    """Bias and penalties, then exclusions (-inf), in place. repetition_penalty: over prompt and
+    outputs, divides positive logits and multiplies negative ones (Keskar et al. 2019); presence and
+    frequency: over outputs, subtracted once and per occurrence (OpenAI). Excluded are the ends that
+    min_tokens holds back, and the last tokens of bad sequences whose others are there already."""
     p = row.sampling
     if p.logit_bias:
         ids = torch.tensor([i for i, _ in p.logit_bias])
@@ -119,7 +134,21 @@ def adjust(scores: Tensor, row: Row) -> Tensor:
         held = [*p.stop_token_ids, *(() if p.ignore_eos else row.eos)]
         if held:
             scores[torch.tensor(held)] = float("-inf")
+    if p.bad_tokens:
+        bad = _last_of_bad(p.bad_tokens, row.prompt_ids, row.output_ids)
+        scores[torch.tensor(bad, dtype=torch.int64)] = float("-inf")
     return scores
+
+
+def _last_of_bad(
+    sequences: tuple[tuple[int, ...], ...], prompt_ids: tuple[int, ...], output_ids: list[int]
+) -> list[int]:
+    """The last tokens of those sequences that prompt and outputs end with, but for that token."""
+    most = max(len(s) for s in sequences) - 1
+    tail = tuple(output_ids[-most:]) if most else ()
+    if len(tail) < most:
+        tail = prompt_ids[-(most - len(tail)) :] + tail
+    return [s[-1] for s in sequences if len(s) == 1 or tail[1 - len(s) :] == s[:-1]]
 
 
 def truncate(probabilities: Tensor, p: SamplingParams) -> Tensor:

@@ -13,6 +13,8 @@ from deltaserve.server.errors import InvalidRequest
 MAX_STOPS = 64
 MAX_STOP_LENGTH = 1024
 MAX_LOGPROBS = 256
+MAX_BAD_TOKENS = 4096
+MAX_BAD_LENGTH = 64
 MAX_ADAPTERS = 16
 MAX_PATTERNS = 16
 MAX_PATTERN_LENGTH = 256
@@ -104,6 +106,7 @@ def _check_sampling(p: SamplingParams, limits: Limits, prompt: int) -> None:
         _range("seed", p.seed, -(1 << 63), (1 << 63) - 1)
     if p.logprobs is not None:
         _range("logprobs", p.logprobs, 0, min(MAX_LOGPROBS, limits.vocab_size))
+    _range("prompt_logprobs", p.prompt_logprobs, 0, min(MAX_LOGPROBS, limits.vocab_size))
     if p.score_from is not None:
         _range("score_from", p.score_from, 1, prompt - 1)
     if len(p.stop) > MAX_STOPS:
@@ -117,6 +120,14 @@ def _check_sampling(p: SamplingParams, limits: Limits, prompt: int) -> None:
         _range("logit_bias", token, 0, limits.vocab_size - 1)
         if not (math.isfinite(bias) and abs(bias) <= 1000):
             _refuse("logit_bias", bias, "finite and within ±1000")
+    if len(p.bad_tokens) > MAX_BAD_TOKENS:
+        _refuse("bad_tokens", f"{len(p.bad_tokens)} sequences", f"at most {MAX_BAD_TOKENS}")
+    for sequence in p.bad_tokens:
+        if not 0 < len(sequence) <= MAX_BAD_LENGTH:
+            found = f"a sequence of {len(sequence)} tokens"
+            _refuse("bad_tokens", found, f"sequences of 1 to {MAX_BAD_LENGTH} tokens")
+        for token in sequence:
+            _range("bad_tokens", token, 0, limits.vocab_size - 1)
     for token in p.stop_token_ids:
         _range("stop_token_ids", token, 0, limits.vocab_size - 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ _REASONS = {
     FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
     FinishReason.CANCELLED: generation_pb2.FINISH_REASON_CANCELLED,
+    FinishReason.DEAD_END: generation_pb2.FINISH_REASON_DEAD_END,
     FinishReason.ERROR: generation_pb2.FINISH_REASON_UNSPECIFIED,
 }
 _STATES: dict[AdapterState, Any] = {
@@ -39,7 +41,8 @@ _TIERS: dict[Tier, Any] = {
 def logprob(entry: TokenLogprob) -> generation_pb2.TokenLogprob:
     """One place."""
     top = [generation_pb2.TopLogprob(token_id=i, logprob=p) for i, p in entry.top]
-    return generation_pb2.TokenLogprob(token_id=entry.token_id, logprob=entry.logprob, top=top)
+    value = None if math.isnan(entry.logprob) else entry.logprob
+    return generation_pb2.TokenLogprob(token_id=entry.token_id, logprob=value, top=top)
 
 
 def usage(entries: Iterable[Usage], *, one_prompt: bool = False) -> generation_pb2.Usage:

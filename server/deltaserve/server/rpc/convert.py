@@ -28,6 +28,8 @@ MAX_MESSAGES = 4096
 MAX_STOPS = 64
 MAX_STOP_TOKENS = 1024
 MAX_LOGIT_BIAS = 16384
+MAX_BAD_WORDS = 1024
+MAX_BAD_WORD = 256
 
 _PATHS = {
     **{name: f"sampling.{name}" for name in pb.SamplingParams.DESCRIPTOR.fields_by_name},
@@ -35,6 +37,7 @@ _PATHS = {
     "min_tokens": "stop.min_tokens",
     "stop": "stop.strings",
     "stop_token_ids": "stop.token_ids",
+    "bad_tokens": "sampling.bad_token_sequences",
     "messages": "chat.messages",
     **{name: f"speculation.{name}" for name in pb.Speculation.DESCRIPTOR.fields_by_name},
 }
@@ -93,6 +96,7 @@ def sampling(request: GenerateRequest, choice: int = 0) -> SamplingParams:
         presence_penalty=_set(given, "presence_penalty", default.presence_penalty),
         frequency_penalty=_set(given, "frequency_penalty", default.frequency_penalty),
         logit_bias=tuple(sorted(given.logit_bias.items())),
+        bad_tokens=_bad_tokens(given),
         seed=given.seed + choice if given.HasField("seed") else None,
         stop=tuple(stop.strings),
         stop_token_ids=tuple(stop.token_ids),
@@ -100,6 +104,28 @@ def sampling(request: GenerateRequest, choice: int = 0) -> SamplingParams:
         logprobs=request.logprobs if request.HasField("logprobs") else None,
         skip_special_tokens=not request.keep_special_tokens,
     )
+
+
+def bad_words(request: GenerateRequest) -> Sequence[str]:
+    """Texts whose tokens are not to be generated."""
+    words = request.sampling.bad_words
+    if len(words) > MAX_BAD_WORDS:
+        refuse("sampling.bad_words", f"{len(words)} words", f"at most {MAX_BAD_WORDS}")
+    for word in words:
+        if not word.strip() or len(word) > MAX_BAD_WORD:
+            found = repr(word) if len(word) <= MAX_BAD_WORD else f"text of {len(word)} characters"
+            right = f"text of at most {MAX_BAD_WORD} characters that is not all spaces"
+            refuse("sampling.bad_words", found, right)
+        prompt_text(word, "sampling.bad_words")
+    return words
+
+
+def _bad_tokens(given: pb.SamplingParams) -> tuple[tuple[int, ...], ...]:
+    found = given.bad_token_sequences
+    if len(found) > MAX_BAD_WORDS:
+        right = f"at most {MAX_BAD_WORDS}"
+        refuse("sampling.bad_token_sequences", f"{len(found)} sequences", right)
+    return tuple(tuple(item.ids) for item in found)
 
 
 def speculation(request: GenerateRequest) -> Speculation:

@@ -85,9 +85,21 @@ class Encoder:
                 )
         return found
 
+    async def bad_tokens(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each word, as the beginning of a text and after a space."""
+
+        def encoded() -> set[tuple[int, ...]]:
+            forms = {form for word in words for form in (word, " " + word.lstrip(" "))}
+            return {tuple(self._stripped(self._text.encode(form))) for form in forms} - {()}
+
+        return tuple(sorted(await self._run(sum(map(len, words)), encoded)))
+
     async def _plain(self, text: str) -> list[int]:
         """Token ids without the special tokens that begin and end every text."""
-        ids, empty = await self.text(text), self._text.encode("")
+        return self._stripped(await self.text(text))
+
+    def _stripped(self, ids: list[int]) -> list[int]:
+        empty = self._text.encode("")
         start = _shared(ids, empty)
         end = _shared(ids[start:][::-1], empty[start:][::-1])
         return ids[start : len(ids) - end]

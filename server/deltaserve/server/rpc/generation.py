@@ -9,6 +9,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc.aio
@@ -89,7 +90,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             Request(
                 request_id=_engine_id(name, i),
                 prompt_ids=tuple(ids),
-                sampling=SamplingParams(max_tokens=0, logprobs=1, score_from=start),
+                sampling=SamplingParams(max_tokens=0, score_from=start, prompt_logprobs=1),
                 adapters=adapters,
                 priority=request.priority,
                 deadline=deadline,
@@ -127,6 +128,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         samplings = [convert.sampling(request, i) for i in range(convert.choices(request))]
         speculation = convert.speculation(request)
         prompt = tuple(await self._encoder.prompt(request))
+        if words := convert.bad_words(request):
+            bad = await self._encoder.bad_tokens(words)
+            samplings = [replace(s, bad_tokens=(*s.bad_tokens, *bad)) for s in samplings]
         name = request.request_id or uuid.uuid4().hex
         deadline = self._deadline(context)
         return [
