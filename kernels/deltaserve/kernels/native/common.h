@@ -116,6 +116,25 @@ ALWAYS float sum16(f32x16 v) {
 #endif
 }
 
+/* e^x for x <= 0 to about 1 unit in the last place; 0 below -87. Cody and Waite's reduction, then a
+ * polynomial of degree 6. */
+ALWAYS f32x16 exp16(f32x16 x) {
+    const f32x16 low = splat(-87.0f);
+    i32x16 under = x < low;
+    x = (f32x16)((u32x16)x & ~(u32x16)under) + (f32x16)((u32x16)low & (u32x16)under);
+    f32x16 n = x * 1.44269504f + 12582912.0f - 12582912.0f; /* rounds to the nearest integer */
+    f32x16 f = x - n * 0.693359375f + n * 2.12194440e-4f;
+    f32x16 p = splat(1.3981999507e-3f);
+    p = p * f + 8.3334519073e-3f;
+    p = p * f + 4.1665795894e-2f;
+    p = p * f + 1.6666665459e-1f;
+    p = p * f + 5.0000001201e-1f;
+    p = p * f * f + f + 1.0f;
+    i32x16 e = (__builtin_convertvector(n, i32x16) + 127) << 23;
+    f32x16 r = p * (f32x16)e;
+    return (f32x16)((u32x16)r & ~(u32x16)under);
+}
+
 /* Chunks for dynamic schedules: small enough to share evenly, large enough to cost nothing. */
 ALWAYS int chunk_of(int64_t tasks, int threads) {
     return (int)max64(1, tasks / (8 * (int64_t)threads));

@@ -22,6 +22,12 @@ DELTAS = (POINTER, INT, LONG, POINTER, INT, LONG, *[POINTER] * 4, INT, INT)
 SIGNATURES = {
     # x, kind, rows, n, gain, eps, y, threads
     "ds_rms_norm": (POINTER, INT, LONG, LONG, POINTER, FLOAT, POINTER, INT),
+    # x, residual, kind, rows, n, gain, eps, y, threads
+    "ds_add_norm": (POINTER, POINTER, INT, LONG, LONG, POINTER, FLOAT, POINTER, INT),
+    # x, kind, rows, n, y, threads
+    "ds_silu_mul": (POINTER, INT, LONG, LONG, POINTER, INT),
+    # qkv, kind, tokens, heads, kv heads, dim, cosine, sine, turned, keys, values, cells, threads
+    "ds_rotate_write": (POINTER, INT, *[LONG] * 4, POINTER, POINTER, LONG, *[POINTER] * 3, INT),
     # q, its strides, keys, values, out, kind, heads, kv heads, key dim, value dim, rows,
     # tables, width, block size, lengths, scale, window, softcap, sinks, threads
     "ds_attention": (

@@ -45,11 +45,21 @@ def paged_attention(
     step, kv = ctx.attention, ctx.kv
     assert step is not None and kv is not None
     layer: int = module.layer_idx  # type: ignore[assignment]
-    keys, values = kv.keys[layer], kv.values[layer]
-    keys.index_copy_(0, step.cells, key[0].transpose(0, 1))
-    values.index_copy_(0, step.cells, value[0].transpose(0, 1))
+    kv.keys[layer].index_copy_(0, step.cells, key[0].transpose(0, 1))
+    kv.values[layer].index_copy_(0, step.cells, value[0].transpose(0, 1))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    how = _How(scale, sliding_window, softcap, s_aux)
+    how = How(scale, sliding_window, softcap, s_aux)
+    return attend(query, key, value, ctx, layer, how).unsqueeze(0), None
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, ctx: ForwardContext, layer: int, how: How
+) -> Tensor:
+    """Attention of the step's tokens, whose keys and values are in the cache already. Shapes as
+    `paged_attention` takes them; returns [T, H, Dv]."""
+    step, kv = ctx.attention, ctx.kv
+    assert step is not None and kv is not None
+    keys, values = kv.keys[layer], kv.values[layer]
     if step.decodes and not step.chunks:
         out = _decode(query, keys, values, step, kv, how)
     else:
@@ -59,14 +69,14 @@ def paged_attention(
         for chunk in step.chunks:
             out[chunk.start : chunk.end] = _prefill(query, key, value, keys, values, chunk, kv, how)
     if ctx.gated_prefixes:
-        add_gated(out, query[0], layer, ctx.gated_prefixes, ctx.segments, scale)
-    return out.unsqueeze(0), None
+        add_gated(out, query[0], layer, ctx.gated_prefixes, ctx.segments, how.scale)
+    return out
 
 
 AttentionInterface.register(ATTENTION, paged_attention)
 
 
-class _How:
+class How:
     """What one layer's attention is like."""
 
     __slots__ = ("scale", "sinks", "softcap", "special", "window")
@@ -82,7 +92,7 @@ class _How:
 
 
 def _decode(
-    query: Tensor, keys: Tensor, values: Tensor, step: AttentionStep, kv: KVStore, how: _How
+    query: Tensor, keys: Tensor, values: Tensor, step: AttentionStep, kv: KVStore, how: How
 ) -> Tensor:
     """One query per sequence: [n, H, Dv]. Without native kernels, over gathered K and V: the query
     heads that share a KV head become query rows, so K and V are not repeated (SDPA's enable_gqa
@@ -136,7 +146,7 @@ def _decode_mask(lengths: Tensor, width: int, window: int | None) -> Tensor:
 
 
 def _decode_one(
-    q: Tensor, keys: Tensor, values: Tensor, step: AttentionStep, kv: KVStore, how: _How, i: int
+    q: Tensor, keys: Tensor, values: Tensor, step: AttentionStep, kv: KVStore, how: How, i: int
 ) -> Tensor:
     """q [H, D] of decode row i -> [1, H, Dv]."""
     length = step.lengths[i]
@@ -164,7 +174,7 @@ def _prefill(
     values: Tensor,
     chunk: PrefillChunk,
     kv: KVStore,
-    how: _How,
+    how: How,
 ) -> Tensor:
     """The chunk's queries against its sequence: [end - start, H, Dv]."""
     q = query[:, :, chunk.start : chunk.end]
@@ -193,7 +203,7 @@ def _prefill(
     return out[0].transpose(0, 1)
 
 
-def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, how: _How) -> Tensor:
+def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, how: How) -> Tensor:
     """Attention written out, for what SDPA cannot express. q [B, H, Q, D] -> [B, H, Q, Dv]."""
     groups = q.shape[1] // k.shape[1]
     if groups > 1:

@@ -34,6 +34,7 @@ from deltaserve.server.model.errors import (
     ModelNotFound,
     UnsupportedModel,
 )
+from deltaserve.server.model.fused import fuse
 from deltaserve.server.model.memory import trim
 from deltaserve.server.model.probe import PROBE, ArchReport, probe
 from deltaserve.server.model.quantized import Format, Packed, format_of
@@ -119,6 +120,7 @@ def load(
         dtype,
         lambda share: say(ASSEMBLE + (DIGEST - ASSEMBLE) * share, "packing the weights"),
     )
+    fuse(model, skeleton.report, modules, ctx, dtype)
     say(DIGEST, "fingerprinting the checkpoint")
     text = skeleton.config.get_text_config()
     sizes = (int(text.hidden_size), modules.group_of[skeleton.report.head].base.out_features)
