@@ -71,7 +71,7 @@ class AsyncClient:
 
     async def generate(
         self,
-        prompt: Prompt,
+        prompt: Prompt | None,
         model: str = "",
         adapters: Adapters | None = None,
         max_tokens: int = 64,
@@ -81,7 +81,8 @@ class AsyncClient:
         **options: Unpack[Options],
     ) -> types.Generation:
         """Continue a prompt. model: an adapter, or the base if empty. adapters: several at once
-        instead. logprobs: True for those of the chosen tokens, k for the k best ones as well."""
+        instead. logprobs: True for those of the chosen tokens, k for the k best ones as well.
+        prompt: None if every member of a combination has one of its own."""
         request = requests.generate(
             generation_pb2.GenerateRequest,
             prompt,
@@ -101,7 +102,7 @@ class AsyncClient:
 
     def stream(
         self,
-        prompt: Prompt,
+        prompt: Prompt | None,
         model: str = "",
         adapters: Adapters | None = None,
         max_tokens: int = 64,
@@ -138,7 +139,7 @@ class AsyncClient:
 
     async def score(
         self,
-        prompt: Prompt,
+        prompt: Prompt | None,
         continuations: Sequence[str | Sequence[int]],
         model: str = "",
         adapters: Adapters | None = None,
@@ -147,7 +148,7 @@ class AsyncClient:
         **fields: Any,
     ) -> list[types.ContinuationScore]:
         """Log-probabilities of each continuation. fields: user, priority, cache_salt,
-        request_id."""
+        request_id, combination."""
         request = requests.score(prompt, continuations, model, adapters, fields)
         with _typed():
             return answers.scores(

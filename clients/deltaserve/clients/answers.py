@@ -46,11 +46,21 @@ def timings(m: generation_pb2.Timings) -> types.Timings:
 
 
 def served_by(m: generation_pb2.ServedBy) -> types.ServedBy:
-    adapters = tuple(
+    members = tuple(types.ServedMember(_served(one.adapters), one.weight) for one in m.members)
+    return types.ServedBy(m.base, m.base_fingerprint, _served(m.adapters), members)
+
+
+def _served(adapters: Iterable[generation_pb2.ServedAdapter]) -> tuple[types.ServedAdapter, ...]:
+    return tuple(
         types.ServedAdapter(a.name, a.digest, a.strength, tuple(a.modules), a.patch)
-        for a in m.adapters
+        for a in adapters
     )
-    return types.ServedBy(m.base, m.base_fingerprint, adapters)
+
+
+def _disagreements(
+    found: Iterable[generation_pb2.TokenDisagreement],
+) -> list[types.TokenDisagreement]:
+    return [types.TokenDisagreement(d.divergence, tuple(d.logprobs)) for d in found]
 
 
 def _chosen(logprobs: Iterable[generation_pb2.TokenLogprob]) -> list[float]:
@@ -69,6 +79,7 @@ def _choice(m: generation_pb2.Choice, with_logprobs: bool) -> types.Choice:
         finish_reason=_REASONS.get(m.finish_reason, "unspecified"),
         stop_reason=m.stop_reason,
         top_logprobs=_top(m.logprobs) if with_logprobs else None,
+        disagreements=_disagreements(m.disagreements),
     )
 
 
@@ -88,6 +99,7 @@ def generation(m: generation_pb2.GenerateResponse, with_logprobs: bool) -> types
         timings=timings(m.timings),
         request_id=m.request_id,
         choices=choices,
+        disagreements=first.disagreements,
     )
 
 
@@ -112,6 +124,7 @@ def pieces(m: generation_pb2.GenerateStreamResponse, with_logprobs: bool) -> Ite
             served_by=started,
             top_logprobs=None if logprobs is None else tuple(map(tuple, _top(logprobs))),
             request_id=m.start.request_id,
+            disagreements=tuple(_disagreements(delta.disagreements)),
         )
         started = None
 
@@ -120,7 +133,11 @@ def scores(m: generation_pb2.ScoreResponse) -> list[types.ContinuationScore]:
     """In the order of the continuations."""
     return [
         types.ContinuationScore(
-            s.logprob, [t.token_id for t in s.tokens], _chosen(s.tokens), s.greedy
+            s.logprob,
+            [t.token_id for t in s.tokens],
+            _chosen(s.tokens),
+            s.greedy,
+            _disagreements(s.disagreements),
         )
         for s in m.scores
     ]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, cast
 
 import grpc
 import typer
@@ -18,7 +18,13 @@ from rich.table import Table
 
 from deltaserve.clients import errors, types
 from deltaserve.clients.client import Client
-from deltaserve.clients.requests import Options, Prompt, Weighted
+from deltaserve.clients.requests import (
+    Combination,
+    CombinationMember,
+    Options,
+    Prompt,
+    Weighted,
+)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 adapters_app = typer.Typer(no_args_is_help=True, help="The adapters that the server knows.")
@@ -64,6 +70,14 @@ def generate(
         list[str] | None,
         typer.Option(metavar="NAME=PATTERN", help="It acts on these modules alone; repeatable."),
     ] = None,
+    member: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=WEIGHT", help="Combine distributions; no NAME is the base."),
+    ] = None,
+    rule: Annotated[str, typer.Option(help="Of members: mean or product.")] = "mean",
+    plausibility: Annotated[
+        float, typer.Option(help="Of members: exclude what the first finds so improbable.")
+    ] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float | None, typer.Option(help="In (0, 1].")] = None,
@@ -95,6 +109,8 @@ def generate(
     if draft_tokens is not None:
         given["speculation"] = {"draft_tokens": draft_tokens}
     options = Options(**{k: v for k, v in given.items() if v is not None})  # type: ignore[typeddict-item]
+    if member:
+        options["combination"] = _combined(member, rule, plausibility)
     with _connected(address, ca) as client:
         if as_json or not stream:
             answer = client.generate(
@@ -118,14 +134,23 @@ def generate(
         print()
 
 
-def _weighted(item: str) -> tuple[str, float]:
+def _weighted(item: str, hint: str = "--adapter") -> tuple[str, float]:
     name, sign, strength = item.partition("=")
     try:
         return name, float(strength) if sign else 1.0
     except ValueError:
-        raise typer.BadParameter(
-            f"{item}: write NAME or NAME=STRENGTH", param_hint="--adapter"
-        ) from None
+        raise typer.BadParameter(f"{item}: write NAME or NAME=NUMBER", param_hint=hint) from None
+
+
+def _combined(members: Sequence[str], rule: str, plausibility: float) -> Combination:
+    if rule not in ("mean", "product"):
+        raise typer.BadParameter(f"{rule}: write mean or product", param_hint="--rule")
+    pairs = [_weighted(item, "--member") for item in members]
+    return Combination(
+        members=[CombinationMember(model=name, weight=weight) for name, weight in pairs],
+        rule=cast(Literal["mean", "product"], rule),
+        plausibility=plausibility,
+    )
 
 
 def _masked(adapters: list[tuple[str, float]], modules: Sequence[str]) -> list[Weighted]:

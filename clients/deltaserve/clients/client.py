@@ -70,7 +70,7 @@ class Client:
 
     def generate(
         self,
-        prompt: Prompt,
+        prompt: Prompt | None,
         model: str = "",
         adapters: Adapters | None = None,
         max_tokens: int = 64,
@@ -80,7 +80,8 @@ class Client:
         **options: Unpack[Options],
     ) -> types.Generation:
         """Continue a prompt. model: an adapter, or the base if empty. adapters: several at once
-        instead. logprobs: True for those of the chosen tokens, k for the k best ones as well."""
+        instead. logprobs: True for those of the chosen tokens, k for the k best ones as well.
+        prompt: None if every member of a combination has one of its own."""
         request = requests.generate(
             generation_pb2.GenerateRequest,
             prompt,
@@ -100,7 +101,7 @@ class Client:
 
     def stream(
         self,
-        prompt: Prompt,
+        prompt: Prompt | None,
         model: str = "",
         adapters: Adapters | None = None,
         max_tokens: int = 64,
@@ -136,7 +137,7 @@ class Client:
 
     def score(
         self,
-        prompt: Prompt,
+        prompt: Prompt | None,
         continuations: Sequence[str | Sequence[int]],
         model: str = "",
         adapters: Adapters | None = None,
@@ -145,7 +146,7 @@ class Client:
         **fields: Any,
     ) -> list[types.ContinuationScore]:
         """Log-probabilities of each continuation. fields: user, priority, cache_salt,
-        request_id."""
+        request_id, combination."""
         request = requests.score(prompt, continuations, model, adapters, fields)
         with _typed():
             return answers.scores(self._generation.Score(request, timeout=timeout or self._timeout))

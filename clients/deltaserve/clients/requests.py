@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Required, TypeAlias, TypedDict, TypeVar, cast
+from typing import Any, Literal, Required, TypeAlias, TypedDict, TypeVar, cast
 
 import grpc
 
@@ -28,6 +28,26 @@ class Weighted(TypedDict, total=False):
 
 Adapters: TypeAlias = Mapping[str, float] | Iterable[str | tuple[str, float] | Weighted]
 """Names, (name, strength) pairs, `Weighted` ones, or a mapping of name to strength."""
+
+
+class CombinationMember(TypedDict, total=False):
+    """One of the distributions: an adapter (model) or several, neither for the base. weight: 1 if
+    left out. prompt: what it continues instead of the request's prompt."""
+
+    model: str
+    adapters: Adapters
+    weight: float
+    prompt: Prompt
+
+
+class Combination(TypedDict, total=False):
+    """Members' distributions as one, token by token; a name stands for a member of weight 1.
+    `generation.proto` explains each field."""
+
+    members: Required[Sequence[str | CombinationMember]]
+    rule: Required[Literal["mean", "product"]]
+    plausibility: float
+    disagreement: bool
 
 
 class LoadOptions(TypedDict, total=False):
@@ -70,6 +90,7 @@ class Options(TypedDict, total=False):
     cache_salt: str
     keep_special_tokens: bool
     request_id: str
+    combination: Combination
     speculation: Speculation
     timeout: float
 
@@ -81,6 +102,7 @@ Prompted = TypeVar(
     pb.GenerateStreamRequest,
     pb.ScoreRequest,
     pb.TokenizeRequest,
+    pb.CombinationMember,
 )
 _SAMPLING = (
     "top_p",
@@ -104,8 +126,10 @@ def _refused(method: str) -> Iterator[None]:
         raise InvalidArgument(f"{method}: {error}", grpc.StatusCode.INVALID_ARGUMENT) from error
 
 
-def put_prompt(request: Prompted, prompt: Prompt) -> Prompted:
-    """Fill in the request's prompt, by its type."""
+def put_prompt(request: Prompted, prompt: Prompt | None) -> Prompted:
+    """Fill in the request's prompt, by its type; None leaves it out."""
+    if prompt is None:
+        return request
     if isinstance(prompt, str):
         request.text = prompt
         return request
@@ -144,6 +168,44 @@ def _weighted(item: str | tuple[str, float] | Weighted) -> pb.WeightedAdapter:
     return pb.WeightedAdapter(**item)
 
 
+def combined(combination: Combination | None) -> pb.Combination | None:
+    """Members and their rule -> a message."""
+    if combination is None:
+        return None
+    given = cast(dict[str, Any], combination)
+    _check_keys("combination", given, Combination)
+    if given.get("rule") not in ("mean", "product"):
+        raise TypeError(f"combination: rule {given.get('rule')!r} must be 'mean' or 'product'")
+    members = given.get("members")
+    if not isinstance(members, Sequence) or isinstance(members, str):
+        raise TypeError(f"combination: members {members!r} must be a list")
+    message = pb.Combination(
+        members=[_member({"model": m} if isinstance(m, str) else m) for m in members],
+        rule=f"COMBINATION_RULE_{given['rule'].upper()}",
+        disagreement=given.get("disagreement", False),
+    )
+    if "plausibility" in given:
+        message.plausibility = given["plausibility"]
+    return message
+
+
+def _member(given: CombinationMember) -> pb.CombinationMember:
+    _check_keys("combination.members", cast(dict[str, Any], given), CombinationMember)
+    message = pb.CombinationMember(
+        model=given.get("model", ""), adapters=weighted(given.get("adapters"))
+    )
+    if "weight" in given:
+        message.weight = given["weight"]
+    return put_prompt(message, given.get("prompt"))
+
+
+def _check_keys(field: str, given: Mapping[str, Any], kind: Any) -> None:
+    unknown = set(given) - set(kind.__annotations__)
+    if unknown:
+        known = sorted(kind.__annotations__)
+        raise TypeError(f"{field}: unknown {sorted(unknown)[0]!r}; known: {known}")
+
+
 def load(
     name: str, uri: str, pinned: bool, wait: bool, register_only: bool, options: LoadOptions
 ) -> adapter_pb2.LoadAdapterRequest:
@@ -166,7 +228,7 @@ def load(
 
 def generate(
     kind: type[Generate],
-    prompt: Prompt,
+    prompt: Prompt | None,
     model: str,
     adapters: Adapters | None,
     max_tokens: int,
@@ -183,7 +245,11 @@ def generate(
             f"unknown option {sorted(unknown)[0]!r}; known: {sorted(Options.__annotations__)}"
         )
     with _refused("generate"):
-        request = kind(model=model, adapters=weighted(adapters))
+        request = kind(
+            model=model,
+            adapters=weighted(adapters),
+            combination=combined(options.get("combination")),
+        )
         put_prompt(request, prompt)
         request.sampling.temperature = temperature
         for name in _SAMPLING:
@@ -223,7 +289,7 @@ def _speculation(given: Speculation) -> pb.Speculation:
 
 
 def score(
-    prompt: Prompt,
+    prompt: Prompt | None,
     continuations: Sequence[str | Sequence[int]],
     model: str,
     adapters: Adapters | None,
@@ -233,7 +299,8 @@ def score(
     with _refused("score"):
         if isinstance(continuations, str):
             raise TypeError("continuations: give a list of texts or of token ids")
-        request = pb.ScoreRequest(model=model, adapters=weighted(adapters), **fields)
+        rest = {**fields, "combination": combined(fields.get("combination"))}
+        request = pb.ScoreRequest(model=model, adapters=weighted(adapters), **rest)
         put_prompt(request, prompt)
         for content in continuations:
             if isinstance(content, str):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Token counts. cached_tokens: prompt tokens that were not computed again. prefix_tokens:
     virtual tokens of a prompt- or prefix-tuned adapter. drafted_tokens: by speculative decoding, of
-    which accepted_tokens became part of the completion."""
+    which accepted_tokens became part of the completion. The prompts of a combination's members are
+    counted one by one, its tokens once."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -42,19 +43,38 @@ class ServedAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class ServedMember:
+    """One member of a combination, with its weight at the start; no adapters means the base."""
+
+    adapters: tuple[ServedAdapter, ...]
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
 class ServedBy:
-    """What answered; no adapters means the base alone."""
+    """What answered; no adapters means the base alone, or the members of a combination."""
 
     base: str = ""
     base_fingerprint: str = ""
     adapters: tuple[ServedAdapter, ...] = ()
+    members: tuple[ServedMember, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDisagreement:
+    """How much the members of a combination disagreed on one token. divergence: the generalized
+    Jensen-Shannon divergence in nats. logprobs: what each gave the token."""
+
+    divergence: float
+    logprobs: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
     """One continuation. logprobs: one per token, None if they were not asked for. top_logprobs:
     per token the best ones as (token id, log-probability). finish_reason: ``stop``, ``length``,
-    ``cancelled`` or ``dead_end``."""
+    ``cancelled`` or ``dead_end``. disagreements: one per token, if the combination asked for
+    them."""
 
     text: str
     token_ids: list[int]
@@ -62,6 +82,7 @@ class Choice:
     finish_reason: str
     stop_reason: str = ""
     top_logprobs: list[list[tuple[int, float]]] | None = None
+    disagreements: list[TokenDisagreement] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +101,7 @@ class Generation:
     timings: Timings = Timings()
     request_id: str = ""
     choices: tuple[Choice, ...] = ()
+    disagreements: list[TokenDisagreement] = field(default_factory=list)
 
     def __str__(self) -> str:
         return self.text
@@ -101,6 +123,7 @@ class Piece:
     served_by: ServedBy | None = None
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
     request_id: str = ""
+    disagreements: tuple[TokenDisagreement, ...] = ()
 
     def __str__(self) -> str:
         return self.text
@@ -114,6 +137,7 @@ class ContinuationScore:
     token_ids: list[int]
     logprobs: list[float]
     greedy: bool
+    disagreements: list[TokenDisagreement] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

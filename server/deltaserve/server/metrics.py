@@ -1,7 +1,8 @@
 """Metrics: what Prometheus sees. docs/metrics.md lists every name.
 
 The label `adapter` is bounded: the names of registered adapters up to a cap, then ``_other``;
-``_base`` for the base alone, ``_mixed`` for several adapters at once. No adapter can be called so.
+``_base`` for the base alone, ``_mixed`` for several adapters at once, ``_combined`` for the members
+of a combination. No adapter can be called so.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from prometheus_client.metrics import MetricWrapperBase
 from deltaserve.server.engine.core import FinishReason, Timings, Usage
 
 MAX_ADAPTERS = 200
-BASE, MIXED, OTHER = "_base", "_mixed", "_other"
-_SPECIAL = (BASE, MIXED, OTHER)
+BASE, MIXED, COMBINED, OTHER = "_base", "_mixed", "_combined", "_other"
+_SPECIAL = (BASE, MIXED, COMBINED, OTHER)
 
 _TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
 _WAIT_SECONDS = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
@@ -144,6 +145,8 @@ class Metrics:
     def _label(self, adapter: str) -> str:
         if not adapter:
             return BASE
+        if "|" in adapter:
+            return COMBINED
         if "+" in adapter:
             return MIXED
         return adapter if adapter in self._children else OTHER

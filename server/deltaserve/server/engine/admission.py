@@ -15,10 +15,11 @@ from deltaserve.server.engine.activation import (
 )
 from deltaserve.server.engine.adapter_cache import AdapterCache
 from deltaserve.server.engine.core import AdapterRef, Request
+from deltaserve.server.engine.group import located
 from deltaserve.server.engine.masks import Chosen, choose, masked
 from deltaserve.server.engine.residency import Residency
 from deltaserve.server.engine.sequence import Sequence
-from deltaserve.server.engine.validate import Limits, check_length
+from deltaserve.server.engine.validate import Limits, check_length, check_together
 from deltaserve.server.errors import InvalidRequest, RequestError
 from deltaserve.server.model.base_model import BaseModel
 
@@ -54,23 +55,40 @@ class Admission:
         self._patches = found
 
     def patched(self, request: Request) -> Request:
-        """The request with the server's own patches before its adapters."""
+        """The request with the server's own patches before its adapters, of each member."""
         if not self._patches:
             return request
+        combination = request.combination
+        if combination is None:
+            return replace(request, adapters=self._with_patches(request.adapters))
+        patched = []
+        for i, member in enumerate(combination.members):
+            with located(i, request):
+                adapters = self._with_patches(member.adapters)
+            patched.append(replace(member, adapters=adapters))
+        return replace(request, combination=replace(combination, members=tuple(patched)))
+
+    def _with_patches(self, adapters: tuple[AdapterRef, ...]) -> tuple[AdapterRef, ...]:
         own = {patch.name for patch in self._patches}
-        for ref in request.adapters:
+        for ref in adapters:
             if ref.name.partition("@")[0] in own:
                 raise InvalidRequest(
                     f"adapters: {ref.name!r} is part of every request to this server; leave it out",
                     field="adapters",
                 )
-        return replace(request, adapters=(*self._patches, *request.adapters))
+        return (*self._patches, *adapters)
 
     def begin(self, sequence: Sequence) -> bool:
         """The scheduler wants to admit it: its adapters are resident. False if it fails; it is in
         `failed` then."""
+        members = sequence.members
         try:
-            self._lay_out(sequence)
+            for i, member in enumerate(members):
+                with located(i, sequence.request):
+                    self._lay_out(member)
+            lengths = [(len(m.request.prompt_ids), m.virtual) for m in members]
+            if sequence.group is not None:
+                check_together(lengths, sequence.request.sampling.max_tokens, self._limits)
         except RequestError as error:
             self.failed.append((sequence, error))
             return False

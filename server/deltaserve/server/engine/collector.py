@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from deltaserve.server.engine.core import Output, Request, TokenLogprob
+from deltaserve.server.engine.core import Output, Request, TokenDisagreement, TokenLogprob
 from deltaserve.server.engine.engine import Engine
 
 
@@ -19,6 +19,7 @@ class Answer:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
     last: Output
+    disagreements: tuple[TokenDisagreement, ...] = ()
 
 
 class Collector:
@@ -50,6 +51,7 @@ class Collector:
             tuple(t for o in outputs for t in o.token_ids),
             tuple(p for o in outputs for p in o.logprobs),
             last,
+            tuple(d for o in outputs for d in o.disagreements),
         )
 
 

@@ -63,6 +63,35 @@ class AdapterRef:
     patch: bool = False
 
 
+class Rule(StrEnum):
+    """How the members' distributions become one: `combine.combine`."""
+
+    MEAN = "mean"
+    PRODUCT = "product"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One of a combination's distributions. prompt_ids: what it continues instead of the request's
+    prompt. To score, both end in the tokens that are scored."""
+
+    adapters: tuple[AdapterRef, ...] = ()
+    weight: float = 1.0
+    prompt_ids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """Members that continue the same text, each token chosen from all of their distributions. The
+    first is the main one: penalties look at its prompt, plausibility at its distribution.
+    disagreement: tell for each token how much they disagreed."""
+
+    members: tuple[Member, ...]
+    rule: Rule = Rule.MEAN
+    plausibility: float = 0.0
+    disagreement: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Speculation:
     """Drafting by prompt lookup. draft_tokens: most in a step, 0 is off, None is the engine's
@@ -77,7 +106,7 @@ class Speculation:
 class Request:
     """One prompt to continue. deadline: `time.monotonic()` seconds, None for none. priority:
     higher goes first. salt: requests with different salts share no prefix cache. speculation: how
-    fast, never what is answered."""
+    fast, never what is answered. combination: instead of adapters."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -87,6 +116,7 @@ class Request:
     deadline: float | None = None
     salt: str = ""
     speculation: Speculation = Speculation()
+    combination: Combination | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +127,15 @@ class TokenLogprob:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDisagreement:
+    """How much a combination's members disagreed on one token. divergence: `combine.divergence`,
+    nats. logprobs: what each member gave the token."""
+
+    divergence: float
+    logprobs: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +150,17 @@ class ServedAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class ServedMember:
+    """One member of a combination that answered, with its weight at the start."""
+
+    adapters: tuple[ServedAdapter, ...]
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
+    """Of a combination, the prompts of all members together; its tokens once."""
+
     prompt_tokens: int  # virtual tokens of a prefix not counted
     completion_tokens: int
     cached_tokens: int  # prompt tokens whose keys and values came from the prefix cache
@@ -133,7 +182,8 @@ class Timings:
 @dataclass(frozen=True, slots=True)
 class Output:
     """What one step adds to one request. The last one has `finish_reason`, `usage` and `timings`;
-    a failed request's last one has `error` as well. `served_by` comes with the first one."""
+    a failed request's last one has `error` as well. `served_by` comes with the first one, and of a
+    combination `members`. Disagreements are one per token, if they were asked for."""
 
     request_id: str
     text: str = ""
@@ -146,6 +196,9 @@ class Output:
     usage: Usage | None = None
     timings: Timings | None = None
     error: RequestError | None = None
+    members: tuple[ServedMember, ...] = ()
+    disagreements: tuple[TokenDisagreement, ...] = ()
+    prompt_disagreements: tuple[TokenDisagreement, ...] = ()
 
 
 class Outbox(Protocol):

@@ -24,13 +24,14 @@ from deltaserve.server.engine.core import (
     Request,
 )
 from deltaserve.server.engine.detokenizer import Detokenizer
+from deltaserve.server.engine.group import Group, check_members, located, members
 from deltaserve.server.engine.observer import Observer
 from deltaserve.server.engine.outcome import StepOutputs, error_output
 from deltaserve.server.engine.runner import ModelRunner
 from deltaserve.server.engine.scheduler import Batch, Scheduler
 from deltaserve.server.engine.sequence import Sequence
 from deltaserve.server.engine.stats import EngineInfo, EngineStats
-from deltaserve.server.engine.validate import Limits, check
+from deltaserve.server.engine.validate import Limits
 from deltaserve.server.errors import (
     AdapterUnavailable,
     Cancelled,
@@ -77,7 +78,13 @@ class Engine:
         self._max_queue = max_queue
         self._eos = frozenset(model.eos_token_ids)
         blocks = scheduler.blocks
-        self._limits = Limits(model.vocab_size, model.max_length, blocks.total * blocks.block_size)
+        self._limits = Limits(
+            model.vocab_size,
+            model.max_length,
+            blocks.total * blocks.block_size,
+            blocks.block_size,
+            scheduler.max_sequences,
+        )
         self._admission = Admission(
             model, adapters, self._limits, info.held_fingerprint, blocks.block_size
         )
@@ -102,12 +109,13 @@ class Engine:
     def submit(self, request: Request, outbox: Outbox) -> None:
         """Take in a request; what is wrong with it at once is raised, everything later comes as
         an `Output`."""
-        check(request, self._limits)
+        check_members(request, self._limits)
         sequence = self._sequence(self._admission.patched(request), outbox)
         try:
             self._enqueue(sequence)
         except RequestError:
-            self.adapters.release(sequence.adapters, running=False)
+            for member in sequence.members:
+                self.adapters.release(member.adapters, running=False)
             raise
 
     def set_patches(self, patches: Iterable[AdapterRef]) -> None:
@@ -225,7 +233,7 @@ class Engine:
         """One turn of the loop."""
         out = StepOutputs()
         self._take_in(out)
-        self.adapters.step([s.adapters for s in self._scheduler.waiting if s.adapters])
+        self.adapters.step([held for s in self._scheduler.waiting if (held := s.held)])
         self._scheduler.first = self._overdue()
         batch = self._scheduler.schedule()
         for sequence, error in self._admission.failed:
@@ -243,7 +251,7 @@ class Engine:
         head = next((s for s in self._scheduler.waiting if not s.resident), None)
         if head is None or time.monotonic() - head.submitted < ROOM_SECONDS:
             return None
-        return head if any(a.crowded for a in head.adapters) else None
+        return head if any(a.crowded for a in head.held) else None
 
     def _take_in(self, out: StepOutputs) -> None:
         while self._inbox:
@@ -267,18 +275,19 @@ class Engine:
             raise DeadlineExceeded("the request's deadline has passed")
         if sequence.resident:
             return
-        for residency in sequence.adapters:
+        for residency in sequence.held:
             if residency.state is AdapterState.FAILED:
                 raise AdapterUnavailable(
                     f"adapter {residency.name!r} could not be loaded: {residency.error}",
                     field="model",
                 )
-        self.adapters.check_room(sequence.adapters)
+        self.adapters.check_room(sequence.held)
 
     def _run(self, batch: Batch, out: StepOutputs) -> None:
         now = time.monotonic()
         for part in batch.parts:
-            part.sequence.started = part.sequence.started or now
+            lead = part.sequence.lead
+            lead.started = lead.started or now
         try:
             rows, logits = self._runner.run(batch)
             out.advance(batch, rows, logits, self._scheduler, self._eos, self._limits.max_length)
@@ -286,9 +295,10 @@ class Engine:
             incident = uuid.uuid4().hex[:12]
             log.exception("incident %s: a step of %d tokens failed", incident, batch.tokens)
             failure = EngineFailure(f"the step failed (incident {incident} in the server's log)")
-            self._discard([part.sequence for part in batch.parts])
-            for part in batch.parts:
-                self._end(part.sequence, error_output(part.sequence, failure), out)
+            computed = list(dict.fromkeys(part.sequence for part in batch.parts))
+            self._discard(computed)
+            for lead in dict.fromkeys(sequence.lead for sequence in computed):
+                self._end(lead, error_output(lead, failure), out)
             return
         self._discard(out.poisoned)
         for sequence, output in out.finished:
@@ -312,8 +322,9 @@ class Engine:
                 return
             self._lock.notify_all()
         self._scheduler.remove(sequence)
-        chosen = sequence.chosen if sequence.admitted else ()
-        self.adapters.release(sequence.adapters, running=sequence.admitted, chosen=chosen)
+        for member in sequence.members:
+            chosen = member.chosen if member.admitted else ()
+            self.adapters.release(member.adapters, running=member.admitted, chosen=chosen)
         out.add(sequence, output)
         reason = output.finish_reason or FinishReason.ERROR
         if output.usage is not None and output.timings is not None:
@@ -330,7 +341,8 @@ class Engine:
     # Inside:
 
     def _sequence(self, request: Request, outbox: Outbox) -> Sequence:
-        p = request.sampling
+        """The sequence of a request; the first member's, with its group, of a combination."""
+        each, p = members(request), request.sampling
         generator = None
         if p.temperature > 0:
             generator = torch.Generator()
@@ -340,19 +352,28 @@ class Engine:
                 generator.manual_seed(p.seed)
         detokenizer = Detokenizer(
             self._tokenizer,
-            request.prompt_ids,
+            each[0].prompt_ids,
             p.stop,
             skip_special_tokens=p.skip_special_tokens,
         )
+        made: list[Sequence] = []
+        try:
+            for i, one in enumerate(each):
+                with located(i, request):
+                    held = self.adapters.acquire(one.adapters)
+                made.append(Sequence(one, outbox, held, detokenizer, generator))
+        except RequestError:
+            for sequence in made:
+                self.adapters.release(sequence.adapters, running=False)
+            raise
         speculator = self._scheduler.speculator
-        return Sequence(
-            request,
-            outbox,
-            self.adapters.acquire(request.adapters),
-            detokenizer,
-            generator,
-            speculator.drafter(request) if speculator is not None else None,
-        )
+        if request.combination is not None:
+            group = Group(request.combination, tuple(made))
+            for sequence in made:
+                sequence.group = group
+        elif speculator is not None:
+            made[0].drafter = speculator.drafter(request)
+        return made[0]
 
     def _wake_locked(self) -> None:
         self._woken = True
@@ -360,4 +381,4 @@ class Engine:
 
 
 def _names(sequences: list[Sequence]) -> tuple[str, ...]:
-    return tuple(sorted({a.name for s in sequences for a in s.adapters}))
+    return tuple(sorted({a.name for s in sequences for a in s.held}))

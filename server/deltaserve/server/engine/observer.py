@@ -9,7 +9,7 @@ from deltaserve.server.engine.core import FinishReason, Timings, Usage
 
 class Observer(Protocol):
     """adapter: the label of a request: its adapter's name, several joined by ``+``, empty for the
-    base. Seconds throughout."""
+    base; of a combination's members, joined by ``|``. Seconds throughout."""
 
     def on_first_token(self, adapter: str, seconds: float) -> None: ...
     def on_inter_token(self, adapter: str, seconds: float) -> None: ...

@@ -13,9 +13,11 @@ from deltaserve.server.engine.core import (
     Outbox,
     Output,
     Timings,
+    TokenDisagreement,
     TokenLogprob,
     Usage,
 )
+from deltaserve.server.engine.group import gather
 from deltaserve.server.engine.observer import Observer
 from deltaserve.server.engine.runner import LogitRow
 from deltaserve.server.engine.sampler import Choice, Row, logprob_of, sample
@@ -51,10 +53,11 @@ class StepOutputs:
         max_length: int,
     ) -> None:
         """Choose tokens, move the sequences on, find out which of them end."""
+        rows, logits, apart = gather(rows, logits)
         sampled = [i for i, row in enumerate(rows) if row.samples]
         scored = [i for i, row in enumerate(rows) if not row.samples]
         for i in sorted(scored, key=lambda i: rows[i].position):  # chunks are ordered by adapter
-            self._score(rows[i], logits[i])
+            self._score(rows[i], logits[i], apart.get(i))
         picked = logits if len(sampled) == len(rows) else logits[sampled]
         choices = sample(picked, _rows([rows[i].part for i in sampled], eos)) if sampled else []
         scheduler.advance(batch)
@@ -62,6 +65,7 @@ class StepOutputs:
         chosen: dict[Sequence, list[Choice]] = defaultdict(list)
         for i, choice in zip(sampled, choices, strict=True):
             if choice is not None:
+                choice.disagreement = _told(rows[i].part.sequence, apart.get(i), choice.token_id)
                 chosen[rows[i].part.sequence].append(choice)
         for sequence, run in chosen.items():
             if sequence in self.poisoned:
@@ -78,25 +82,29 @@ class StepOutputs:
             if sequence not in self.poisoned:
                 scheduler.accept(sequence)
 
-    def _score(self, row: LogitRow, logits: Tensor) -> None:
+    def _score(self, row: LogitRow, logits: Tensor, apart: Tensor | None) -> None:
         """Keep the log-probability of the prompt token behind this row."""
         sequence = row.part.sequence
         top = sequence.request.sampling.prompt_logprobs
-        entry = logprob_of(logits, sequence.tokens[row.position + 1], top)
+        token = sequence.tokens[row.position + 1]
+        entry = logprob_of(logits, token, top)
         sequence.scores.append(entry)
-        if not math.isfinite(entry.logprob):
+        if (told := _told(sequence, apart, token)) is not None:
+            sequence.disagreements.append(told)
+        excluded = sequence.group is not None and entry.logprob == -math.inf
+        if not (math.isfinite(entry.logprob) or excluded):
             self._poison(sequence)
 
     def _poison(self, sequence: Sequence) -> None:
         if sequence in self.poisoned:
             return
-        self.poisoned.append(sequence)
-        names = "+".join(a.name for a in sequence.adapters)
+        self.poisoned += sequence.members
+        names = "+".join(a.name for a in sequence.held)
         whose = f"adapters {names!r} have" if names else "the base has"
         error = NonFiniteLogits(
             f"the logits after {len(sequence.tokens) - sequence.virtual} tokens are not finite: "
             f"{whose} weights too large to compute with, or damaged",
-            field="model" if sequence.adapters else "",
+            field="model" if sequence.held else "",
         )
         self.finished.append((sequence, error_output(sequence, error)))
 
@@ -118,23 +126,28 @@ class StepOutputs:
         text = ""
         ids: list[int] = []
         logprobs: list[TokenLogprob] = []
+        told: list[TokenDisagreement] = []
         for choice in choices:
             token = choice.token_id
             self._append(sequence, token, now)
             ids.append(token)
             if choice.logprob is not None:
                 logprobs.append(choice.logprob)
+            if choice.disagreement is not None:
+                told.append(choice.disagreement)
             enough = sequence.outputs >= p.min_tokens
             ends = enough and (token in p.stop_token_ids or (token in eos and not p.ignore_eos))
             text += "" if ends else sequence.detokenizer.add(token)
             stopped = sequence.detokenizer.stopped_by if enough else ""
-            full = sequence.outputs >= p.max_tokens or len(sequence.tokens) >= max_length
+            length = max(len(member.tokens) for member in sequence.members)
+            full = sequence.outputs >= p.max_tokens or length >= max_length
             if sequence.drafter is not None and len(ids) > 1:
                 sequence.drafter.accepted += 1
             if ends or stopped or full:
                 reason = FinishReason.STOP if ends or stopped else FinishReason.LENGTH
                 why = stopped or (str(token) if ends else "")
-                self._finish(sequence, reason, why, now, text, tuple(ids), tuple(logprobs))
+                found = tuple(ids), tuple(logprobs), tuple(told)
+                self._finish(sequence, reason, why, now, text, *found)
                 return True
         self.add(
             sequence,
@@ -145,14 +158,17 @@ class StepOutputs:
                 logprobs=tuple(logprobs),
                 prompt_logprobs=tuple(sequence.scores) if first else (),
                 served_by=sequence.served_by if first else None,
+                members=sequence.served_members if first else (),
+                disagreements=tuple(told),
             ),
         )
         return False
 
     def _append(self, sequence: Sequence, token: int, now: float) -> None:
         since = sequence.submitted if sequence.outputs == 0 else sequence.last_token
-        sequence.tokens.append(token)
-        sequence.outputs += 1
+        for member in sequence.members:
+            member.tokens.append(token)
+            member.outputs += 1
         self._chosen.append((sequence, sequence.outputs == 1, now - since))
         sequence.first_token = sequence.first_token or now
         sequence.last_token = now
@@ -166,10 +182,11 @@ class StepOutputs:
         text: str = "",
         token_ids: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprob, ...] = (),
+        told: tuple[TokenDisagreement, ...] = (),
     ) -> None:
         if not sequence.detokenizer.stopped_by:
             text += sequence.detokenizer.finish()
-        output = final_output(sequence, reason, now, stop_reason, text, token_ids, logprobs)
+        output = final_output(sequence, reason, now, stop_reason, text, token_ids, logprobs, told)
         self.finished.append((sequence, output))
 
     def observe(self, observer: Observer) -> None:
@@ -177,7 +194,7 @@ class StepOutputs:
         for sequence, first, seconds in self._chosen:
             if first:
                 observer.on_first_token(sequence.label, seconds)
-                observer.on_tokens(sequence.label, len(sequence.request.prompt_ids), 1)
+                observer.on_tokens(sequence.label, _prompt_tokens(sequence), 1)
             else:
                 observer.on_inter_token(sequence.label, seconds)
                 observer.on_tokens(sequence.label, 0, 1)
@@ -191,6 +208,7 @@ def final_output(
     text: str = "",
     token_ids: tuple[int, ...] = (),
     logprobs: tuple[TokenLogprob, ...] = (),
+    told: tuple[TokenDisagreement, ...] = (),
     error: RequestError | None = None,
 ) -> Output:
     """The last output of a request: how it ended, what it used, how long it took."""
@@ -205,28 +223,42 @@ def final_output(
         finish_reason=reason,
         stop_reason=stop_reason,
         usage=Usage(
-            prompt_tokens=len(sequence.request.prompt_ids),
+            prompt_tokens=_prompt_tokens(sequence),
             completion_tokens=sequence.outputs,
-            cached_tokens=sequence.cached,
-            prefix_tokens=sequence.virtual,
+            cached_tokens=sum(m.cached for m in sequence.members),
+            prefix_tokens=sum(m.virtual for m in sequence.members),
             drafted_tokens=sequence.drafter.drafted if sequence.drafter else 0,
             accepted_tokens=sequence.drafter.accepted if sequence.drafter else 0,
         ),
         timings=Timings(
             queue=began - sequence.submitted,
             adapter_load=(sequence.adapter_ready or now) - sequence.submitted
-            if sequence.adapters
+            if sequence.held
             else 0.0,
             time_to_first_token=(sequence.first_token or now) - sequence.submitted,
             total=now - sequence.submitted,
         ),
         error=error,
+        members=sequence.served_members,
+        disagreements=told,
+        prompt_disagreements=tuple(sequence.disagreements),
     )
 
 
 def error_output(sequence: Sequence, error: RequestError) -> Output:
     reason = FinishReason.CANCELLED if isinstance(error, Cancelled) else FinishReason.ERROR
     return final_output(sequence, reason, time.monotonic(), error=error)
+
+
+def _prompt_tokens(sequence: Sequence) -> int:
+    return sum(len(m.request.prompt_ids) for m in sequence.members)
+
+
+def _told(sequence: Sequence, apart: Tensor | None, token: int) -> TokenDisagreement | None:
+    """What is to be told of its members, whose logits are `apart`, at one place."""
+    if apart is None or sequence.group is None:
+        return None
+    return sequence.group.disagreement(apart, token)
 
 
 def _rows(parts: list[Scheduled], eos: frozenset[int]) -> list[Row]:

@@ -163,7 +163,7 @@ def _wanted(part: Scheduled) -> Iterable[int]:
     sequence, end = part.sequence, part.start + part.count
     score_from = sequence.request.sampling.score_from
     if score_from is not None and sequence.outputs == 0:
-        first = sequence.virtual + score_from - 1 + len(sequence.scores)
+        first = sequence.virtual + score_from - 1 + len(sequence.lead.scores)
         yield from range(max(first, part.start), min(end, sequence.prompt_end - 1))
     if part.sample:
         yield end - 1

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltaserve.server.engine.core import SamplingParams, TokenLogprob
+from deltaserve.server.engine.core import SamplingParams, TokenDisagreement, TokenLogprob
 
 
 @dataclass(slots=True)
@@ -33,12 +33,14 @@ class Row:
 @dataclass(slots=True)
 class Choice:
     """finite is False if the row held a NaN or its maximum is infinite, dead is True if no token is
-    left to choose from: the token is no answer then."""
+    left to choose from: the token is no answer then. disagreement: of the members whose rows were
+    combined to this one, if it is to be told."""
 
     token_id: int
     finite: bool
     logprob: TokenLogprob | None = None
     dead: bool = False
+    disagreement: TokenDisagreement | None = None
 
     @property
     def sound(self) -> bool:
@@ -89,12 +91,14 @@ def sample(logits: Tensor, rows: list[Row]) -> list[Choice | None]:
 
 
 def logprob_of(logits: Tensor, token_id: int, top: int) -> TokenLogprob:
-    """The token's and the `top` best log-probabilities of one row of logits [vocabulary]."""
+    """The token's and the `top` best log-probabilities of one row of logits [vocabulary], those of
+    tokens without probability left out."""
     logprobs = torch.log_softmax(logits.float(), -1)
     best: tuple[tuple[int, float], ...] = ()
     if top:
         values, ids = logprobs.topk(min(top, logprobs.shape[-1]))
-        best = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        pairs = zip(ids.tolist(), values.tolist(), strict=True)
+        best = tuple(pair for pair in pairs if pair[1] > float("-inf"))
     return TokenLogprob(token_id, float(logprobs[token_id]), best)
 
 

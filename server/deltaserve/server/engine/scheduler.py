@@ -72,7 +72,8 @@ class Scheduler:
     Each step first gives every decoding sequence its token, then spends what is left of
     `max_batch_tokens` on prompts in order of priority and arrival. A waiting sequence is passed
     over while its adapters are not resident. When blocks run out, the running sequence that comes
-    last in that order is preempted: it gives back its blocks and waits to be computed anew.
+    last in that order is preempted: it gives back its blocks and waits to be computed anew. Of a
+    combination the first member waits and runs for all: they are admitted and preempted together.
 
     begin: called before a sequence is admitted, to lay out its tokens; False if it cannot be.
     first: a waiting request that is not to be overtaken by any that keeps adapters in memory which
@@ -99,17 +100,15 @@ class Scheduler:
             del self.running[sequence]
         else:
             self._stop_waiting(sequence)
-        self.blocks.release(sequence.blocks)
-        sequence.blocks, sequence.hashes = [], []
+        self._give_back(sequence)
 
     def schedule(self) -> Batch:
         batch = Batch()
         budget = self.max_batch_tokens
         ordered = sorted(self.running, key=_order)
         for sequence in ordered:
-            if sequence in self.running and sequence.decoding and self._grow(sequence, 1, batch):
-                batch.decodes.append(Scheduled(sequence, sequence.computed, 1))
-                budget -= 1
+            if sequence in self.running and sequence.decoding:
+                budget -= self._decode(sequence, batch)
         for sequence in ordered:
             if budget > 0 and sequence in self.running and not sequence.decoding:
                 budget -= self._chunk(sequence, budget, batch)
@@ -139,21 +138,25 @@ class Scheduler:
         del sequence.blocks[held:]
 
     def _admit(self, budget: int, batch: Batch) -> int:
+        rows = sum(len(sequence.members) for sequence in self.running)
         for sequence in list(self.waiting):
-            if budget <= 0 or len(self.running) >= self.max_sequences:
+            members = sequence.members
+            if budget <= 0 or rows + len(members) > self.max_sequences:
                 break
             if not sequence.resident or self._overtakes(sequence):
                 continue
             if not self.begin(sequence):
                 continue
-            sequence.adopt(self.blocks)
-            missing = -(-len(sequence.tokens) // self.blocks.block_size) - len(sequence.blocks)
+            for member in members:
+                member.adopt(self.blocks)
+            size = self.blocks.block_size
+            missing = sum(-(-len(m.tokens) // size) - len(m.blocks) for m in members)
             if missing > self.blocks.available:
-                self.blocks.release(sequence.blocks)
-                sequence.blocks, sequence.hashes, sequence.computed = [], [], 0
+                self._give_back(sequence)
                 break  # what comes after it must not overtake it for ever
             self._stop_waiting(sequence)
             self.running[sequence] = None
+            rows += len(members)
             budget -= self._chunk(sequence, budget, batch)
         return budget
 
@@ -166,27 +169,59 @@ class Scheduler:
         first = self.first
         if first is None or sequence.admitted or sequence.order <= first.order:
             return False
-        return any(not a.pinned and a not in first.adapters for a in sequence.adapters)
+        return any(not a.pinned and a not in first.held for a in sequence.held)
+
+    def _decode(self, sequence: Sequence, batch: Batch) -> int:
+        """Schedule the newest token, of each member; the number of tokens that it takes."""
+        for member in sequence.members:
+            if not self._grow(member, member.uncomputed_prefix + 1, batch):
+                return 0
+        for member in sequence.members:
+            self._fill(member, batch)
+            batch.decodes.append(Scheduled(member, member.computed, 1))
+        return len(sequence.members)
 
     def _chunk(self, sequence: Sequence, budget: int, batch: Batch) -> int:
-        """Schedule the next part of a prompt; the number of tokens it takes."""
-        fill = sequence.uncomputed_prefix
-        count = min(budget, len(sequence.tokens) - sequence.computed - fill)
-        if not self._grow(sequence, fill + count, batch):
-            return 0
-        if fill:
-            batch.fills.append((sequence, sequence.computed, fill))
-            sequence.computed += fill
+        """Schedule the next part of a prompt; the number of tokens it takes. Members compute theirs
+        up to their tails, then these in lockstep, so that the rows that belong together are in one
+        step; all at once where that fits."""
+        members = sequence.members
+        whole = sum(m.pending for m in members) <= budget
+        taken = 0
+        for member in members:
+            left = member.pending if whole else member.pending - member.tail
+            count = min(budget - taken, left)
+            if count > 0:
+                if not self._compute(member, count, batch):
+                    return 0
+                taken += count
+        if taken:
+            return taken
+        count = min(sequence.pending, max(1, budget // len(members)))
+        computed = all(self._compute(member, count, batch) for member in members)
+        return count * len(members) if computed else 0
+
+    def _compute(self, sequence: Sequence, count: int, batch: Batch) -> bool:
+        """Schedule the next `count` tokens of one sequence; False if it was the one to go."""
+        if not self._grow(sequence, sequence.uncomputed_prefix + count, batch):
+            return False
+        self._fill(sequence, batch)
         start, end = sequence.computed, sequence.computed + count
         while start < end:  # one chunk for each span: an adapter may become active inside
             stop = min(end, sequence.span_end(start))
             batch.chunks.append(Scheduled(sequence, start, stop - start))
             start = stop
-        return count
+        return True
+
+    def _fill(self, sequence: Sequence, batch: Batch) -> None:
+        """Schedule the given keys and values that are not written yet."""
+        if fill := sequence.uncomputed_prefix:
+            batch.fills.append((sequence, sequence.computed, fill))
+            sequence.computed += fill
 
     def _grow(self, sequence: Sequence, count: int, batch: Batch) -> bool:
         """Give the sequence blocks for `count` more tokens, preempting others if need be. False if
-        it was itself the one to go."""
+        its own request was the one to go."""
         need = -(-(sequence.computed + count) // self.blocks.block_size)
         while len(sequence.blocks) < need:
             try:
@@ -194,19 +229,23 @@ class Scheduler:
             except OutOfBlocks:
                 victim = max(self.running, key=_order)
                 self._preempt(victim, batch)
-                if victim is sequence:
+                if victim is sequence.lead:
                     return False
         return True
 
     def _preempt(self, sequence: Sequence, batch: Batch) -> None:
         self.preemptions += 1
         del self.running[sequence]
-        self.blocks.release(sequence.blocks)
-        sequence.blocks, sequence.hashes, sequence.computed = [], [], 0
-        batch.decodes = [p for p in batch.decodes if p.sequence is not sequence]
-        batch.chunks = [p for p in batch.chunks if p.sequence is not sequence]
-        batch.fills = [f for f in batch.fills if f[0] is not sequence]
+        self._give_back(sequence)
+        batch.decodes = [p for p in batch.decodes if p.sequence.lead is not sequence]
+        batch.chunks = [p for p in batch.chunks if p.sequence.lead is not sequence]
+        batch.fills = [f for f in batch.fills if f[0].lead is not sequence]
         self.add(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        for member in sequence.members:
+            self.blocks.release(member.blocks)
+            member.blocks, member.hashes, member.computed = [], [], 0
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:

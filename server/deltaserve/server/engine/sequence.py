@@ -13,12 +13,20 @@ import torch
 
 from deltaserve.kernels.primitives import Prefix, PrefixKV
 from deltaserve.kernels.segments import Mix
-from deltaserve.server.engine.core import Outbox, Request, ServedAdapter, TokenLogprob
+from deltaserve.server.engine.core import (
+    Outbox,
+    Request,
+    ServedAdapter,
+    ServedMember,
+    TokenDisagreement,
+    TokenLogprob,
+)
 from deltaserve.server.engine.kv_cache import BlockManager, chain
 from deltaserve.server.engine.masks import Chosen
 
 if TYPE_CHECKING:
     from deltaserve.server.engine.detokenizer import Detokenizer
+    from deltaserve.server.engine.group import Group
     from deltaserve.server.engine.prompt_lookup import Drafter
     from deltaserve.server.engine.residency import Residency
 
@@ -37,6 +45,8 @@ class Sequence:
     """tokens: virtual tokens (negative numbers), the prompt, then the outputs. computed: how many
     of them have their keys and values in `blocks`. The fields of the second group are set when the
     request's adapters are resident; spans: which of them act from which token on, ascending from 0.
+    group: of which it is a member, if the request is a combination. Its first member, the lead,
+    stands for the request: it alone waits, runs, has scores and times, and ends.
     """
 
     request: Request
@@ -45,6 +55,7 @@ class Sequence:
     detokenizer: Detokenizer
     generator: torch.Generator | None = None
     drafter: Drafter | None = None
+    group: Group | None = None
     arrival: int = field(default_factory=lambda: next(_arrivals))
     submitted: float = field(default_factory=time.monotonic)
 
@@ -61,6 +72,7 @@ class Sequence:
     outputs: int = 0
     cached: int = 0
     scores: list[TokenLogprob] = field(default_factory=list)
+    disagreements: list[TokenDisagreement] = field(default_factory=list)  # one for each score
 
     adapter_ready: float = 0.0
     started: float = 0.0
@@ -80,18 +92,54 @@ class Sequence:
         return (-self.request.priority, self.arrival)
 
     @property
+    def lead(self) -> Sequence:
+        """The one that stands for its request."""
+        return self.group.members[0] if self.group is not None else self
+
+    @property
+    def members(self) -> tuple[Sequence, ...]:
+        """All sequences of its request."""
+        return self.group.members if self.group is not None else (self,)
+
+    @property
+    def held(self) -> tuple[Residency, ...]:
+        """The adapters of its request, each once."""
+        if self.group is None:
+            return self.adapters
+        return tuple(dict.fromkeys(a for m in self.members for a in m.adapters))
+
+    @property
     def label(self) -> str:
-        """What the metrics call its adapters; those of every request are left out."""
-        return "+".join(a.name for a in self.adapters if not a.patch)
+        """What the metrics call the adapters of its request; those of every request are left out,
+        members stand side by side."""
+        return "|".join("+".join(a.name for a in m.adapters if not a.patch) for m in self.members)
 
     @property
     def resident(self) -> bool:
-        return all(a.ready for a in self.adapters)
+        """Whether all adapters of its request are in memory."""
+        return all(a.ready for m in self.members for a in m.adapters)
 
     @property
     def decoding(self) -> bool:
-        """The next step computes one token, the newest."""
+        """The next step computes one token, the newest, of each member."""
+        if self.group is not None:
+            return all(m.pending == m.tail == 1 for m in self.members)
         return self.outputs > 0 and self.computed == len(self.tokens) - 1
+
+    @property
+    def tail(self) -> int:
+        """Tokens at the end that are computed in the same steps as those of the other members."""
+        score_from = self.request.sampling.score_from
+        if self.group is None:
+            return 0
+        if score_from is None or self.outputs:
+            return 1
+        return len(self.tokens) - (self.virtual + score_from - 1)
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are yet to be computed; those with given keys and values are not."""
+        return len(self.tokens) - self.computed - self.uncomputed_prefix
 
     @property
     def prompt_end(self) -> int:
@@ -104,6 +152,20 @@ class Sequence:
 
     @property
     def served_by(self) -> tuple[ServedAdapter, ...]:
+        """Of a request that is no combination."""
+        return self._served if self.group is None else ()
+
+    @property
+    def served_members(self) -> tuple[ServedMember, ...]:
+        """Of a combination."""
+        if self.group is None:
+            return ()
+        given = self.group.combination.members
+        each = zip(self.members, given, strict=True)
+        return tuple(ServedMember(m._served, member.weight) for m, member in each)
+
+    @property
+    def _served(self) -> tuple[ServedAdapter, ...]:
         return tuple(
             ServedAdapter(a.name, a.digest, ref.strength, ref.modules, ref.patch)
             for a, ref in zip(self.adapters, self.request.adapters, strict=True)

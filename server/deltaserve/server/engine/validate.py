@@ -4,10 +4,18 @@ value and what would be right."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deltaserve.server.config import MAX_DRAFT
-from deltaserve.server.engine.core import Request, SamplingParams, Speculation
+from deltaserve.server.engine.core import (
+    AdapterRef,
+    Combination,
+    Request,
+    Rule,
+    SamplingParams,
+    Speculation,
+)
 from deltaserve.server.errors import InvalidRequest
 
 MAX_STOPS = 64
@@ -19,16 +27,20 @@ MAX_ADAPTERS = 16
 MAX_PATTERNS = 16
 MAX_PATTERN_LENGTH = 256
 MAX_NGRAM = 16
+MAX_MEMBERS = 8
+MAX_WEIGHT = 1000.0
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """vocab_size: of the base. max_length: tokens of one sequence, prompt and answer. kv_tokens:
-    tokens that the whole cache holds."""
+    tokens that the whole cache holds, in blocks of block_size. max_sequences: in one step."""
 
     vocab_size: int
     max_length: int
     kv_tokens: int
+    block_size: int = 1
+    max_sequences: int = 1 << 31
 
 
 def check(request: Request, limits: Limits) -> None:
@@ -38,9 +50,42 @@ def check(request: Request, limits: Limits) -> None:
     _check_prompt(request, limits)
     _check_sampling(request.sampling, limits, len(request.prompt_ids))
     _check_speculation(request.speculation)
-    if len(request.adapters) > MAX_ADAPTERS:
-        _refuse("adapters", f"{len(request.adapters)} adapters", f"at most {MAX_ADAPTERS}")
-    for ref in request.adapters:
+    _check_adapters(request.adapters)
+
+
+def check_combination(combination: Combination, limits: Limits) -> None:
+    """What is wrong with it beside its members' prompts and adapters."""
+    members = combination.members
+    if not 1 <= len(members) <= MAX_MEMBERS:
+        _refuse("combination.members", f"{len(members)} members", f"1 to {MAX_MEMBERS}")
+    if len(members) > limits.max_sequences:
+        right = f"at most {limits.max_sequences}, which is what runs at once on this server"
+        _refuse("combination.members", f"{len(members)} members", right)
+    lowest = 0.0 if combination.rule is Rule.MEAN else -MAX_WEIGHT
+    for i, member in enumerate(members):
+        _range(f"combination.members[{i}].weight", member.weight, lowest, MAX_WEIGHT)
+    if not any(member.weight for member in members):
+        _refuse("combination.members.weight", "0 for every member", "another for one of them")
+    _range("combination.plausibility", combination.plausibility, 0.0, 1.0)
+
+
+def check_together(lengths: Sequence[tuple[int, int]], max_tokens: int, limits: Limits) -> None:
+    """Whether the cache can hold all members of a combination. lengths: prompt and virtual tokens
+    of each."""
+    size, need = limits.block_size, 0
+    for prompt, virtual in lengths:
+        most = min(prompt + virtual + max_tokens, limits.max_length)
+        need += -(-most // size) * size
+    if need > limits.kv_tokens:
+        found = f"{len(lengths)} members with prompts and max_tokens of {need} tokens together"
+        right = f"at most {limits.kv_tokens}: that is all the KV cache holds"
+        _refuse("combination.members", found, right)
+
+
+def _check_adapters(adapters: Sequence[AdapterRef]) -> None:
+    if len(adapters) > MAX_ADAPTERS:
+        _refuse("adapters", f"{len(adapters)} adapters", f"at most {MAX_ADAPTERS}")
+    for ref in adapters:
         if not ref.name:
             _refuse("adapters.name", "''", "the name of a registered adapter")
         if not math.isfinite(ref.strength) or abs(ref.strength) > 1000:
@@ -53,7 +98,7 @@ def check(request: Request, limits: Limits) -> None:
                 shown = repr(pattern[:64])
                 right = f"1 to {MAX_PATTERN_LENGTH} characters, such as '*.q_proj'"
                 _refuse("adapters.modules", shown, right)
-    names = [ref.name.partition("@")[0] for ref in request.adapters]
+    names = [ref.name.partition("@")[0] for ref in adapters]
     if len(set(names)) != len(names):
         _refuse("adapters", names, "every adapter once; add up the strengths instead")
 

@@ -17,6 +17,7 @@ from deltaserve.server.engine.core import (
     ServedAdapter,
     Tier,
     Timings,
+    TokenDisagreement,
     TokenLogprob,
     Usage,
 )
@@ -70,22 +71,35 @@ def timings(entries: Iterable[Timings]) -> generation_pb2.Timings:
     )
 
 
-def served_by(adapters: Sequence[ServedAdapter], info: EngineInfo) -> generation_pb2.ServedBy:
-    """The base and the adapters."""
+def served_by(output: Output, info: EngineInfo) -> generation_pb2.ServedBy:
+    """The base and the adapters, or the members of a combination."""
     return generation_pb2.ServedBy(
         base=info.base,
         base_fingerprint=info.held_fingerprint,
-        adapters=[
-            generation_pb2.ServedAdapter(
-                name=a.name,
-                digest=a.digest,
-                strength=a.strength,
-                modules=a.modules,
-                patch=a.patch,
-            )
-            for a in adapters
+        adapters=_served(output.served_by or ()),
+        members=[
+            generation_pb2.ServedMember(adapters=_served(m.adapters), weight=m.weight)
+            for m in output.members
         ],
     )
+
+
+def _served(adapters: Sequence[ServedAdapter]) -> list[generation_pb2.ServedAdapter]:
+    return [
+        generation_pb2.ServedAdapter(
+            name=a.name, digest=a.digest, strength=a.strength, modules=a.modules, patch=a.patch
+        )
+        for a in adapters
+    ]
+
+
+def _disagreements(
+    entries: Iterable[TokenDisagreement],
+) -> list[generation_pb2.TokenDisagreement]:
+    return [
+        generation_pb2.TokenDisagreement(divergence=d.divergence, logprobs=d.logprobs)
+        for d in entries
+    ]
 
 
 def delta(index: int, outputs: Sequence[Output]) -> generation_pb2.StreamDelta:
@@ -95,6 +109,7 @@ def delta(index: int, outputs: Sequence[Output]) -> generation_pb2.StreamDelta:
         text="".join(o.text for o in outputs),
         token_ids=[i for o in outputs for i in o.token_ids],
         logprobs=[logprob(p) for o in outputs for p in o.logprobs],
+        disagreements=_disagreements(d for o in outputs for d in o.disagreements),
     )
 
 
@@ -121,6 +136,7 @@ def choice(index: int, outputs: Sequence[Output]) -> generation_pb2.Choice:
         logprobs=whole.logprobs,
         finish_reason=_REASONS[last.finish_reason],
         stop_reason=last.stop_reason,
+        disagreements=whole.disagreements,
     )
 
 
@@ -131,6 +147,7 @@ def score(last: Output) -> generation_pb2.ContinuationScore:
         logprob=sum(t.logprob for t in tokens),
         tokens=[logprob(t) for t in tokens],
         greedy=all(t.top and t.top[0][0] == t.token_id for t in tokens),
+        disagreements=_disagreements(last.prompt_disagreements),
     )
 
 

@@ -17,7 +17,8 @@ from deltaserve.v1 import adapter_pb2
 from deltaserve.v1 import generation_pb2 as pb
 
 GenerateRequest: TypeAlias = pb.GenerateRequest | pb.GenerateStreamRequest
-Targeted: TypeAlias = GenerateRequest | pb.ScoreRequest
+Asked: TypeAlias = GenerateRequest | pb.ScoreRequest
+Targeted: TypeAlias = Asked | pb.CombinationMember
 Number = TypeVar("Number", int, float)
 
 MAX_CHOICES = 64
@@ -142,7 +143,7 @@ def choices(request: GenerateRequest) -> int:
     return n
 
 
-def check_labels(request: Targeted) -> None:
+def check_labels(request: Asked) -> None:
     """The fields that are only passed on."""
     for name in ("user", "cache_salt", "request_id"):
         _text(name, getattr(request, name), MAX_LABEL)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import grpc.aio
 
 from deltaserve.server.config import RpcConfig
-from deltaserve.server.engine.core import Output, Request, SamplingParams
+from deltaserve.server.engine.core import Output, Request, SamplingParams, ServedAdapter
 from deltaserve.server.errors import InvalidRequest, SlowReader
-from deltaserve.server.rpc import answer, convert
+from deltaserve.server.rpc import answer, combined, convert
 from deltaserve.server.rpc.encode import Encoder
 from deltaserve.server.rpc.outbox import LoopOutbox, Stream
 from deltaserve.v1 import generation_pb2 as pb
@@ -56,7 +56,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         return pb.GenerateResponse(
             request_id=name,
             choices=[answer.choice(i, outputs[r.request_id]) for i, r in enumerate(requests)],
-            served_by=answer.served_by(lasts[0].served_by or (), self._info),
+            served_by=answer.served_by(lasts[0], self._info),
             usage=answer.usage((o.usage for o in lasts if o.usage), one_prompt=True),
             timings=answer.timings(o.timings for o in lasts if o.timings),
         )
@@ -75,9 +75,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 if not started and outputs[0].served_by is not None:
                     started = True
                     message.start.request_id = name
-                    message.start.served_by.CopyFrom(
-                        answer.served_by(outputs[0].served_by, self._info)
-                    )
+                    message.start.served_by.CopyFrom(answer.served_by(outputs[0], self._info))
                 await self._write(context, message)
                 _log(name, [o for o in outputs if o.finish_reason is not None])
 
@@ -86,17 +84,19 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         name = request.request_id or uuid.uuid4().hex
         adapters = convert.adapters(request, self._info.base)
         deadline = self._deadline(context)
+        asked = await combined.to_score(request, self._info.base, self._encoder)
         requests = [
             Request(
                 request_id=_engine_id(name, i),
-                prompt_ids=tuple(ids),
+                prompt_ids=ids,
                 sampling=SamplingParams(max_tokens=0, score_from=start, prompt_logprobs=1),
                 adapters=adapters,
                 priority=request.priority,
                 deadline=deadline,
                 salt=request.cache_salt,
+                combination=combination,
             )
-            for i, (ids, start) in enumerate(await self._encoder.continued(request))
+            for i, (ids, start, combination) in enumerate(asked)
         ]
         lasts: dict[str, Output] = {}
         async with self._submitted(requests) as stream:
@@ -108,7 +108,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         return pb.ScoreResponse(
             request_id=name,
             scores=[answer.score(o) for o in ordered],
-            served_by=answer.served_by(ordered[0].served_by or (), self._info),
+            served_by=answer.served_by(ordered[0], self._info),
             usage=answer.usage(o.usage for o in ordered if o.usage),
         )
 
@@ -124,10 +124,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def _requests(self, request: convert.GenerateRequest, context: Context) -> list[Request]:
         """One for each choice."""
         convert.check_labels(request)
-        adapters = convert.adapters(request, self._info.base)
+        base = self._info.base
+        adapters = convert.adapters(request, base)
         samplings = [convert.sampling(request, i) for i in range(convert.choices(request))]
         speculation = convert.speculation(request)
-        prompt = tuple(await self._encoder.prompt(request))
+        prompt, combination = await combined.to_generate(request, base, self._encoder)
         if words := convert.bad_words(request):
             bad = await self._encoder.bad_tokens(words)
             samplings = [replace(s, bad_tokens=(*s.bad_tokens, *bad)) for s in samplings]
@@ -143,6 +144,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 deadline=deadline,
                 salt=request.cache_salt,
                 speculation=speculation,
+                combination=combination,
             )
             for i, sampling in enumerate(samplings)
         ]
@@ -213,11 +215,14 @@ def _log(name: str, lasts: list[Output]) -> None:
         log.info(
             "request=%s adapters=%s finish=%s prompt=%d completion=%d cached=%d seconds=%.3f",
             name,
-            ",".join(f"{a.name}@{a.digest[:12]}*{a.strength:g}" for a in last.served_by or ())
-            or "-",
+            "|".join(map(_shown, [m.adapters for m in last.members] or [last.served_by or ()])),
             last.finish_reason,
             used.prompt_tokens if used else 0,
             used.completion_tokens if used else 0,
             used.cached_tokens if used else 0,
             last.timings.total if last.timings else 0.0,
         )
+
+
+def _shown(adapters: Sequence[ServedAdapter]) -> str:
+    return ",".join(f"{a.name}@{a.digest[:12]}*{a.strength:g}" for a in adapters) or "-"
