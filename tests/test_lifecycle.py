@@ -474,15 +474,18 @@ def test_a_second_load_brings_an_evicted_adapter_back(
 
 
 def test_one_content_under_two_names(files: Files, engine: Engine) -> None:
-    """The name that goes takes nothing from the one that stays."""
+    """The second takes no memory, and when it goes, nothing from the one that stays."""
+    before = engine.adapters.used_bytes
     twin = engine.adapters.load("twin", files.uri("a0")).result(60)
+    assert engine.adapters.used_bytes == before < before + twin.resident_bytes
     assert twin.digest == engine.adapters.get("a0").digest
     asked = [request(prompt(6, 30), name, max_tokens=60) for name in ("a0", "twin")]
     right = alone(engine, asked[0])
     collector = Collector()
     for r in asked:
         engine.submit(r, collector)
-    assert engine.adapters.unload("twin").result(60) == twin.resident_bytes
+    assert engine.adapters.unload("twin").result(60) == 0
+    assert engine.adapters.used_bytes == before
     answers = [collector.wait(r.request_id, 60) for r in asked]
     for answer, name in zip(answers, ("a0", "twin"), strict=True):
         same(answer, right)

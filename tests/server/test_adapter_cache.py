@@ -6,6 +6,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.errors import InvalidAdapter
 from deltaserve.adapters.options import LoadOptions
 from deltaserve.kernels.primitives import Bias
+from deltaserve.server.engine import loader
 from deltaserve.server.engine.adapter_cache import AdapterCache
 from deltaserve.server.engine.core import AdapterInfo, AdapterRef, AdapterState
+from deltaserve.server.engine.memory import Ledger
 from deltaserve.server.engine.observer import NullObserver
 from deltaserve.server.engine.residency import Residency
 from deltaserve.server.errors import (
@@ -34,6 +37,10 @@ class Packed:
     digest: str
     nbytes: int
     prefix: None = None
+
+    @property
+    def memory(self) -> dict[object, int]:
+        return {self.digest: self.nbytes}
 
 
 class Host:
@@ -78,7 +85,11 @@ class Rig:
         self.host, self.disk = Host(), Disk()
         self.disk.content = {f"/{n}": (f"digest-{n}", size) for n, size in adapters.items()}
         self.cache = AdapterCache(
-            self.host, self.disk.read, budget=budget, wake=lambda: None, observer=NullObserver()
+            self.host,
+            self.disk.read,
+            ledger=Ledger(budget),
+            wake=lambda: None,
+            observer=NullObserver(),
         )
 
     def until(self, condition: Callable[[], bool], waiting: list[tuple[Residency, ...]]) -> None:
@@ -169,7 +180,14 @@ def test_one_that_can_never_fit_is_refused_with_both_sizes() -> None:
         future.result()
 
 
-def test_the_least_recently_used_goes_and_comes_back_when_asked_for() -> None:
+def same_load_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "time", SimpleNamespace(perf_counter=lambda: 0.0))
+
+
+def test_the_least_recently_used_goes_and_comes_back_when_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    same_load_times(monkeypatch)
     rig = Rig(100, {"a": 40, "b": 40, "c": 40})
     for name in "abc":
         rig.load(name)

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from deltaserve.kernels.content import content_of
+from deltaserve.kernels.content import canonical, content_of
 
 Place: TypeAlias = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
 Key: TypeAlias = tuple[str | Place, torch.dtype, bool]
@@ -41,6 +41,8 @@ def cast(source: Tensor, dtype: torch.dtype, *, transpose: bool = False) -> Tens
                 return made
     result = source.to(dtype)
     result = result.T.contiguous() if transpose else result.contiguous()
+    if content:
+        result = canonical(result, f"{content} as {dtype}{', transposed' if transpose else ''}")
     with _lock:
         _known[key] = (weakref.ref(source), weakref.ref(result))
         weakref.finalize(result, _forget, key)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deltaserve.kernels.base import onednn
+from deltaserve.kernels.content import content_of
 from deltaserve.kernels.segments import Segments
 
 
@@ -79,10 +80,16 @@ class Table(Generic[P]):
         """Called after each change of a slot's items."""
 
 
-def unique_bytes(tensors: Sequence[Tensor]) -> int:
-    """Bytes of the tensors; the same memory under several tensors is counted once."""
-    seen: dict[tuple[int, int], int] = {}
+def places(tensors: Iterable[Tensor]) -> dict[Hashable, int]:
+    """Where the tensors are -> bytes; the same memory under several tensors is there once. What is
+    known by its content (`content.canonical`) is known by that, wherever it is."""
+    found: dict[Hashable, int] = {}
     for t in tensors:
         size = onednn.nbytes(t)
-        seen[(id(t) if t.is_mkldnn else t.data_ptr(), size)] = size
-    return sum(seen.values())
+        found[content_of(t) or (id(t) if t.is_mkldnn else t.data_ptr(), size)] = size
+    return found
+
+
+def unique_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors; the same memory under several tensors is counted once."""
+    return sum(places(tensors).values())

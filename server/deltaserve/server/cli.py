@@ -20,7 +20,7 @@ app = typer.Typer(
     help="Serve every fine-tune of a base model from one copy of that base, in one mixed batch.",
 )
 
-_BYTES = "Bytes, e.g. 512MiB; auto for a share of what is free."
+_BYTES = "Bytes, e.g. 512MiB; auto for no such limit."
 
 
 @app.command()
@@ -73,8 +73,13 @@ def serve(
     metrics_port: Annotated[
         int | None, typer.Option(help="HTTP port of /metrics; off if left out, 0 picks one.")
     ] = None,
-    adapter_bytes: Annotated[str, typer.Option(help=f"For all adapters. {_BYTES}")] = "auto",
-    kv_cache_bytes: Annotated[str, typer.Option(help=f"For keys and values. {_BYTES}")] = "auto",
+    memory: Annotated[
+        str, typer.Option(help="For keys, values and adapters; auto for a share of what is free.")
+    ] = "auto",
+    adapter_bytes: Annotated[str, typer.Option(help=f"Most of it for adapters. {_BYTES}")] = "auto",
+    kv_cache_bytes: Annotated[
+        str, typer.Option(help=f"Most of it for keys and values. {_BYTES}")
+    ] = "auto",
     block_size: Annotated[int, typer.Option(help="Tokens in a block of the KV cache.")] = 16,
     prefix_cache: Annotated[bool, typer.Option(help="Reuse keys and values of prompts.")] = True,
     max_batch_tokens: Annotated[int, typer.Option(help="Tokens of one step.")] = 512,
@@ -134,6 +139,7 @@ def serve(
                 max_length=max_length,
                 max_queue=max_queue,
                 speculate=speculate,
+                memory=c.size("--memory", memory),
             ),
             rpc=c.RpcConfig(
                 host=host,

@@ -162,8 +162,10 @@ class AdapterConfig:
 class EngineConfig:
     """How requests share the model.
 
+    memory: bytes of cache blocks and adapters together; None for a share of what is free.
     max_batch_tokens: tokens of one step, prompts in chunks. max_sequences: requests in one step.
-    kv_cache_bytes: None for a share of what is free. block_size: tokens in a block of it.
+    kv_cache_bytes: most of it that blocks may take; None for no such limit. block_size: tokens in a
+    block.
     max_length: tokens of a request, prompt and answer; None for the model's own limit.
     max_queue: requests that may wait or run before more are refused. speculate: most tokens drafted
     in a step for a request that does not say; 0 is off.
@@ -177,6 +179,7 @@ class EngineConfig:
     max_length: int | None = None
     max_queue: int = 4096
     speculate: int = 0
+    memory: int | None = None
 
     def __post_init__(self) -> None:
         _at_least("--max-batch-tokens", self.max_batch_tokens, 1)
@@ -185,6 +188,8 @@ class EngineConfig:
         _at_least("--max-queue", self.max_queue, 1)
         if not 0 <= self.speculate <= MAX_DRAFT:
             raise ConfigError(f"--speculate {self.speculate}: must be from 0 to {MAX_DRAFT}")
+        if self.memory is not None:
+            _at_least("--memory", self.memory, 1)
         if self.kv_cache_bytes is not None:
             _at_least("--kv-cache-bytes", self.kv_cache_bytes, 1)
         if self.max_length is not None:

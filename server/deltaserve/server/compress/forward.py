@@ -12,7 +12,8 @@ from torch import Tensor
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.kernels.segments import EMPTY, Segments
 from deltaserve.server.compress.calibration import Sample
-from deltaserve.server.engine.runner import make_kv_store
+from deltaserve.server.engine.kv_pool import KVPool
+from deltaserve.server.engine.memory import Ledger
 from deltaserve.server.model import BaseModel
 from deltaserve.server.model.context import AttentionStep, PrefillChunk
 
@@ -31,7 +32,7 @@ class Forward:
         self.samples = samples
         self.steps = list(_steps(samples, LOGIT_BYTES // (4 * model.vocab_size)))
         longest = max(sum(len(samples[i].ids) for i in step) for step in self.steps)
-        model.ctx.kv = make_kv_store(model.attention, longest, 1, model.dtype)
+        model.ctx.kv = KVPool(model.attention, longest, 1, model.dtype, Ledger(0)).store
 
     def logits(self, *, adapted: bool) -> Iterator[tuple[int, Tensor]]:
         """(number of the sample, float32 [scored tokens, vocabulary]); row i is what precedes the

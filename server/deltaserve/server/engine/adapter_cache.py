@@ -17,10 +17,12 @@ from deltaserve.adapters.options import DEFAULT, LoadOptions
 from deltaserve.server.engine.core import AdapterInfo, AdapterRef, AdapterState
 from deltaserve.server.engine.loader import Loader, Read
 from deltaserve.server.engine.masks import Chosen
+from deltaserve.server.engine.memory import Ledger
 from deltaserve.server.engine.observer import Observer
 from deltaserve.server.engine.registry import Infos, Registry, check_free
 from deltaserve.server.engine.residency import Arrival, Futures, Residency
 from deltaserve.server.engine.residents import Host, Residencies, Residents
+from deltaserve.server.engine.shares import Memory
 from deltaserve.server.engine.workers import Urgency
 from deltaserve.server.errors import (
     AdapterBusy,
@@ -35,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class AdapterCache:
-    """read: called on a loader thread. budget: bytes that resident adapters may take together.
+    """read: called on a loader thread. ledger: of the memory that resident adapters take.
     wake: called from any thread when the engine thread has something to do here. loaders: threads
     that load."""
 
@@ -44,17 +46,17 @@ class AdapterCache:
         host: Host,
         read: Read,
         *,
-        budget: int,
+        ledger: Ledger,
         wake: Callable[[], None],
         observer: Observer,
         loaders: int = 1,
     ) -> None:
         self.loads = 0
-        self._residents = Residents(host, budget, self._evicted)
         self._wake = wake
         self._observer = observer
         self._registry = Registry()
         self._lock = self._registry.lock
+        self._residents = Residents(host, ledger, self._evicted, self._lock)
         self._leaving: Residencies = []
         self._loader = Loader(self._registry, host, read, wake, loaders)
 
@@ -62,12 +64,8 @@ class AdapterCache:
 
     @property
     def budget(self) -> int:
-        """Bytes that resident adapters may take together."""
-        return self._residents.budget
-
-    @budget.setter
-    def budget(self, budget: int) -> None:
-        self._residents.budget = budget
+        """Bytes that resident adapters may take together at most."""
+        return self._residents.ledger.adapter_most
 
     @property
     def used_bytes(self) -> int:
@@ -174,6 +172,7 @@ class AdapterCache:
             for residency in found:
                 residency.in_flight += 1
                 residency.last_used = time.time()
+                self._residents.used(residency)
             return found
 
     def release(
@@ -210,6 +209,7 @@ class AdapterCache:
         """Between two steps: publish what arrived, finish unloads, start the loads that waiting
         requests (their adapters, in the order they will be served) need."""
         with self._lock:
+            self._residents.begin_step()
             head = next((w for w in waiting if not all(r.ready for r in w)), ())
             for _ in range(len(self._loader.arrived)):
                 arrival = self._loader.arrived.popleft()
@@ -228,6 +228,7 @@ class AdapterCache:
                     )
                     if not residency.crowded:
                         self._reload(residency, Urgency.WANTED)
+            self._residents.promise([*head, *(a.residency for a in self._loader.arrived)])
 
     def admitted(
         self, residencies: Sequence[Residency], chosen: Sequence[Chosen]
@@ -243,8 +244,7 @@ class AdapterCache:
     def check_room(self, wanted: Sequence[Residency]) -> None:
         """AdapterTooLarge if these can never be in memory together."""
         names = ", ".join(repr(r.name) for r in wanted)
-        need = sum(r.nbytes for r in wanted if not (r.pinned and r.ready))
-        self._residents.check_room(need, f"adapters {names} together need")
+        self._residents.check_room(wanted, f"adapters {names} together need")
 
     # Inside:
 
@@ -310,18 +310,22 @@ class AdapterCache:
         adapter, prepared = arrival.adapter, arrival.prepared
         assert adapter is not None
         try:
-            self._residents.check_room(arrival.nbytes, f"adapter {residency.name!r} needs")
+            memory: Memory = {residency: arrival.nbytes}
+            if prepared is not None:
+                memory = prepared.memory
+            self._residents.check_room((), f"adapter {residency.name!r} needs", memory)
         except AdapterTooLarge as error:
             self._fail(residency, error)
             return True
         if prepared is None:
             self._checked(residency, adapter, arrival.nbytes)
             return True
-        residency.crowded = not self._residents.make_room(prepared.nbytes, protected)
+        residency.nbytes = arrival.nbytes
+        residency.crowded = not self._residents.make_room(prepared, protected)
         if residency.crowded:
             return False
         try:
-            self._residents.put_in(residency, prepared)
+            self._residents.put_in(residency, prepared, arrival.seconds)
         except Exception as error:  # a bug, but one adapter's: the others are served on
             log.exception("installing adapter %r failed", residency.name)
             self._fail(residency, error)
@@ -330,7 +334,7 @@ class AdapterCache:
         residency.structure, residency.prefix = adapter, prepared.prefix
         residency.loads += 1
         self.loads += 1
-        residency.loaded_at, residency.load_seconds = time.time(), arrival.seconds
+        residency.loaded_at = time.time()
         residency.error, residency.loading = "", False
         if residency.state is not AdapterState.UNLOADING:
             self._registry.change(residency, AdapterState.READY)
@@ -372,9 +376,7 @@ class AdapterCache:
             self._registry.change(residency, AdapterState.REGISTERED)
 
     def _finish_unload(self, residency: Residency) -> None:
-        freed = residency.nbytes if residency.ready else 0
-        if residency.ready:
-            self._residents.take_out(residency)
+        freed = self._residents.take_out(residency) if residency.ready else 0
         self._leaving.remove(residency)
         self._registry.forget(residency.name)
         self._observer.on_adapter_unloaded(residency.name)

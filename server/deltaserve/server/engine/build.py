@@ -21,8 +21,11 @@ from deltaserve.server.config import AdapterConfig, Config, EngineConfig
 from deltaserve.server.engine.adapter_cache import AdapterCache
 from deltaserve.server.engine.engine import Engine
 from deltaserve.server.engine.kv_cache import BlockManager
+from deltaserve.server.engine.kv_pool import KVPool, KVShape
+from deltaserve.server.engine.memory import Ledger
 from deltaserve.server.engine.observer import NullObserver, Observer
-from deltaserve.server.engine.runner import ModelRunner, kv_token_bytes, make_kv_store
+from deltaserve.server.engine.plan import plan_memory
+from deltaserve.server.engine.runner import ModelRunner
 from deltaserve.server.engine.scheduler import Scheduler
 from deltaserve.server.engine.speculation import Speculator
 from deltaserve.server.engine.stats import EngineInfo
@@ -33,10 +36,6 @@ from deltaserve.server.model.loader import Quantize
 
 log = logging.getLogger(__name__)
 
-KV_SHARE = 0.25
-"""Of the memory that is free once the base is loaded, unless the operator gives a number."""
-KV_MOST = 4 << 30
-ADAPTER_SHARE = 0.5
 FOLDER_EXTRAS = 1 << 30
 """Bytes that an adapter's folder may hold beside its weights: tokenizers, optimizer states."""
 
@@ -85,17 +84,23 @@ def make_engine(
     observer = observer if observer is not None else NullObserver()
     if config.max_length is not None:
         model.max_length = min(model.max_length, config.max_length)
-    free = psutil.virtual_memory().available
-    token_bytes = kv_token_bytes(model.attention, model.dtype)
-    blocks = plan_blocks(config, token_bytes, model.max_length, free) + 1  # and one that pads
-    kv = make_kv_store(model.attention, blocks, config.block_size, model.dtype)
-    budget = adapters.bytes or int((free - kv.nbytes) * ADAPTER_SHARE)
-    manager = BlockManager(blocks, config.block_size, prefix_cache=config.prefix_cache)
+    plan = plan_memory(
+        KVShape.of(model.attention, config.block_size, model.dtype),
+        config,
+        adapters,
+        model.max_length,
+        psutil.virtual_memory().available,
+    )
+    ledger = Ledger(plan.budget, kv_floor=plan.kv_floor, adapter_cap=plan.adapter_cap)
+    pool = KVPool(model.attention, plan.blocks + 1, config.block_size, model.dtype, ledger)
+    manager = BlockManager(
+        plan.blocks + 1, config.block_size, prefix_cache=config.prefix_cache, memory=pool.memory
+    )
     made: list[Engine] = []
     cache = AdapterCache(
         model,
-        reader(adapters, model, budget),
-        budget=budget,
+        reader(adapters, model, ledger.adapter_most),
+        ledger=ledger,
         wake=lambda: made[0].wake(),
         observer=observer,
     )
@@ -112,15 +117,16 @@ def make_engine(
         vocab_size=model.vocab_size,
         formats=NAMES,
         weights_bytes=model.nbytes,
-        kv_cache_bytes=kv.nbytes,
-        adapter_budget_bytes=budget,
+        memory_budget_bytes=plan.budget,
+        kv_cache_bytes=plan.kv_most,
+        adapter_budget_bytes=ledger.adapter_most,
     )
     scheduler = Scheduler(manager, config.max_batch_tokens, config.max_sequences)
     scheduler.speculator = Speculator(manager, model.max_length, config.speculate)
     made.append(
         Engine(
             model,
-            ModelRunner(model, kv),
+            ModelRunner(model, pool.store),
             scheduler,
             cache,
             observer,
@@ -129,25 +135,7 @@ def make_engine(
             max_queue=config.max_queue,
         )
     )
-    log.info(
-        "base %s: %.1f MiB; KV cache: %d tokens, %.1f MiB; adapters: up to %.1f MiB",
-        info.base,
-        model.nbytes / 2**20,
-        manager.total * config.block_size,
-        kv.nbytes / 2**20,
-        budget / 2**20,
-    )
     return made[0]
-
-
-def plan_blocks(config: EngineConfig, token_bytes: int, max_length: int, free: int) -> int:
-    """Cache blocks to allocate: as many bytes as asked for, else a share of what is free, but no
-    more than all sequences of a full batch can use."""
-    size = config.block_size
-    useful = -(-max_length // size) * config.max_sequences
-    given = config.kv_cache_bytes
-    room = given if given is not None else min(int(free * KV_SHARE), KV_MOST)
-    return max(1, min(room // (token_bytes * size), useful))
 
 
 def reader(

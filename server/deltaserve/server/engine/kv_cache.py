@@ -1,16 +1,22 @@
 """Which cache block belongs to whom, and which blocks' contents can be used again.
 
 Pure Python, no tensors: a block is a number. Block 0 is never handed out: it stays zero and pads
-block tables.
+block tables. Blocks take memory in extents, as many as the tier's `Ledger` has room for; the lowest
+numbers are handed out first, so that extents become empty and their memory can serve adapters.
 """
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 from array import array
-from collections import OrderedDict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import inf
 from types import MappingProxyType
+
+from deltaserve.server.engine.memory import Ledger, Offer
 
 
 class OutOfBlocks(Exception):
@@ -41,63 +47,128 @@ def chain(parent: bytes, number: int, tokens: Sequence[int], turns: Mapping[int,
     return block_hash(parent if turn is None else chain_root(parent, turn), tokens)
 
 
+@dataclass(slots=True)
+class BlockMemory:
+    """What blocks are made of. extent: blocks that take and give back their memory together,
+    `extent_bytes` of it. drop: zeroes the blocks of these extents and gives their memory back.
+    block_seconds: to compute the tokens of a block anew."""
+
+    ledger: Ledger
+    extent: int
+    extent_bytes: int
+    drop: Callable[[int], None] = lambda extent: None
+    block_seconds: float = 1e-3
+
+
 class BlockManager:
     """Free list, reference counts and prefix index of `blocks` blocks of `block_size` tokens.
 
-    A block is free (its content is worth nothing), used (by one or more sequences), or idle: used
-    by none, but indexed by its content, so a sequence with the same prefix can take it up again.
-    Idle blocks are given away, least recently used first, when no free one is left.
+    A block is absent (its extent has no memory), free (its content is worth nothing), used (by one
+    or more sequences), or idle: used by none, but indexed by its content, so a sequence with the
+    same prefix can take it up again. When no free one is left, the least valuable idle block or
+    adapter makes way (`memory.Ledger`). memory: None for all blocks being there for good.
     """
 
-    def __init__(self, blocks: int, block_size: int, *, prefix_cache: bool = True) -> None:
+    def __init__(
+        self,
+        blocks: int,
+        block_size: int,
+        *,
+        prefix_cache: bool = True,
+        memory: BlockMemory | None = None,
+    ) -> None:
         self.blocks = blocks
         self.block_size = block_size
         self.prefix_cache = prefix_cache
-        self._free = deque(range(1, blocks))
+        self.memory = memory or BlockMemory(Ledger(blocks), blocks, blocks)
+        self.memory.ledger.idle_blocks = self._offers
+        extents = -(-blocks // self.memory.extent)
+        self._absent = list(range(extents))  # a heap, as _free is
+        self._free: list[int] = []
         self._references = [0] * blocks
+        self._used_in = [0] * extents
+        self._used = 0
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._uses: dict[int, int] = {}
+        self._idle: dict[int, tuple[float, int]] = {}  # block -> its value, and when it got it
+        self._order: list[tuple[float, int, int]] = []  # a heap of them; stale entries too
+        self._releases = 0
         self.hit_tokens = 0
         self.query_tokens = 0
+        if not self._extend(inf):
+            raise ValueError(f"no room for the first {self.memory.extent_bytes} bytes of blocks")
 
     @property
     def total(self) -> int:
-        """Blocks that can be handed out."""
+        """Blocks that can be handed out when nothing else takes the memory."""
         return self.blocks - 1
 
     @property
     def available(self) -> int:
         """Blocks that `take` can still return."""
-        return len(self._free) + len(self._idle)
+        memory = self.memory
+        there = len(self._free) + len(self._idle)
+        if self._absent:
+            more = memory.ledger.kv_room() // memory.extent_bytes * memory.extent
+            there = min(there + more, self.total - self._used)
+        return max(0, min(there, self._most - self._used))
 
     @property
     def used(self) -> int:
-        return self.total - self.available
+        return self._used
+
+    @property
+    def idle(self) -> int:
+        """Blocks whose content is kept in case it is wanted again."""
+        return len(self._idle)
+
+    @property
+    def _most(self) -> int:
+        """Blocks that sequences may use now; fewer than there are where an adapter was promised
+        room."""
+        memory = self.memory
+        return min(self.total, memory.ledger.kv_ceiling // memory.extent_bytes * memory.extent - 1)
 
     def take(self) -> int:
         """A block for one sequence, its old content forgotten."""
+        if self._used >= self._most:
+            raise OutOfBlocks
         if not self._free:
-            if not self._idle:
-                raise OutOfBlocks
-            block, _ = self._idle.popitem(last=False)
-            del self._block_of[self._hash_of.pop(block)]
-            self._free.append(block)
-        block = self._free.popleft()
-        self._references[block] = 1
+            cheapest = self._cheapest()
+            worth = inf if cheapest is None else self._idle[cheapest][0]
+            if not self._extend(worth):
+                if cheapest is None:
+                    raise OutOfBlocks
+                self._evict(cheapest)
+        block = heapq.heappop(self._free)
+        self._hold(block)
         return block
 
     def release(self, blocks: Iterable[int]) -> None:
         """Give up one reference to each; later blocks of a sequence go first, so that a long
         prefix is evicted from its end."""
+        memory = self.memory
         for block in reversed(list(blocks)):
             self._references[block] -= 1
             assert self._references[block] >= 0
             if self._references[block] == 0:
+                self._used -= 1
+                self._used_in[block // memory.extent] -= 1
                 if block in self._hash_of:
-                    self._idle[block] = None
+                    self._releases += 1
+                    value = memory.ledger.value(
+                        self._uses[block],
+                        memory.block_seconds,
+                        memory.extent_bytes // memory.extent,
+                    )
+                    self._idle[block] = value, self._releases
+                    heapq.heappush(self._order, (value, self._releases, block))
                 else:
-                    self._free.append(block)
+                    heapq.heappush(self._free, block)
+        if len(self._order) > 2 * len(self._idle) + 64:
+            self._order = [(*entry, block) for block, entry in self._idle.items()]
+            heapq.heapify(self._order)
 
     def references(self, block: int) -> int:
         """How many sequences hold the block."""
@@ -124,7 +195,8 @@ class BlockManager:
                 break
             if self._references[block] == 0:
                 del self._idle[block]
-            self._references[block] += 1
+            self._hold(block)
+            self._uses[block] += 1
             blocks.append(block)
             hashes.append(parent)
         self.hit_tokens += len(blocks) * size
@@ -137,26 +209,97 @@ class BlockManager:
             return
         self._block_of[content] = block
         self._hash_of[block] = content
+        self._uses[block] = 1
 
     def forget(self, blocks: Iterable[int]) -> None:
         """Take the blocks out of the prefix index: their content is not to be used again."""
         for block in blocks:
             content = self._hash_of.pop(block, None)
             if content is not None:
-                del self._block_of[content]
+                del self._block_of[content], self._uses[block]
             if block in self._idle:
                 del self._idle[block]
-                self._free.append(block)
+                heapq.heappush(self._free, block)
 
     def check_integrity(self) -> None:
         """Raise if a block is lost or held twice. Called when nothing runs, and by tests."""
+        extent = self.memory.extent
+        absent = {b for e in self._absent for b in self._blocks_of(e)}
         free, idle = set(self._free), set(self._idle)
         held = {b for b in range(1, self.blocks) if self._references[b] > 0}
-        if len(free) != len(self._free) or free & idle or free & held or idle & held:
+        states = (absent, free, idle, held)
+        if len(free) != len(self._free) or len(set().union(*states)) < sum(map(len, states)):
             raise AssertionError("a block is in two states")
-        if len(free) + len(idle) + len(held) != self.total:
+        if sum(map(len, states)) != self.total:
             raise AssertionError("a block is in no state")
         if {h: b for b, h in self._hash_of.items()} != self._block_of:
             raise AssertionError("the prefix index disagrees with itself")
+        if self._uses.keys() != self._hash_of.keys():
+            raise AssertionError("a block's uses are not those of its content")
         if any(b not in self._hash_of for b in idle):
             raise AssertionError("an idle block has no content")
+        if {(*entry, b) for b, entry in self._idle.items()} - set(self._order):
+            raise AssertionError("an idle block can never be evicted")
+        used_in = [sum(b in held for b in self._blocks_of(e)) for e in range(len(self._used_in))]
+        if used_in != self._used_in or self._used != len(held):
+            raise AssertionError("an extent's used blocks are counted wrongly")
+        there = len(self._used_in) - len(self._absent)
+        if self.memory.ledger.kv != there * self.memory.extent_bytes:
+            raise AssertionError(f"{there} extents of {extent} blocks, {self.memory.ledger.kv} B")
+        self.memory.ledger.check_integrity()
+
+    def _hold(self, block: int) -> None:
+        self._references[block] += 1
+        if self._references[block] == 1:
+            self._used += 1
+            self._used_in[block // self.memory.extent] += 1
+
+    def _blocks_of(self, extent: int) -> range:
+        """Its blocks that can be handed out."""
+        size = self.memory.extent
+        return range(max(1, extent * size), min(self.blocks, (extent + 1) * size))
+
+    def _extend(self, worth: float) -> bool:
+        """Take memory for one more extent, at the cost of idle adapters worth less."""
+        memory = self.memory
+        if not self._absent or not memory.ledger.take_kv(memory.extent_bytes, worth):
+            return False
+        for block in self._blocks_of(heapq.heappop(self._absent)):
+            heapq.heappush(self._free, block)
+        return bool(self._free) or self._extend(worth)  # the first may be the padding alone
+
+    def _cheapest(self) -> int | None:
+        """The idle block of the least value."""
+        while self._order:
+            value, when, block = self._order[0]
+            if self._idle.get(block) == (value, when):
+                return block
+            heapq.heappop(self._order)
+        return None
+
+    def _evict(self, block: int) -> None:
+        self.memory.ledger.clock = max(self.memory.ledger.clock, self._idle[block][0])
+        self.forget((block,))
+
+    def _offers(self) -> list[Offer]:
+        """Extents that nobody uses, the least valuable first, of equals the last; never the first,
+        which pads tables."""
+        absent, offers = set(self._absent), []
+        for extent in range(len(self._used_in) - 1, 0, -1):
+            if self._used_in[extent] or extent in absent:
+                continue
+            blocks = self._blocks_of(extent)
+            worth = sum(self._idle[b][0] for b in blocks if b in self._idle) / len(blocks)
+            offers.append(Offer(worth, self.memory.extent_bytes, partial(self._shrink, extent)))
+        return sorted(offers, key=lambda offer: offer.value)
+
+    def _shrink(self, extent: int) -> None:
+        """Forget an unused extent's blocks and give its memory back."""
+        gone = self._blocks_of(extent)
+        assert not self._used_in[extent]
+        self.forget(gone)
+        self._free = [b for b in self._free if b not in gone]
+        heapq.heapify(self._free)
+        heapq.heappush(self._absent, extent)
+        self.memory.drop(extent)
+        self.memory.ledger.kv -= self.memory.extent_bytes

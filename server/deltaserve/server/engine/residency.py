@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
@@ -12,6 +14,7 @@ from deltaserve.adapters.options import DEFAULT, LoadOptions
 from deltaserve.kernels.primitives import Prefix
 from deltaserve.server.engine.core import AdapterInfo, AdapterState, Tier
 from deltaserve.server.engine.masks import Chosen
+from deltaserve.server.engine.shares import Memory
 
 
 @dataclass(slots=True)
@@ -37,7 +40,9 @@ class Residency:
     waits for room. waiting_for_check: who asked for no more than that it be registered.
 
     Thousands may be registered, so what is kept of one that is not in memory is small, and texts
-    that many have in common are one object."""
+    that many have in common are one object. uses: requests since it came into memory. value: as in
+    `memory.Ledger`. shared: memory that others hold too, and its bytes, as far as that is known.
+    """
 
     name: str
     uri: str
@@ -49,9 +54,12 @@ class Residency:
     structure: Adapter | None = None  # without content
     prefix: Prefix | None = None
     prepared: Any = None
+    shared: dict[Hashable, int] = field(default_factory=dict)
     slot: int = 0
     views: dict[Chosen, View] = field(default_factory=dict)
     nbytes: int = 0
+    uses: int = 0
+    value: float = 0.0
     in_flight: int = 0
     running: int = 0
     loads: int = 0
@@ -64,7 +72,7 @@ class Residency:
     notes: tuple[str, ...] = ()
     source_bytes: int = 0
     loading: bool = False
-    crowded: bool = False  # running requests of other adapters leave it no room
+    crowded_since: float = 0.0  # `time.monotonic()`; 0 while there is room for it
     waiting_for_load: Futures = field(default_factory=list)
     waiting_for_check: Futures = field(default_factory=list)
     unloading: Future[int] | None = None
@@ -88,6 +96,15 @@ class Residency:
     def shrink(self) -> None:
         """It is not in memory any more: keep little."""
         self.notes = () if sum(map(len, self.notes)) > MAX_NOTES else _shared(self.notes)
+
+    @property
+    def crowded(self) -> bool:
+        """Running requests leave it no room."""
+        return self.crowded_since > 0
+
+    @crowded.setter
+    def crowded(self, crowded: bool) -> None:
+        self.crowded_since = (self.crowded_since or time.monotonic()) if crowded else 0.0
 
     def info(self) -> AdapterInfo:
         return AdapterInfo(
@@ -128,6 +145,10 @@ class Prepared(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+    @property
+    def memory(self) -> Memory:
+        """Every piece of memory that it keeps, by what other adapters' is known to be the same."""
+
     @property
     def prefix(self) -> Prefix | None: ...
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias
 
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.server.engine.masks import Chosen
-from deltaserve.server.engine.residency import Residency, View
+from deltaserve.server.engine.memory import Ledger, Offer
+from deltaserve.server.engine.residency import Prepared, Residency, View
+from deltaserve.server.engine.shares import Memory, Shares
 from deltaserve.server.errors import AdapterTooLarge
 
 
@@ -22,32 +28,72 @@ class Host(Protocol):
 
 Residencies: TypeAlias = list[Residency]
 
+PATIENCE = 1.0
+"""Seconds that an adapter waits for cache blocks to become idle before running requests are
+preempted for it."""
+
+MOST_SHARED = 16
+"""Pieces of memory that an adapter is known to share while it is not in memory."""
+
 
 class Residents:
-    """Changed on the engine thread alone. budget: bytes that they may take together. on_evicted:
-    called for each that has to go."""
+    """Changed on the engine thread alone, under `lock`. on_evicted: called for each that has to
+    go."""
 
-    def __init__(self, host: Host, budget: int, on_evicted: Callable[[Residency], None]) -> None:
-        self.budget = budget
+    def __init__(
+        self,
+        host: Host,
+        ledger: Ledger,
+        on_evicted: Callable[[Residency], None],
+        lock: threading.RLock,
+    ) -> None:
+        self.ledger = ledger
         self.evictions = 0
         self._host = host
         self._on_evicted = on_evicted
+        self._lock = lock
         self._in_slot: dict[int, Residency] = {}
+        self._shares: Shares[Residency] = Shares()
+        self._offers: Sequence[Offer] | None = None
         self._free_slots: Sequence[int] = ()
         self._next_slot = 1
+        ledger.idle_adapters = self._idle_offers
 
     @property
     def used_bytes(self) -> int:
-        return sum(r.nbytes for r in list(self._in_slot.values()))
+        """Bytes of all of them together; what several share is counted once."""
+        return self._shares.used
 
-    def check_room(self, need: int, what: str) -> None:
-        """AdapterTooLarge if `need` bytes can never be had beside the pinned ones. what: whose
-        they are, with the verb: ``adapter 'a' needs``."""
-        pinned = sum(r.nbytes for r in list(self._in_slot.values()) if r.pinned)
-        if need + pinned > self.budget:
-            beside = f" beside {pinned} bytes of pinned adapters" if pinned else ""
+    def begin_step(self) -> None:
+        """Values may have changed."""
+        self._offers = None
+
+    def used(self, residency: Residency) -> None:
+        """A request wants it: it is worth more."""
+        residency.uses += 1
+        self._revalue(residency)
+
+    def together(self, wanted: Collection[Residency], also: Memory = MappingProxyType({})) -> int:
+        """Bytes of these in memory, as far as it is known what they share."""
+        shared = {key: n for r in wanted for key, n in r.shared.items()}
+        alone = sum(r.nbytes - sum(r.shared.values()) for r in wanted)
+        alone += sum(n for key, n in also.items() if key not in shared)
+        return alone + sum(shared.values())
+
+    def check_room(
+        self, wanted: Collection[Residency], what: str, also: Memory = MappingProxyType({})
+    ) -> None:
+        """AdapterTooLarge if `wanted`, and what is in `also`, can never be had beside the pinned
+        ones. what: whose they are, with the verb: ``adapter 'a' needs``."""
+        with self._lock:
+            pinned = [r for r in self._in_slot.values() if r.pinned and r not in wanted]
+        need = self.together(wanted, also)
+        beside = self.together([*wanted, *pinned], also) - need
+        most = self.ledger.adapter_most
+        if need + beside > most:
+            among = f" beside {beside} bytes of pinned adapters" if beside else ""
             raise AdapterTooLarge(
-                f"{what} {need} bytes{beside}, the adapter memory is {self.budget} bytes in all",
+                f"{what} {need} bytes{among}, the adapter memory is {most} bytes in all",
                 field="adapters",
             )
 
@@ -55,35 +101,71 @@ class Residents:
         """greedy: even at the cost of adapters that other waiting requests want. The request that
         is served next may; so it is served as soon as running ones make room."""
         victims = [v for v in self._evictable(frozenset((residency,))) if greedy or not v.in_flight]
-        room = self.budget - self.used_bytes + sum(v.nbytes for v in victims)
-        return residency.nbytes <= room
+        known = sum(n for key, n in residency.shared.items() if self._shares.holds(key))
+        need = residency.nbytes - known
+        ledger, freed = self.ledger, self._shares.freed(victims, residency.shared)
+        blocks = sum(offer.nbytes for offer in ledger.idle_blocks())
+        after = self.used_bytes - freed + need
+        return after <= ledger.adapter_most and after + ledger.kv - blocks <= ledger.budget
 
-    def make_room(self, need: int, protected: frozenset[Residency]) -> bool:
-        """Evict until `need` bytes are free. False, and nobody goes, if that cannot be."""
+    def make_room(self, prepared: Prepared, protected: frozenset[Residency]) -> bool:
+        """Evict adapters and idle blocks until there is room for it, the least valuable first.
+        False, and nobody goes, if that cannot be."""
+        ledger, shares, memory = self.ledger, self._shares, prepared.memory
         victims = self._evictable(protected)
-        if self.used_bytes + need - sum(v.nbytes for v in victims) > self.budget:
+        blocks = ledger.idle_blocks()
+        after = shares.used - shares.freed(victims, memory) + shares.added(memory)
+        least = ledger.kv - sum(offer.nbytes for offer in blocks)
+        if after > ledger.adapter_most or after + least > ledger.budget:
             return False
-        for victim in victims:
-            if self.used_bytes + need <= self.budget:
-                break
-            self.take_out(victim)
-            self.evictions += 1
-            self._on_evicted(victim)
-        return True
+        offers = [*self._offered(victims), *blocks]
+        pending = sorted(offers, key=lambda offer: (offer.wanted, offer.value))
+        while True:
+            need = shares.added(memory)
+            too_many = shares.used + need > ledger.adapter_most
+            if not too_many and need <= ledger.free:
+                return True
+            going = next((o for o in pending if o.adapter or not too_many), None)
+            if going is None:  # one was pinned or wanted meanwhile
+                return False
+            pending.remove(going)
+            ledger.evict(going)
 
-    def put_in(self, residency: Residency, prepared: Any) -> None:
-        """Publish it in a slot. Raises what the host raises, and the slot is not used again."""
+    def promise(self, wanted: Sequence[Residency]) -> None:
+        """Have running sequences make way for the first of these that has found no room for long,
+        unless it is other adapters that are in its way."""
+        ledger, now = self.ledger, time.monotonic()
+        ledger.promised = 0
+        late = (r for r in wanted if r.crowded and now - r.crowded_since > PATIENCE)
+        for residency in late:
+            idle = self._shares.freed(self._evictable(frozenset(wanted)))
+            if self.used_bytes - idle + residency.nbytes <= ledger.adapter_most:
+                ledger.promised = residency.nbytes
+                return
+
+    def put_in(self, residency: Residency, prepared: Prepared, seconds: float) -> None:
+        """Publish it in a slot. seconds: its load took. Raises what the host raises, and the slot
+        is not used again."""
         slot = self._install(prepared)
         residency.slot, residency.nbytes = slot, prepared.nbytes
-        residency.prepared = prepared
+        residency.prepared, residency.load_seconds = prepared, seconds
         self._in_slot[slot] = residency
+        self._shares.add(residency, prepared.memory)
+        self._note_shares(residency)
+        self._revalue(residency)
+        self._changed()
 
-    def take_out(self, residency: Residency) -> None:
+    def take_out(self, residency: Residency) -> int:
+        """-> bytes freed: what nobody else holds."""
         assert not residency.views, "requests use some of its modules"
+        freed = self._shares.alone(residency)
         del self._in_slot[residency.slot]
+        self._shares.remove(residency)
         self._remove(residency.slot)
-        residency.slot = 0
+        self._changed()
+        residency.slot = residency.uses = 0
         residency.structure = residency.prefix = residency.prepared = None
+        return freed
 
     def enter(self, residency: Residency, chosen: Chosen) -> int:
         """The slot that a request uses until it calls `leave`: the adapter's own, or one with the
@@ -118,8 +200,62 @@ class Residents:
         self._host.remove(slot)
         self._free_slots = [slot, *self._free_slots]
 
+    def check_integrity(self) -> None:
+        """Raise if bytes, slots or views are lost or counted twice."""
+        self._shares.check_integrity()
+        self.ledger.check_integrity()
+        held = list(self._in_slot.values())
+        if self.ledger.adapters != self._shares.used:
+            raise AssertionError(f"{self.ledger.adapters} bytes booked, {self._shares.used} held")
+        if any(r.slot != slot for slot, r in self._in_slot.items()):
+            raise AssertionError("an adapter is in a slot that is not its own")
+        views = [v.slot for r in held for v in r.views.values()]
+        taken = [*self._in_slot, *views, *self._free_slots]
+        if sorted(taken) != list(range(1, self._next_slot)):
+            raise AssertionError(f"slots {sorted(taken)} of {self._next_slot - 1}")
+
     def _evictable(self, protected: frozenset[Residency]) -> Residencies:
         """Who could go, first the one least worth keeping."""
         held = self._in_slot.values()
         idle = [r for r in held if not r.running and not r.pinned and r not in protected]
-        return sorted(idle, key=lambda r: (r.in_flight > 0, r.last_used))
+        return sorted(idle, key=lambda r: (r.in_flight > 0, r.value, r.last_used))
+
+    def _idle_offers(self) -> Sequence[Offer]:
+        """Those that no request wants."""
+        if self._offers is None:
+            with self._lock:
+                idle = [r for r in self._evictable(frozenset()) if not r.in_flight]
+                self._offers = self._offered(idle)
+        return self._offers
+
+    def _offered(self, victims: Residencies) -> list[Offer]:
+        """In the order in which they would go."""
+        freed = self._shares.freed_one_by_one(victims)
+        return [
+            Offer(r.value, n, partial(self._evict, r), r.in_flight > 0, adapter=True)
+            for r, n in zip(victims, freed, strict=True)
+        ]
+
+    def _evict(self, residency: Residency) -> None:
+        with self._lock:
+            if not residency.ready or residency.running or residency.pinned:
+                return  # pinned since it was offered
+            self.take_out(residency)
+            self.evictions += 1
+            self._on_evicted(residency)
+
+    def _revalue(self, residency: Residency) -> None:
+        residency.value = self.ledger.value(
+            residency.uses, residency.load_seconds, residency.nbytes
+        )
+
+    def _note_shares(self, residency: Residency) -> None:
+        """It and its sharers know what they have in common, when they are out of memory too."""
+        for key, size in self._shares.shared(residency).items():
+            for r in self._shares.holders(key):
+                if len(r.shared) < MOST_SHARED:
+                    r.shared[key] = size
+
+    def _changed(self) -> None:
+        self.ledger.adapters = self._shares.used
+        self._offers = None

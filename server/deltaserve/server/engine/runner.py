@@ -16,7 +16,6 @@ from deltaserve.kernels.segments import Mix, Segments
 from deltaserve.server.engine.scheduler import Batch, Scheduled
 from deltaserve.server.engine.sequence import Sequence
 from deltaserve.server.model.context import AttentionStep, ForwardContext, KVStore, PrefillChunk
-from deltaserve.server.model.probe import LayerAttention
 
 
 class Model(Protocol):
@@ -25,23 +24,6 @@ class Model(Protocol):
     ctx: ForwardContext
 
     def forward(self, input_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor: ...
-
-
-def make_kv_store(
-    layers: Iterable[LayerAttention], blocks: int, block_size: int, dtype: torch.dtype
-) -> KVStore:
-    """A zeroed cache of `blocks` blocks for every layer."""
-    cells = blocks * block_size
-    keys, values = {}, {}
-    for layer in layers:
-        keys[layer.layer_idx] = torch.zeros(cells, layer.kv_heads, layer.key_dim, dtype=dtype)
-        values[layer.layer_idx] = torch.zeros(cells, layer.kv_heads, layer.value_dim, dtype=dtype)
-    return KVStore(keys, values, block_size, blocks)
-
-
-def kv_token_bytes(layers: Iterable[LayerAttention], dtype: torch.dtype) -> int:
-    """Bytes that the cache takes per token, all layers together."""
-    return sum(la.kv_heads * (la.key_dim + la.value_dim) for la in layers) * dtype.itemsize
 
 
 @dataclass(slots=True)

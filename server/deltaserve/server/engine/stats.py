@@ -11,6 +11,8 @@ class EngineStats:
 
     running, waiting: requests. running_adapters, waiting_adapters: names, sorted, without
     repetition. prefix_hits, prefix_queries: prompt tokens found and looked up in the prefix cache.
+    kv_blocks_idle: used by no sequence, kept in case their content is wanted again. kv_bytes: that
+    blocks take now. memory_budget: bytes of blocks and adapters together.
     Counters (prefix_*, preemptions, steps, adapter_loads, adapter_evictions) run since the start.
     adapter_bytes_device is 0 where the device computes in host memory.
     """
@@ -20,6 +22,9 @@ class EngineStats:
     kv_blocks_total: int = 0
     kv_blocks_used: int = 0
     kv_block_size: int = 0
+    kv_blocks_idle: int = 0
+    kv_bytes: int = 0
+    memory_budget: int = 0
     adapter_bytes_host: int = 0
     adapter_bytes_device: int = 0
     adapter_bytes_budget: int = 0
@@ -53,5 +58,6 @@ class EngineInfo:
     vocab_size: int
     formats: tuple[str, ...] = ()
     weights_bytes: int = 0
+    memory_budget_bytes: int = 0
     kv_cache_bytes: int = 0
     adapter_budget_bytes: int = 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.errors import UnsupportedAdapter
@@ -11,7 +12,7 @@ from deltaserve.kernels.embedding import PreparedEmbedding
 from deltaserve.kernels.linear import PreparedLinear
 from deltaserve.kernels.norm import PreparedNorm
 from deltaserve.kernels.primitives import AnyPrefix, GatedPrefix, Prefix, Primitive, tensors
-from deltaserve.kernels.table import unique_bytes
+from deltaserve.kernels.table import places
 from deltaserve.server.model.embedding import DeltaEmbedding
 from deltaserve.server.model.linear import LinearGroup
 from deltaserve.server.model.norm import DeltaNorm
@@ -33,13 +34,18 @@ class PreparedAdapter:
     def nbytes(self) -> int:
         """Bytes it takes while installed; a tensor that its modules share is counted once. What it
         shares with other adapters is counted for each of them: any of them may be the last."""
+        return sum(self.memory.values())
+
+    @cached_property
+    def memory(self) -> Mapping[Hashable, int]:
+        """Bytes of each of its tensors, by what tells tensors of other adapters from it."""
         held = [t for linear in self.linears.values() for t in linear.tensors()]
         held += [t for norm in self.norms.values() for t in norm.tensors()]
         if self.embedding is not None:
             held += self.embedding.tensors()
         for prefix in (self.prefix, self.gated):
             held += tensors(prefix) if prefix is not None else ()
-        return unique_bytes(held)
+        return places(held)
 
 
 class Modules:
