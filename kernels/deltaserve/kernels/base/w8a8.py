@@ -1,8 +1,10 @@
-"""W8A8: int8 weights times 8-bit inputs, in oneDNN's integer kernels."""
+"""W8A8: int8 weights times 8-bit inputs, multiplied in whole numbers: natively, or by oneDNN where
+there are no native kernels."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deltaserve.kernels.base import onednn
@@ -10,25 +12,64 @@ from deltaserve.kernels.native import library
 
 # Inputs are unsigned with this zero: a signed input falls to oneDNN's reference code, 100x slower.
 INPUT_ZERO = 128
-
 TOKENS_HINT = 16
+LANES, QUAD = 16, 4
 
 
 class W8A8:
-    """q: int8 [out, in]; scale: float32 [out], kept by the caller for as long as this lives."""
+    """q: int8 [out, in]; scale: float32 [out], kept by the caller for as long as this lives.
+
+    A token's inputs become ``q * scale`` with scale = max |x| / 127.
+    """
 
     def __init__(self, q: Tensor, scale: Tensor) -> None:
-        if not torch.cpu._is_vnni_supported():
-            raise ValueError('activations "int8" needs a processor with VNNI; use "float"')
-        self._packed = torch.ops.onednn.qlinear_prepack(q.contiguous(), [TOKENS_HINT, q.shape[1]])
+        self.out_features, self.in_features = q.shape
         self._scale = scale
+        self._native = library() is not None
+        if self._native:
+            self._packed = _pack(q)
+            self.nbytes = self._packed.numel()
+            return
+        if not torch.cpu._is_vnni_supported():
+            raise ValueError('activations "int8" needs a C compiler or VNNI; use "float"')
+        self._packed = torch.ops.onednn.qlinear_prepack(q.contiguous(), [TOKENS_HINT, q.shape[1]])
         self._zeros = torch.zeros(len(scale), dtype=torch.int64)
-        self.out_features = len(scale)
         self.nbytes = onednn.nbytes(self._packed) + onednn.nbytes(self._zeros)
 
     def __call__(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """x: [T, in] of `dtype`. Returns [T, out] of `dtype`."""
-        q, scale = _quantize(x.contiguous())
+        """x: [T, in] of `dtype`, float32 or bfloat16. Returns [T, out] of `dtype`."""
+        if not self._native:
+            return self._onednn(x, bias, dtype)
+        lib = library()
+        assert lib is not None
+        x = x.contiguous()
+        y = torch.empty(x.shape[0], self.out_features, dtype=dtype)
+        failed = lib["ds_w8a8"](
+            x.data_ptr(),
+            dtype == torch.bfloat16,
+            x.shape[0],
+            self.in_features,
+            y.data_ptr(),
+            self.out_features,
+            self._packed.data_ptr(),
+            self._scale.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError("no memory for the inputs of an int8 linear")
+        return y
+
+    def weight(self) -> Tensor:
+        """q [out, in] again, bit for bit."""
+        if self._native:
+            return _unpack(self._packed, self.out_features, self.in_features)
+        return onednn.unpack(self._packed).T.contiguous()
+
+    def _onednn(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        scale = x.abs().amax(1).float() / 127
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        q = (x.float() / scale[:, None]).round_().add_(INPUT_ZERO).to(torch.uint8)
         product = torch.ops.onednn.qlinear_pointwise(
             q,
             1.0,
@@ -44,47 +85,17 @@ class W8A8:
             [],
             "",
         )
-        return _rescale(product, scale, bias, dtype)
-
-    def weight(self) -> Tensor:
-        """q [out, in] again, bit for bit."""
-        return onednn.unpack(self._packed).T.contiguous()
-
-
-def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(uint8 [T, in], float32 scale [T]): ``x ~ (q - 128) * scale``."""
-    lib = library()
-    if lib is None:
-        scale = x.abs().amax(1).float() / 127
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        q = (x.float() / scale[:, None]).round_().add_(INPUT_ZERO).to(torch.uint8)
-        return q, scale
-    q = torch.empty(x.shape, dtype=torch.uint8)
-    scale = torch.empty(x.shape[0])
-    lib["ds_quantize_tokens"](
-        x.data_ptr(),
-        x.dtype == torch.bfloat16,
-        *x.shape,
-        q.data_ptr(),
-        scale.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return q, scale
-
-
-def _rescale(product: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    lib = library()
-    if lib is None:
         product.mul_(scale[:, None])
         return (product if bias is None else product.add_(bias)).to(dtype)
-    y = product if dtype == torch.float32 else torch.empty(product.shape, dtype=dtype)
-    lib["ds_rescale"](
-        product.data_ptr(),
-        scale.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        dtype == torch.bfloat16,
-        *product.shape,
-        torch.get_num_threads(),
-    )
-    return y
+
+
+def _pack(q: Tensor) -> Tensor:
+    """int8 [out, in] -> uint8 [out / 16, in / 4, 16, 4] of q + 128, as native/w8a8.c reads it."""
+    bytes_ = (q.view(torch.uint8) ^ 128).contiguous()
+    padded = F.pad(bytes_, (0, -q.shape[1] % QUAD, 0, -q.shape[0] % LANES), value=128)
+    return padded.view(-1, LANES, padded.shape[1] // QUAD, QUAD).transpose(1, 2).contiguous()
+
+
+def _unpack(packed: Tensor, out_features: int, in_features: int) -> Tensor:
+    rows = packed.transpose(1, 2).flatten(2).flatten(0, 1)[:out_features, :in_features]
+    return (rows.contiguous() ^ 128).view(torch.int8)

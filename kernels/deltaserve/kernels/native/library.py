@@ -62,10 +62,8 @@ SIGNATURES = {
     "ds_int4": (POINTER, INT, LONG, LONG, POINTER, LONG, *[POINTER] * 3, INT, LONG, POINTER, INT),
     # x, kind, tokens, in, y, out, q, scale, bias, threads
     "ds_int8": (POINTER, INT, LONG, LONG, POINTER, LONG, *[POINTER] * 3, INT),
-    # x, kind, tokens, in, q, scale, threads
-    "ds_quantize_tokens": (POINTER, INT, LONG, LONG, POINTER, POINTER, INT),
-    # product, scale, bias, y, kind, tokens, out, threads
-    "ds_rescale": (POINTER, POINTER, POINTER, POINTER, INT, LONG, LONG, INT),
+    # x, kind, tokens, in, y, out, q, scale, bias, threads
+    "ds_w8a8": (POINTER, INT, LONG, LONG, POINTER, LONG, *[POINTER] * 3, INT),
 }
 
 
