@@ -23,14 +23,22 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from peft_methods import CASES
 from rig import load_base, request, running
 from serving import until
 from test_equivalence import MIXES
-from variants import VARIANTS, make_base
+from variants import VARIANTS, make_base, open_base
 
 from deltaserve.adapters.errors import MalformedAdapter
 from deltaserve.server.engine.collector import Answer, Collector, generate
-from deltaserve.server.engine.core import Request
+from deltaserve.server.engine.core import (
+    AdapterRef,
+    Combination,
+    Member,
+    Request,
+    Rule,
+    Speculation,
+)
 from deltaserve.server.engine.engine import Engine
 from deltaserve.server.engine.sequence import Sequence
 from deltaserve.server.errors import (
@@ -61,6 +69,13 @@ EXCUSED = (
 )
 """What a request may end with while adapters come, go and are pinned, or it is cancelled."""
 
+METHODS = (
+    "adalora", "boft", "c3a", "cartridge", "cpt", "fourierft", "glora-lora", "gralora", "hira",
+    "hra", "ln-tuning", "loha", "lokr", "miss", "oft", "p-tuning", "randlora", "road-1",
+    "trainable-tokens", "vera",
+)  # fmt: skip
+KINDS = (*VARIANTS, *METHODS)
+
 _ids = itertools.count()
 
 
@@ -83,36 +98,49 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     generator = torch.Generator().manual_seed(5)
     for name, variant in VARIANTS.items():
         variant.make(base, roots / name, generator)
+    for name in METHODS:
+        CASES[name].make(open_base(base), roots / name)
     (roots / "damaged").mkdir()
     (roots / "damaged" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (roots / "damaged" / "adapter_model.safetensors").write_bytes(b"\xff" * 64)
     with running(load_base(base), [roots], max_batch_tokens=256) as engine:
-        for name in VARIANTS:
+        for name in KINDS:
             engine.adapters.load(name, str(roots / name)).result(60)
-        right = {r.request_id: generate(engine, [r], 60)[0] for r in pool(generator)}
+        right = {r.request_id: generate(engine, [r], 60)[0] for r in pool()}
         largest = max(a.resident_bytes for a in engine.adapters.list())
-    asked = [r for r in pool(torch.Generator().manual_seed(5)) if decided(right.get(r.request_id))]
+    asked = [r for r in pool() if decided(right[r.request_id])]
+    assert len(asked) > len(right) / 2
     return World(base, roots, asked, right, largest * 3 // 2)
 
 
-def pool(generator: torch.Generator) -> list[Request]:
-    """Greedy and seeded ones of the base, every kind, and mixes of kinds."""
+def pool() -> list[Request]:
+    """Greedy and seeded ones of the base, every kind, mixes and combinations of kinds. Some repeat
+    themselves, so that drafts of what comes next are right."""
     draws = random.Random(17)
-    kinds: list[Any] = ["", *VARIANTS, *MIXES.values()]
+    kinds: list[Any] = ["", *KINDS, *MIXES.values()]
     found = []
     for i, adapters in enumerate([*kinds, *kinds]):
-        length = draws.randint(3, 70)
-        prompt = [draws.randrange(256) for _ in range(length)]
-        seeded = {"temperature": 0.8, "seed": i} if i % 3 == 2 else {}
-        made = request(prompt, adapters, max_tokens=draws.randint(1, 24), logprobs=2, **seeded)
-        found.append(replace(made, request_id=f"pool{i}"))
+        prompt = [draws.randrange(256) for _ in range(draws.randint(3, 70))]
+        if i % 2:
+            prompt = (prompt[:8] * 9)[: len(prompt)]
+        how = {"temperature": 0.8, "seed": i} if i % 3 == 2 else {}
+        made = request(prompt, adapters, max_tokens=draws.randint(1, 24), logprobs=2, **how)
+        if i % 7 == 3:
+            made = replace(made, adapters=(), combination=combination(made, draws))
+        found.append(replace(made, request_id=f"pool{i}", speculation=Speculation(i % 5)))
     return found
 
 
-def decided(answer: Answer | None) -> bool:
+def combination(asked: Request, draws: random.Random) -> Combination:
+    """The request's adapters and another kind, each with a cache of its own."""
+    other = (AdapterRef(draws.choice(["lora", "bitdelta", "ia3"])),)
+    rule = draws.choice([Rule.MEAN, Rule.PRODUCT])
+    return Combination((Member(asked.adapters), Member(other, 0.5)), rule)
+
+
+def decided(answer: Answer) -> bool:
     """Rounding cannot change the greedy tokens; of drawn ones nothing is known, but a draw is a
     comparison as well, and a different one would be seen in few of them."""
-    assert answer is not None
     return all(len(p.top) < 2 or abs(p.top[0][1] - p.top[1][1]) > MARGIN for p in answer.logprobs)
 
 
@@ -139,11 +167,11 @@ class Tally:
         except EXCUSED as error:
             self.done[type(error).__name__] += 1
         except (RequestError, TimeoutError) as error:
-            self.wrong.append(f"{plan.request_id} {plan.adapters}: {error!r} {engine.stats()}")
+            self.wrong.append(f"{plan}: {error!r} {engine.stats()}")
         else:
             self.done["answered"] += 1
             if not equal(got, world.right[plan.request_id]):
-                self.wrong.append(f"{plan.request_id} {plan.adapters}: {got.token_ids}")
+                self.wrong.append(f"{plan}: {got.token_ids}")
 
 
 def equal(got: Answer, right: Answer) -> bool:
@@ -156,7 +184,7 @@ def equal(got: Answer, right: Answer) -> bool:
 
 def churn(engine: Engine, world: World, draws: random.Random, tally: Tally) -> None:
     """One change to the adapters. Waits for it now and then, so that not all of them overlap."""
-    name = draws.choice(list(VARIANTS))
+    name = draws.choice(KINDS)
     what = draws.choice(("load", "load", "load", "unload", "pin", "unpin", "damaged", "list"))
     futures: list[Future[Any]] = []
     try:
@@ -187,7 +215,7 @@ def test_everything_at_once(world: World) -> None:
     config = {"kv_cache_bytes": KV_BLOCKS * 8 * token_bytes, "max_sequences": 12}
     tally = Tally()
     with running(model, [world.roots], adapter_bytes=world.adapter_bytes, **config) as engine:
-        for name in VARIANTS:
+        for name in KINDS:
             engine.adapters.load(name, world.uri(name)).result(60)
         early = soak(engine, world, seed, tally)
         assert not tally.wrong, (seed, tally.wrong[:5], engine.adapters.list())
