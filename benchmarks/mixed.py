@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import resource
 import subprocess
@@ -21,9 +19,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from common import busy_seconds, cores, machine, make_models, save
 
 PROMPT, NEW = 64, 64
 WORKLOADS = ("W1", "W4", "W2", "W3")
@@ -183,19 +182,6 @@ def work(args: argparse.Namespace) -> None:
             print(json.dumps(row), flush=True)
 
 
-def cores() -> int:
-    return os.cpu_count() or 1
-
-
-def busy_seconds() -> float:
-    """CPU seconds that the machine spent on anything but this process, since it started."""
-    import psutil
-
-    t, own = psutil.cpu_times(), os.times()
-    idle = t.idle + getattr(t, "iowait", 0.0)
-    return sum(t[:8]) - idle - own.user - own.system if len(t) >= 8 else 0.0
-
-
 # All of them, by turns:
 
 
@@ -212,23 +198,6 @@ def measure(args: argparse.Namespace, model: str, engine: str, form: str) -> lis
         sys.exit(f"{engine} {form} on {model} failed:\n{done.stderr[-3000:]}")
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return [{"model": model, "engine": engine, "form": form, **row} for row in rows]
-
-
-def machine() -> dict[str, Any]:
-    with open("/proc/cpuinfo") as f:
-        name = next((x.split(":")[1].strip() for x in f if x.startswith("model name")), "?")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    packages = ("deltaserve", "torch", "transformers", "peft")
-    return {
-        "cpu": name,
-        "cores": cores(),
-        "python": platform.python_version(),
-        "commit": commit,
-        "date": time.strftime("%Y-%m-%d"),
-        **{p: version(p) for p in packages},
-    }
 
 
 def agreement(rows: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:
@@ -303,11 +272,7 @@ def main() -> None:
         work(args)
         return
     models = args.only.split(",")
-    missing = [m for m in models if not (args.models / m / "config.json").exists()]
-    if missing:
-        script = Path(__file__).parent / "models.py"
-        making = [sys.executable, str(script), "--out", str(args.models)]
-        subprocess.run([*making, "--only", ",".join(missing)], check=True)
+    make_models(args.models, models)
     rows: list[dict[str, Any]] = []
     for model in models:
         for _ in range(args.repeat):
@@ -325,11 +290,7 @@ def main() -> None:
     for row in rows:
         del row["answers"]
     if args.save:
-        file = Path(__file__).parent / "results" / "mixed.jsonl"
-        file.parent.mkdir(exist_ok=True)
-        with file.open("a") as f:
-            for row in rows:
-                f.write(json.dumps({**machine(), **row}) + "\n")
+        save(rows, "mixed.jsonl")
     print(json.dumps({"machine": machine(), "rows": rows}))
 
 
