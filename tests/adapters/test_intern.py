@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 
 from deltaserve.adapters.adapter import Adapter
+from deltaserve.adapters.finite import finite
 from deltaserve.adapters.intern import intern
 from deltaserve.adapters.load import load
+from deltaserve.adapters.marks import content_digest, read_as
 from deltaserve.kernels import content
 from deltaserve.kernels.linear import LinearDeltas
 from deltaserve.kernels.primitives import LowRank, SparseCols
@@ -130,3 +133,33 @@ def test_nothing_is_kept_alive() -> None:
     del found
     gc.collect()
     assert len(content._known) == before
+
+
+def test_what_was_written_to_since_it_was_read_is_not_taken_for_what_was_read() -> None:
+    """Its digest is that of its bytes now: through itself or a view, and never across shapes."""
+    for change in (
+        lambda t: t.mul_(2),
+        lambda t: t[0].zero_(),
+        lambda t: t.T.add_(1),
+        lambda t: None,
+    ):
+        value = torch.randn(4, 6)
+        read_as(value, hashlib.sha256(value.numpy().tobytes()).digest())
+        before = content_digest(value)
+        assert before == content_digest(value.clone())
+        change(value)
+        assert content_digest(value) == content_digest(value.clone())
+        assert content_digest(value.view(6, 4)) != content_digest(value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_one_number_that_is_none_is_found_wherever_it_is(dtype: torch.dtype) -> None:
+    info = torch.finfo(dtype)
+    assert finite(torch.tensor([info.max, info.min, 0.0], dtype=dtype))
+    assert finite(torch.empty(0, 3, dtype=dtype))
+    for size in (1, 7, 64, 1001):
+        for bad in (float("nan"), float("inf"), -float("inf")):
+            value = torch.randn(size).to(dtype)
+            assert finite(value)
+            value[int(torch.randint(size, ()))] = bad
+            assert not finite(value), (size, bad)

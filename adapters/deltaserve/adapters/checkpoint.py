@@ -19,7 +19,9 @@ from deltaserve.adapters.errors import (
     MalformedAdapter,
     SourceForbidden,
 )
+from deltaserve.adapters.finite import finite
 from deltaserve.adapters.json_file import read_object
+from deltaserve.adapters.marks import read_as
 from deltaserve.adapters.plain_file import open_plain
 from deltaserve.adapters.safetensors_header import MAX_TENSORS, TensorEntry, read_header
 
@@ -69,17 +71,15 @@ class Checkpoint:
         return sum(os.fstat(fd).st_size for fd in self._fds.values())
 
     def tensor(self, name: str) -> Tensor:
-        """A fresh copy of one tensor; `InvalidAdapter` if a float in it is not finite."""
+        """A fresh copy of one tensor, which knows its digest (`marks`); `InvalidAdapter` if a float
+        in it is not finite."""
         entry = self.entries[name]
-        data = self._read(name)
-        shape = entry.shape
-        if not data:
-            return torch.empty(shape, dtype=entry.dtype)
-        value = torch.frombuffer(data, dtype=entry.dtype).reshape(shape)
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        value = self._read(name).view(entry.dtype).reshape(entry.shape)
+        if value.is_floating_point() and not finite(value):
             raise InvalidAdapter(
                 f"{self.path}: tensor {name!r} holds values that are not finite", field=name
             )
+        read_as(value, self._hashes[name])
         return value
 
     def digest(self, config: Mapping[str, Any]) -> str:
@@ -93,17 +93,19 @@ class Checkpoint:
             total.update(self._hashes[name])
         return total.hexdigest()
 
-    def _read(self, name: str) -> bytearray:
+    def _read(self, name: str) -> Tensor:
+        """Its bytes, uint8. The pages are first touched while reading, which leaves other threads
+        their turn; a buffer that Python fills with zeros would not."""
         entry = self.entries[name]
-        data = bytearray(entry.nbytes)
-        view = memoryview(data)
+        data = torch.empty(entry.nbytes, dtype=torch.uint8)
+        view = data.numpy().data
         done = 0
         while done < entry.nbytes:
             count = os.preadv(self._owner[name], [view[done:]], entry.offset + done)
             if count == 0:
                 raise MalformedAdapter(f"{self.path}: truncated while being read")
             done += count
-        found = hashlib.sha256(data).digest()
+        found = hashlib.sha256(view).digest()
         if self._hashes.setdefault(name, found) != found:
             raise MalformedAdapter(f"{self.path}: tensor {name!r} changed while being read")
         return data

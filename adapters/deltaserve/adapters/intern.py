@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from deltaserve.adapters.fingerprint import tensor_digest
+from deltaserve.adapters.marks import content_digest
 from deltaserve.kernels.content import canonical
 from deltaserve.kernels.primitives import AnyPrefix, Primitive, mapped
 
@@ -40,4 +40,4 @@ def _one(tensor: Tensor) -> Tensor:
     if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
         return tensor
     tensor = tensor.contiguous()
-    return canonical(tensor, tensor_digest(tensor))
+    return canonical(tensor, content_digest(tensor))

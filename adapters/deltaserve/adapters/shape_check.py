@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deltaserve.adapters.base import BaseSpec, LayerKV, ModuleKind, ModuleSpec
 from deltaserve.adapters.errors import InvalidAdapter
+from deltaserve.adapters.finite import finite
 from deltaserve.kernels.primitives import (
     AnyPrefix,
     Bias,
@@ -129,7 +130,7 @@ def check_prefix(prefix: AnyPrefix, base: BaseSpec) -> None:
         _check_layer(prefix.keys[number], prefix.values[number], number, layer, count)
     if not any(counts):
         raise InvalidAdapter("the prefix has no token in any layer", field="prefix")
-    if not all(bool(torch.isfinite(t).all()) for t in tensors(prefix)):
+    if not all(finite(t) for t in tensors(prefix)):
         raise InvalidAdapter("the prefix holds values that are not finite", field="prefix")
 
 
@@ -210,7 +211,7 @@ def _shape(
 def _check_finite(primitive: Primitive, module: ModuleSpec) -> None:
     """Lowering itself can overflow, so what it made is looked at again."""
     for value in tensors(primitive):
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if value.is_floating_point() and not finite(value):
             raise _error(module, primitive, "", "holds values that are not finite")
 
 
