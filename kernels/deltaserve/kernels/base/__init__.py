@@ -1,5 +1,6 @@
-"""Base weights: dense, int8 or int4, each a linear that knows its own dequantized weight."""
+"""Base weights of every kind, each a linear that knows its own dequantized weight."""
 
+from deltaserve.kernels.base.bytes import ByteLinear
 from deltaserve.kernels.base.dense import DenseLinear
 from deltaserve.kernels.base.int4 import Int4Linear
 from deltaserve.kernels.base.int8 import Int8Linear
@@ -10,6 +11,7 @@ from deltaserve.kernels.base.quantize import dequantize, quantize
 
 __all__ = [
     "BaseLinear",
+    "ByteLinear",
     "DenseLinear",
     "Int4Linear",
     "Int8Linear",

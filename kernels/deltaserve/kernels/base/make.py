@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deltaserve.kernels.base.bytes import ByteLinear
 from deltaserve.kernels.base.dense import DenseLinear
 from deltaserve.kernels.base.int4 import Int4Linear
 from deltaserve.kernels.base.int8 import Int8Linear
@@ -70,6 +71,9 @@ def concat(linears: Sequence[BaseLinear]) -> BaseLinear:
     scale = torch.cat([h["scale"] for h in held])
     if isinstance(first, Int8Linear):
         return Int8Linear(q, scale, bias, first.dtype, first.activations)
+    if isinstance(first, ByteLinear):
+        zeros = None if "zero" not in held[0] else torch.cat([h["zero"] for h in held])
+        return ByteLinear(q, scale, zeros, bias, first.dtype, first.group_size)
     assert isinstance(first, Int4Linear)
     zero = torch.cat([h["zero"] for h in held])
     return Int4Linear(q, scale, zero, bias, first.dtype, first.group_size)

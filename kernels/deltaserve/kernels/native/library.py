@@ -64,6 +64,22 @@ SIGNATURES = {
     "ds_int8": (POINTER, INT, LONG, LONG, POINTER, LONG, *[POINTER] * 3, INT),
     # x, kind, tokens, in, y, out, q, scale, bias, threads
     "ds_w8a8": (POINTER, INT, LONG, LONG, POINTER, LONG, *[POINTER] * 3, INT),
+    # x, kind, tokens, in, y, out, q, its kind, scale, zero, group size, bias, threads
+    "ds_bytes": (
+        POINTER,
+        INT,
+        LONG,
+        LONG,
+        POINTER,
+        LONG,
+        POINTER,
+        INT,
+        POINTER,
+        POINTER,
+        LONG,
+        POINTER,
+        INT,
+    ),
 }
 
 
