@@ -108,6 +108,125 @@ def gptq(
     return pack
 
 
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def awq(group_size: int, *, version: str = "gemm") -> Pack:
+    """Asymmetric, 4 bits. gemv: scales and zeros padded as AutoAWQ pads them."""
+
+    def reordered(values: Tensor) -> Tensor:
+        return values.view(len(values), -1, 8)[:, :, AWQ_ORDER].flatten(1)
+
+    def pack(module: str, weight: Tensor, generator: torch.Generator) -> tuple[Tensors, Tensor]:
+        r = rounded(weight, 4, group_size, symmetric=False, generator=generator)
+        zero = r.zero.long()
+        if version == "gemm":
+            return {
+                "qweight": rows(reordered(r.q.T), 4),
+                "qzeros": rows(reordered(zero.T), 4),
+                "scales": r.scale.T.contiguous().half(),
+            }, r.weight()
+        words = 4 * -(-zero.shape[1] // 32)
+        wide = torch.zeros(len(zero), words * 8)
+        wide[:, : zero.shape[1]] = r.scale
+        padded = torch.zeros(len(zero), words * 8, dtype=torch.long)
+        padded[:, : zero.shape[1]] = zero
+        return {
+            "qweight": rows(r.q, 4),
+            "qzeros": rows(padded, 4),
+            "scales": wide.half(),
+        }, r.weight()
+
+    return pack
+
+
+def compressed(
+    bits: int,
+    group_size: int,
+    *,
+    symmetric: bool = True,
+    order: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Pack:
+    """compressed-tensors' pack-quantized: signed values, stored plus half their range."""
+
+    def pack(module: str, weight: Tensor, generator: torch.Generator) -> tuple[Tensors, Tensor]:
+        r = rounded(
+            weight,
+            bits,
+            group_size,
+            symmetric=symmetric,
+            generator=generator,
+            order=order,
+            dtype=dtype,
+        )
+        parts = {
+            "weight_packed": rows(r.q, bits),
+            "weight_shape": torch.tensor(weight.shape),
+            "weight_scale": r.scale.to(dtype),
+        }
+        if not symmetric:
+            parts["weight_zero_point"] = rows(r.zero.long().T, bits).T.contiguous()
+        if order:
+            parts["weight_g_idx"] = r.group.int()
+        return parts, r.weight()
+
+    return pack
+
+
+def int8(strategy: str, *, symmetric: bool = True, group_size: int = 32) -> Pack:
+    """compressed-tensors' int-quantized."""
+
+    def pack(module: str, weight: Tensor, generator: torch.Generator) -> tuple[Tensors, Tensor]:
+        size = group_size if strategy == "group" else -1
+        flat = weight.reshape(1, -1) if strategy == "tensor" else weight
+        r = rounded(flat, 8, size, symmetric=symmetric, generator=generator, dtype=torch.bfloat16)
+        parts = {
+            "weight": (r.q - 128).to(torch.int8).view(weight.shape),
+            "weight_scale": r.scale.bfloat16(),
+        }
+        if not symmetric:
+            parts["weight_zero_point"] = (r.zero - 128).to(torch.int8)
+        if strategy == "tensor":
+            parts |= {k: v.reshape(1) for k, v in parts.items() if k != "weight"}
+        return parts, r.weight().view(weight.shape)
+
+    return pack
+
+
+def fp8(strategy: str, *, name: str = "weight_scale", block: tuple[int, int] = (128, 128)) -> Pack:
+    """Scales of the strategies "tensor", "scalar", "row", "channel" (rows as [out, 1]), "block"."""
+
+    def pack(module: str, weight: Tensor, generator: torch.Generator) -> tuple[Tensors, Tensor]:
+        out, inner = weight.shape
+        height, width = {
+            "tensor": (out, inner),
+            "scalar": (out, inner),
+            "row": (1, inner),
+            "channel": (1, inner),
+            "block": block,
+        }[strategy]
+        scale = torch.zeros(-(-out // height), -(-inner // width))
+        q = torch.zeros(out, inner, dtype=torch.uint8)
+        dense = torch.zeros(out, inner)
+        for i in range(len(scale)):
+            for j in range(scale.shape[1]):
+                at = slice(i * height, (i + 1) * height), slice(j * width, (j + 1) * width)
+                scale[i, j] = weight[at].abs().max() / 448
+                bytes_ = (weight[at] / scale[i, j]).to(torch.float8_e4m3fn)
+                q[at] = bytes_.view(torch.uint8)
+                dense[at] = (bytes_.double() * scale[i, j].double()).float()
+        shapes = {"tensor": (1,), "scalar": (), "row": (out,)}
+        parts = {
+            "weight": q.view(torch.float8_e4m3fn),
+            name: scale.reshape(shapes.get(strategy, scale.shape)),
+            "input_scale": torch.tensor(0.5),
+        }
+        return parts, dense
+
+    return pack
+
+
 def write(
     source: Path,
     packed: Path,

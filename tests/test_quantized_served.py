@@ -32,6 +32,26 @@ CHECKPOINTS: dict[str, tuple[packers.Pack, dict[str, Any]]] = {
             "checkpoint_format": "gptq_v2",
         },
     ),
+    "gptq-of-8-bits": (packers.gptq(8, 32, symmetric=False), {**GPTQ, "bits": 8, "sym": False}),
+    "awq": (packers.awq(32), {"quant_method": "awq", "bits": 4, "group_size": 32}),
+    "fp8-of-blocks": (
+        packers.fp8("block", name="weight_scale_inv", block=(32, 24)),
+        {"quant_method": "fp8", "weight_block_size": [32, 24]},
+    ),
+    "compressed-tensors": (
+        packers.compressed(4, 32),
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "ignore": ["lm_head"],
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": {"num_bits": 4, "strategy": "group", "group_size": 32},
+                }
+            },
+        },
+    ),
 }
 
 

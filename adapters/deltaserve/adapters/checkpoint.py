@@ -23,7 +23,7 @@ from deltaserve.adapters.finite import finite
 from deltaserve.adapters.json_file import read_object
 from deltaserve.adapters.marks import read_as
 from deltaserve.adapters.plain_file import open_plain
-from deltaserve.adapters.safetensors_header import MAX_TENSORS, TensorEntry, read_header
+from deltaserve.adapters.safetensors_header import DTYPES, MAX_TENSORS, TensorEntry, read_header
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 MAX_SHARDS = 256
@@ -40,7 +40,9 @@ class Checkpoint:
     the file.
     """
 
-    def __init__(self, path: Path, fds: Mapping[str, int]) -> None:
+    def __init__(
+        self, path: Path, fds: Mapping[str, int], dtypes: Mapping[str, torch.dtype] = DTYPES
+    ) -> None:
         self.path = path
         self.entries: dict[str, TensorEntry] = {}
         self.metadata: dict[str, Any] = {}
@@ -48,7 +50,7 @@ class Checkpoint:
         self._owner: dict[str, int] = {}
         self._hashes: dict[str, bytes] = {}
         for name, fd in self._fds.items():
-            entries, metadata = read_header(fd, name)
+            entries, metadata = read_header(fd, name, dtypes)
             twice = entries.keys() & self.entries.keys()
             if twice:
                 raise MalformedAdapter(f"{name}: tensor {min(twice)!r} is in another shard too")

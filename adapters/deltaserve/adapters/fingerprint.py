@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deltaserve.adapters.checkpoint import open_files
-from deltaserve.adapters.safetensors_header import TensorEntry, read_header
+from deltaserve.adapters.safetensors_header import BASE_DTYPES, TensorEntry, read_header
 
 CHUNK = 8 << 20
 THREADS = 4
@@ -25,7 +25,7 @@ def tensor_digests(folder: str | Path) -> dict[str, str]:
     digests: dict[str, str] = {}
     with open_files(Path(folder), ("model",)) as fds, ThreadPoolExecutor(THREADS) as pool:
         for name, fd in fds.items():
-            entries, _ = read_header(fd, name)
+            entries, _ = read_header(fd, name, BASE_DTYPES)
             if not entries:
                 continue
             with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as data:

@@ -9,6 +9,7 @@ and hundreds of megabytes to list; ours must fit the caps below.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -39,6 +40,9 @@ DTYPES = {
     "F64": torch.float64,
 }
 
+BASE_DTYPES = {**DTYPES, "F8_E4M3": torch.float8_e4m3fn}
+"""What a base may hold: its quantized weights come with scales, which an adapter's would lack."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
@@ -50,14 +54,17 @@ class TensorEntry:
     nbytes: int
 
 
-def read_header(fd: int, where: str) -> tuple[dict[str, TensorEntry], dict[str, Any]]:
-    """Entries by tensor name, and the file's own metadata, of an open safetensors file."""
+def read_header(
+    fd: int, where: str, dtypes: Mapping[str, torch.dtype] = DTYPES
+) -> tuple[dict[str, TensorEntry], dict[str, Any]]:
+    """Entries by tensor name, and the file's own metadata, of an open safetensors file. dtypes: by
+    the names that headers have for them; others are refused."""
     size = os.fstat(fd).st_size
     if size < 8:
         raise MalformedAdapter(f"{where}: {size} bytes is too short for a safetensors file")
-    start = os.pread(fd, 9, 0)
-    _refuse_pickle(start, where)
-    length = int.from_bytes(start[:8], "little")
+    begin = os.pread(fd, 9, 0)
+    _refuse_pickle(begin, where)
+    length = int.from_bytes(begin[:8], "little")
     if length > MAX_HEADER_BYTES:
         raise MalformedAdapter(
             f"{where}: header of {length} bytes; at most {MAX_HEADER_BYTES} are read"
@@ -70,8 +77,9 @@ def read_header(fd: int, where: str) -> tuple[dict[str, TensorEntry], dict[str, 
     metadata = raw.pop("__metadata__", {})
     if len(raw) > MAX_TENSORS:
         raise MalformedAdapter(f"{where}: {len(raw)} tensors; at most {MAX_TENSORS} are read")
-    entries = {name: _entry(name, value, 8 + length, where) for name, value in raw.items()}
-    _check_cover(entries, 8 + length, size, where)
+    start = 8 + length
+    entries = {name: _entry(name, value, start, where, dtypes) for name, value in raw.items()}
+    _check_cover(entries, start, size, where)
     return entries, metadata if isinstance(metadata, dict) else {}
 
 
@@ -85,7 +93,9 @@ def _refuse_pickle(start: bytes, where: str) -> None:
         )
 
 
-def _entry(name: str, value: Any, base: int, where: str) -> TensorEntry:
+def _entry(
+    name: str, value: Any, base: int, where: str, dtypes: Mapping[str, torch.dtype]
+) -> TensorEntry:
     def bad(what: str) -> MalformedAdapter:
         return MalformedAdapter(f"{where}: tensor {name[:200]!r}: {what}", field=name[:200])
 
@@ -98,13 +108,13 @@ def _entry(name: str, value: Any, base: int, where: str) -> TensorEntry:
         raise bad(f"shape must be at most {MAX_DIMENSIONS} integers >= 0")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise bad("data_offsets must be two integers, begin <= end")
-    if not isinstance(value["dtype"], str) or value["dtype"] not in DTYPES:
+    if not isinstance(value["dtype"], str) or value["dtype"] not in dtypes:
         raise UnsupportedAdapter(
             f"{where}: tensor {name[:200]!r}: dtype {str(value['dtype'])[:40]!r} is not read; "
-            f"known: {', '.join(DTYPES)}",
+            f"known: {', '.join(dtypes)}",
             field=name[:200],
         )
-    dtype = DTYPES[value["dtype"]]
+    dtype = dtypes[value["dtype"]]
     nbytes = prod(shape) * dtype.itemsize
     if nbytes != offsets[1] - offsets[0]:
         raise bad(f"{nbytes} bytes by its shape, {offsets[1] - offsets[0]} by its offsets")

@@ -16,6 +16,7 @@ from deltaserve.adapters.base import BaseSpec, LayerKV, ModuleKind, ModuleSpec
 from deltaserve.adapters.checkpoint import Checkpoint, open_files
 from deltaserve.adapters.errors import UnsupportedAdapter
 from deltaserve.adapters.fingerprint import fingerprint, tensor_digest, tensor_digests
+from deltaserve.adapters.safetensors_header import BASE_DTYPES
 from deltaserve.kernels.check import check_linear
 from deltaserve.kernels.embedding import EmbeddingDeltas
 from deltaserve.kernels.norm import NormDeltas
@@ -77,7 +78,7 @@ def peek(path: str | Path, *, allow_untested: bool = False) -> Iterator[Peek]:
     skeleton = skeleton_of(folder, DTYPE, None, allow_untested)
     config = skeleton.config.to_dict()
     with open_files(folder, ("model",)) as fds:
-        weights = _Weights(folder, skeleton, Checkpoint(folder, fds))
+        weights = _Weights(folder, skeleton, Checkpoint(folder, fds, BASE_DTYPES))
         spec = BaseSpec(
             modules=skeleton.modules,
             layers=tuple(

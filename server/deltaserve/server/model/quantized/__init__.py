@@ -5,11 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from deltaserve.server.model.errors import UnsupportedModel
+from deltaserve.server.model.quantized.awq import Awq
+from deltaserve.server.model.quantized.compressed_tensors import CompressedTensors
 from deltaserve.server.model.quantized.format import Format
+from deltaserve.server.model.quantized.fp8 import Fp8
 from deltaserve.server.model.quantized.gptq import Gptq
 from deltaserve.server.model.quantized.packed import Packed
 
-FORMATS: dict[str, type[Format]] = {"gptq": Gptq}
+FORMATS: dict[str, type[Format]] = {
+    "awq": Awq,
+    "compressed-tensors": CompressedTensors,
+    "fbgemm_fp8": Fp8,
+    "fp8": Fp8,
+    "gptq": Gptq,
+}
 """By `quant_method`."""
 
 __all__ = ["FORMATS", "Format", "Packed", "format_of"]

@@ -20,12 +20,12 @@ class Format(ABC):
 
     label: what `BaseSpec.quantization` says. notes: what is computed otherwise than the config
     asks for, in words. parts: what follows a module's path in the names of its packed tensors.
-    mark: the part by which a packed module is known.
+    marks: parts by which a packed module is known.
     """
 
     label: str
     notes: tuple[str, ...] = ()
-    mark: ClassVar[str]
+    marks: ClassVar[tuple[str, ...]]
     parts: ClassVar[tuple[str, ...]]
 
     @abstractmethod
@@ -37,12 +37,16 @@ class Format(ABC):
 
     def modules(self, entries: Mapping[str, TensorEntry]) -> dict[str, list[str]]:
         """Path of a packed module -> parts of it that the checkpoint has."""
-        suffix = f".{self.mark}"
-        found: dict[str, list[str]] = {
-            name.removesuffix(suffix): [] for name in entries if name.endswith(suffix)
-        }
+        found: dict[str, list[str]] = {}
+        for mark in self.marks:
+            ends = f".{mark}"
+            found |= {n.removesuffix(ends): [] for n in entries if n.endswith(ends)}
         for module, parts in found.items():
             parts += [part for part in self.parts if f"{module}.{part}" in entries]
             if "weight" not in self.parts and f"{module}.weight" in entries:
-                raise MalformedModel(f"{module} has both {self.mark} and weight")
+                raise MalformedModel(f"{module} has both {parts[0]} and weight")
+        for name, entry in entries.items():
+            bare = entry.dtype == torch.float8_e4m3fn
+            if bare and name.rpartition(".")[0] not in found:
+                raise MalformedModel(f"{name} is of 8-bit floats and has no scale")
         return found

@@ -18,14 +18,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from deltaserve.kernels.base import BaseLinear, Int4Linear, PermutedLinear
+from deltaserve.kernels.base import BaseLinear
 from deltaserve.server.model.errors import MalformedModel, UnsupportedModel
 from deltaserve.server.model.quantized import bits as streams
+from deltaserve.server.model.quantized.build import WIDTHS, order_of, whole
 from deltaserve.server.model.quantized.fields import Fields
 from deltaserve.server.model.quantized.format import Format
 from deltaserve.server.model.quantized.packed import FLOATS, Packed
 
-WIDTHS = (2, 3, 4)
 V1, V2 = "gptq", "gptq_v2"
 
 HARMLESS = frozenset(
@@ -87,7 +87,7 @@ HARMLESS = frozenset(
 
 
 class Gptq(Format):
-    mark: ClassVar[str] = "qweight"
+    marks: ClassVar[tuple[str, ...]] = ("qweight",)
     parts: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -124,10 +124,7 @@ class Gptq(Format):
         scale = packed.take("scales", (groups, out), FLOATS)
         order = self._order(packed, inner, group, desc_act)
         q = streams.unpack(words.T.contiguous(), bits, inner)
-        if order is not None:
-            q = q[:, order]
-        linear = Int4Linear(q, scale.T, zeros.T, None, dtype, -(-group // 8) * 8)
-        return linear if order is None else PermutedLinear(linear, order)
+        return whole(q, bits, scale.T, zeros.T, group, order, dtype)
 
     def _scheme(self, module: str) -> tuple[int, int, bool]:
         """(bits, group size, whether in activation order), by the first pattern of `dynamic` that
@@ -164,25 +161,12 @@ class Gptq(Format):
         """The inputs in the order of their groups; None if they are in it."""
         if "g_idx" not in packed.parts and not desc_act:
             return None
-        name = f"{packed.module}.g_idx"
-        index = packed.take("g_idx", (inner,), (torch.int32, torch.int64)).long()
-        last = -(-inner // group) - 1
-        if not 0 <= int(index.min()) <= int(index.max()) <= last:
-            raise MalformedModel(
-                f"{name} has values in {int(index.min())}..{int(index.max())}; "
-                f"{inner} inputs in groups of {group} need 0..{last}"
-            )
-        neat = torch.arange(inner) // group
-        if torch.equal(index, neat):
-            return None
-        if not desc_act:
+        order = order_of(packed, "g_idx", inner, group)
+        if order is not None and not desc_act:
             raise UnsupportedModel(
-                f"{name} is not in order although quantization_config.desc_act is false; programs "
-                "differ in which of the two they follow"
+                f"{packed.module}.g_idx is not in order although quantization_config.desc_act is "
+                "false; programs differ in which of the two they follow"
             )
-        order = index.argsort(stable=True)
-        if not torch.equal(index[order], neat):
-            raise UnsupportedModel(f"{name} has groups that are not of {group} inputs each")
         return order
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import safe_open
 
 from deltaserve.adapters.checkpoint import Checkpoint, open_files
+from deltaserve.adapters.safetensors_header import BASE_DTYPES
 from deltaserve.server.model.quantized.format import Format
 from deltaserve.server.model.quantized.packed import Packed
 
@@ -21,7 +22,7 @@ def state_dict(folder: Path, stored: Format) -> Iterator[dict[str, Any]]:
     under the name of its weight. The files stay open as long as the ``with`` lasts."""
     with ExitStack() as stack:
         fds = stack.enter_context(open_files(folder, ("model",)))
-        checkpoint = Checkpoint(folder, fds)
+        checkpoint = Checkpoint(folder, fds, BASE_DTYPES)
         files: dict[str, Any] = {}
         for path in fds:
             opened = stack.enter_context(safe_open(path, framework="pt"))
