@@ -327,7 +327,9 @@ def test_cancelled_and_out_of_time(world: World) -> None:
 
 def test_unload_waits_for_members(world: World) -> None:
     client = world.client
-    size = client.load_adapter("leaving", str(world.roots / "dora")).resident_bytes
+    generator = torch.Generator().manual_seed(9)
+    VARIANTS["lora-r11"].make(world.base, world.roots / "leaving", generator)
+    size = client.load_adapter("leaving", str(world.roots / "leaving")).resident_bytes
     combination = {"members": ["lora", "leaving"], "rule": "mean"}
     stream = client.stream(prompt(7), combination=combination, max_tokens=450, ignore_eos=True)
     got = list(next(stream).token_ids)
