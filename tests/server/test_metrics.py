@@ -29,7 +29,7 @@ def exercise(observer: Observer, adapter: str) -> None:
     observer.on_tokens(adapter, 7, 1)
     observer.on_tokens(adapter, 0, 1)
     timings = Timings(queue=0.02, adapter_load=0.0, time_to_first_token=0.1, total=0.5)
-    observer.on_finished(adapter, FinishReason.STOP, Usage(7, 2, 3), timings)
+    observer.on_finished(adapter, FinishReason.STOP, Usage(7, 2, 3, 0, 5, 4), timings)
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -83,6 +83,8 @@ def test_what_is_counted() -> None:
     assert value(metrics, "deltaserve_prompt_tokens_total", adapter="a") == 7
     assert value(metrics, "deltaserve_completion_tokens_total", adapter="a") == 2
     assert value(metrics, "deltaserve_cached_prompt_tokens_total", adapter="a") == 3
+    assert value(metrics, "deltaserve_drafted_tokens_total", adapter="a") == 5
+    assert value(metrics, "deltaserve_accepted_tokens_total", adapter="a") == 4
     assert value(metrics, "deltaserve_time_to_first_token_seconds_sum", adapter="a") == 0.1
     assert value(metrics, "deltaserve_queue_seconds_sum", adapter="a") == 0.02
     assert value(metrics, "deltaserve_adapter_load_seconds_count") == 1

@@ -36,6 +36,8 @@ class _Children:
     prompt: Counter
     cached: Counter
     completion: Counter
+    drafted: Counter
+    accepted: Counter
     finished: dict[FinishReason, Counter] = field(default_factory=dict)
 
 
@@ -54,6 +56,12 @@ class Metrics:
             "cached_prompt_tokens", "Prompt tokens found in the prefix cache", "adapter"
         )
         self._completion = self._counter("completion_tokens", "Tokens generated", "adapter")
+        self._drafted = self._counter(
+            "drafted_tokens", "Tokens drafted by prompt lookup", "adapter"
+        )
+        self._accepted = self._counter(
+            "accepted_tokens", "Drafted tokens that came true", "adapter"
+        )
         self._first_token = self._histogram(
             "time_to_first_token_seconds", "Arrival to first token", _WAIT_SECONDS, "adapter"
         )
@@ -106,6 +114,8 @@ class Metrics:
             children.finished[reason] = finished
         finished.inc()
         children.cached.inc(usage.cached_tokens)
+        children.drafted.inc(usage.drafted_tokens)
+        children.accepted.inc(usage.accepted_tokens)
         children.queue.observe(timings.queue)
         children.total.observe(timings.total)
 
@@ -127,6 +137,8 @@ class Metrics:
             self._prompt,
             self._cached,
             self._completion,
+            self._drafted,
+            self._accepted,
             self._first_token,
             self._inter_token,
             self._queue,
@@ -174,6 +186,8 @@ class Metrics:
             prompt=self._prompt.labels(label),
             cached=self._cached.labels(label),
             completion=self._completion.labels(label),
+            drafted=self._drafted.labels(label),
+            accepted=self._accepted.labels(label),
         )
 
 
