@@ -24,6 +24,8 @@ from deltaserve.server.engine.core import (
     TokenLogprob,
     Usage,
 )
+from deltaserve.server.engine.kv_pool import KVShape
+from deltaserve.server.engine.plan import Fit, MemoryPlan
 from deltaserve.server.engine.stats import EngineInfo, EngineStats
 from deltaserve.server.engine.validate import Limits, check
 from deltaserve.server.errors import (
@@ -44,6 +46,21 @@ LIMITS = Limits(vocab_size=VOCAB, max_length=4096, kv_tokens=1 << 20)
 def token_id(prompt: tuple[int, ...], i: int) -> int:
     """What the fake model says at place i."""
     return 3 + (sum(prompt) + 5 * i) % 250
+
+
+PLAN = MemoryPlan(
+    weights=123,
+    free=10_000,
+    step=100,
+    budget=8000,
+    shape=KVShape(block_size=16, block=160, extent=1),
+    blocks=10,
+    kv_most=1760,
+    kv_floor=800,
+    adapter_most=7200,
+    max_length=LIMITS.max_length,
+    fits=(Fit("LoRA r16", 300, 24, 160),),
+)
 
 
 class FakeText:
@@ -232,7 +249,12 @@ class FakeEngine:
 
     def stats(self) -> EngineStats:
         return EngineStats(
-            running=len(self._running), kv_blocks_total=10, kv_blocks_used=4, kv_block_size=16
+            running=len(self._running),
+            kv_blocks_total=10,
+            kv_blocks_used=4,
+            kv_block_size=16,
+            kv_blocks_idle=2,
+            kv_bytes=960,
         )
 
     def info(self) -> EngineInfo:
@@ -247,7 +269,7 @@ class FakeEngine:
             max_length=LIMITS.max_length,
             vocab_size=VOCAB,
             formats=("fake",),
-            weights_bytes=123,
+            memory=PLAN,
         )
 
     def shutdown(self) -> None:

@@ -197,4 +197,15 @@ def server_info(m: server_pb2.GetServerInfoResponse) -> types.ServerInfo:
         kv_blocks_total=m.load.kv_blocks_total,
         kv_blocks_used=m.load.kv_blocks_used,
         kv_block_size=m.load.kv_block_size,
+        memory_budget_bytes=m.memory.budget_bytes,
+        free_bytes=m.memory.free_bytes,
+        step_bytes=m.memory.step_bytes,
+        kv_token_bytes=m.memory.kv_token_bytes,
+        kv_floor_bytes=m.memory.kv_floor_bytes,
+        kv_tokens=m.memory.kv_tokens,
+        adapter_fits=tuple(
+            types.AdapterFit(f.kind, f.bytes, f.count, f.kv_tokens) for f in m.memory.adapters
+        ),
+        kv_bytes=m.load.kv_bytes,
+        kv_blocks_idle=m.load.kv_blocks_idle,
     )

@@ -176,6 +176,11 @@ def info(as_json: AsJson = False, address: Address = LOCAL, ca: Ca = None) -> No
         return
     table = Table(show_header=False, box=None)
     for name, value in dataclasses.asdict(found).items():
+        if name == "adapter_fits":
+            for fit in found.adapter_fits:
+                room = f"{fit.count} of {_bytes(fit.nbytes)}"
+                table.add_row(f"{fit.kind} adapters fit", room)
+            continue
         shown = ", ".join(value) if isinstance(value, tuple) else str(value)
         if name.endswith("_bytes"):
             shown = _bytes(value)

@@ -177,8 +177,25 @@ class AdapterChange:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterFit:
+    """How many adapters of one kind, on every linear of the base, fit beside a request of the
+    greatest length; kv_tokens: the cache's room beside half of them."""
+
+    kind: str
+    nbytes: int
+    count: int
+    kv_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """The server as it is now; requests are counted, sizes are bytes."""
+    """The server as it is now; requests are counted, sizes are bytes.
+
+    memory_budget_bytes: keys, values and adapters together. kv_cache_bytes, adapter_budget_bytes:
+    what each of them may take of it at most, kv_bytes and adapter_bytes what they take now.
+    kv_floor_bytes: what adapters never take. free_bytes: beside the weights, at start. step_bytes:
+    what a step computes with at most. adapter_fits: what fits, for common kinds.
+    """
 
     version: str
     base: str
@@ -201,3 +218,12 @@ class ServerInfo:
     kv_blocks_total: int
     kv_blocks_used: int
     kv_block_size: int
+    memory_budget_bytes: int
+    free_bytes: int
+    step_bytes: int
+    kv_token_bytes: int
+    kv_floor_bytes: int
+    kv_tokens: int
+    adapter_fits: tuple[AdapterFit, ...]
+    kv_bytes: int
+    kv_blocks_idle: int

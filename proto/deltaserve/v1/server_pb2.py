@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x65ltaserve/v1/server.proto\x12\rdeltaserve.v1\"\x16\n\x14GetServerInfoRequest\"\xc7\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12&\n\x04\x62\x61se\x18\x02 \x01(\x0b\x32\x18.deltaserve.v1.BaseModel\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x17\n\x0f\x61\x64\x61pter_formats\x18\x04 \x03(\t\x12)\n\x06memory\x18\x05 \x01(\x0b\x32\x19.deltaserve.v1.MemoryPlan\x12!\n\x04load\x18\x06 \x01(\x0b\x32\x13.deltaserve.v1.Load\"\xb9\x01\n\tBaseModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x18\n\x10held_fingerprint\x18\x04 \x01(\t\x12\x14\n\x0cquantization\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x12\n\nmax_length\x18\x07 \x01(\r\x12\x12\n\nvocab_size\x18\x08 \x01(\r\x12\x0c\n\x04\x63hat\x18\t \x01(\x08\"Y\n\nMemoryPlan\x12\x15\n\rweights_bytes\x18\x01 \x01(\x04\x12\x16\n\x0ekv_cache_bytes\x18\x02 \x01(\x04\x12\x1c\n\x14\x61\x64\x61pter_budget_bytes\x18\x03 \x01(\x04\"\x99\x01\n\x04Load\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x18\n\x10waiting_requests\x18\x02 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x03 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x04 \x01(\r\x12\x15\n\rkv_block_size\x18\x05 \x01(\r\x12\x15\n\radapter_bytes\x18\x06 \x01(\x04\x32k\n\rServerService\x12Z\n\rGetServerInfo\x12#.deltaserve.v1.GetServerInfoRequest\x1a$.deltaserve.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x65ltaserve/v1/server.proto\x12\rdeltaserve.v1\"\x16\n\x14GetServerInfoRequest\"\xc7\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12&\n\x04\x62\x61se\x18\x02 \x01(\x0b\x32\x18.deltaserve.v1.BaseModel\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x17\n\x0f\x61\x64\x61pter_formats\x18\x04 \x03(\t\x12)\n\x06memory\x18\x05 \x01(\x0b\x32\x19.deltaserve.v1.MemoryPlan\x12!\n\x04load\x18\x06 \x01(\x0b\x32\x13.deltaserve.v1.Load\"\xb9\x01\n\tBaseModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x18\n\x10held_fingerprint\x18\x04 \x01(\t\x12\x14\n\x0cquantization\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x12\n\nmax_length\x18\x07 \x01(\r\x12\x12\n\nvocab_size\x18\x08 \x01(\r\x12\x0c\n\x04\x63hat\x18\t \x01(\x08\"\x87\x02\n\nMemoryPlan\x12\x15\n\rweights_bytes\x18\x01 \x01(\x04\x12\x16\n\x0ekv_cache_bytes\x18\x02 \x01(\x04\x12\x1c\n\x14\x61\x64\x61pter_budget_bytes\x18\x03 \x01(\x04\x12\x14\n\x0c\x62udget_bytes\x18\x04 \x01(\x04\x12\x12\n\nfree_bytes\x18\x05 \x01(\x04\x12\x12\n\nstep_bytes\x18\x06 \x01(\x04\x12\x16\n\x0ekv_token_bytes\x18\x07 \x01(\x04\x12\x16\n\x0ekv_floor_bytes\x18\x08 \x01(\x04\x12\x11\n\tkv_tokens\x18\t \x01(\x04\x12+\n\x08\x61\x64\x61pters\x18\n \x03(\x0b\x32\x19.deltaserve.v1.AdapterFit\"K\n\nAdapterFit\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\x12\x11\n\tkv_tokens\x18\x04 \x01(\x04\"\xc3\x01\n\x04Load\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x18\n\x10waiting_requests\x18\x02 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x03 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x04 \x01(\r\x12\x15\n\rkv_block_size\x18\x05 \x01(\r\x12\x15\n\radapter_bytes\x18\x06 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x07 \x01(\x04\x12\x16\n\x0ekv_blocks_idle\x18\x08 \x01(\r2k\n\rServerService\x12Z\n\rGetServerInfo\x12#.deltaserve.v1.GetServerInfoRequest\x1a$.deltaserve.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,10 +37,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSERVERINFORESPONSE']._serialized_end=269
   _globals['_BASEMODEL']._serialized_start=272
   _globals['_BASEMODEL']._serialized_end=457
-  _globals['_MEMORYPLAN']._serialized_start=459
-  _globals['_MEMORYPLAN']._serialized_end=548
-  _globals['_LOAD']._serialized_start=551
-  _globals['_LOAD']._serialized_end=704
-  _globals['_SERVERSERVICE']._serialized_start=706
-  _globals['_SERVERSERVICE']._serialized_end=813
+  _globals['_MEMORYPLAN']._serialized_start=460
+  _globals['_MEMORYPLAN']._serialized_end=723
+  _globals['_ADAPTERFIT']._serialized_start=725
+  _globals['_ADAPTERFIT']._serialized_end=800
+  _globals['_LOAD']._serialized_start=803
+  _globals['_LOAD']._serialized_end=998
+  _globals['_SERVERSERVICE']._serialized_start=1000
+  _globals['_SERVERSERVICE']._serialized_end=1107
 # @@protoc_insertion_point(module_scope)

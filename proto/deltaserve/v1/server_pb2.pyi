@@ -49,27 +49,57 @@ class BaseModel(_message.Message):
     def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., fingerprint: _Optional[str] = ..., held_fingerprint: _Optional[str] = ..., quantization: _Optional[str] = ..., dtype: _Optional[str] = ..., max_length: _Optional[int] = ..., vocab_size: _Optional[int] = ..., chat: _Optional[bool] = ...) -> None: ...
 
 class MemoryPlan(_message.Message):
-    __slots__ = ("weights_bytes", "kv_cache_bytes", "adapter_budget_bytes")
+    __slots__ = ("weights_bytes", "kv_cache_bytes", "adapter_budget_bytes", "budget_bytes", "free_bytes", "step_bytes", "kv_token_bytes", "kv_floor_bytes", "kv_tokens", "adapters")
     WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
     KV_CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STEP_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKEN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_FLOOR_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     weights_bytes: int
     kv_cache_bytes: int
     adapter_budget_bytes: int
-    def __init__(self, weights_bytes: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., adapter_budget_bytes: _Optional[int] = ...) -> None: ...
+    budget_bytes: int
+    free_bytes: int
+    step_bytes: int
+    kv_token_bytes: int
+    kv_floor_bytes: int
+    kv_tokens: int
+    adapters: _containers.RepeatedCompositeFieldContainer[AdapterFit]
+    def __init__(self, weights_bytes: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., adapter_budget_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., step_bytes: _Optional[int] = ..., kv_token_bytes: _Optional[int] = ..., kv_floor_bytes: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[AdapterFit, _Mapping]]] = ...) -> None: ...
+
+class AdapterFit(_message.Message):
+    __slots__ = ("kind", "bytes", "count", "kv_tokens")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    bytes: int
+    count: int
+    kv_tokens: int
+    def __init__(self, kind: _Optional[str] = ..., bytes: _Optional[int] = ..., count: _Optional[int] = ..., kv_tokens: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running_requests", "waiting_requests", "kv_blocks_total", "kv_blocks_used", "kv_block_size", "adapter_bytes")
+    __slots__ = ("running_requests", "waiting_requests", "kv_blocks_total", "kv_blocks_used", "kv_block_size", "adapter_bytes", "kv_bytes", "kv_blocks_idle")
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     WAITING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_USED_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_IDLE_FIELD_NUMBER: _ClassVar[int]
     running_requests: int
     waiting_requests: int
     kv_blocks_total: int
     kv_blocks_used: int
     kv_block_size: int
     adapter_bytes: int
-    def __init__(self, running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_block_size: _Optional[int] = ..., adapter_bytes: _Optional[int] = ...) -> None: ...
+    kv_bytes: int
+    kv_blocks_idle: int
+    def __init__(self, running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_block_size: _Optional[int] = ..., adapter_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kv_blocks_idle: _Optional[int] = ...) -> None: ...

@@ -165,6 +165,64 @@ def serve(
 
 
 @app.command()
+def plan(
+    base: Annotated[Path, typer.Option(help="Checkpoint folder of the base model.")],
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    quantize: Annotated[str, typer.Option(help="The base's weights: none, int8, int4.")] = "none",
+    group_size: Annotated[int, typer.Option(help="Inputs that share an int4 scale.")] = 64,
+    free: Annotated[
+        str, typer.Option(help="Bytes free before the base is loaded; auto for this machine's.")
+    ] = "auto",
+    memory: Annotated[
+        str, typer.Option(help="For keys, values and adapters; auto for a share of what is free.")
+    ] = "auto",
+    adapter_bytes: Annotated[str, typer.Option(help=f"Most of it for adapters. {_BYTES}")] = "auto",
+    kv_cache_bytes: Annotated[
+        str, typer.Option(help=f"Most of it for keys and values. {_BYTES}")
+    ] = "auto",
+    block_size: Annotated[int, typer.Option(help="Tokens in a block of the KV cache.")] = 16,
+    max_batch_tokens: Annotated[int, typer.Option(help="Tokens of one step.")] = 512,
+    max_sequences: Annotated[int, typer.Option(help="Requests in one step.")] = 256,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens of a request; the model's limit if left out.")
+    ] = None,
+    allow_untested: Annotated[
+        bool, typer.Option(help="Also architectures that the test suite does not cover.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What fits into the memory beside a base: tokens, and adapters of each kind.
+
+    No weight is read. Exit code 2 if `serve` would refuse to start with these.
+    """
+    from rich.console import Console
+
+    from deltaserve.server import planner
+    from deltaserve.server.model.errors import ModelError
+
+    try:
+        found = planner.plan(
+            c.ModelConfig(base, dtype, quantize, group_size, allow_untested=allow_untested),
+            c.EngineConfig(
+                max_batch_tokens=max_batch_tokens,
+                max_sequences=max_sequences,
+                kv_cache_bytes=c.size("--kv-cache-bytes", kv_cache_bytes),
+                block_size=block_size,
+                max_length=max_length,
+                memory=c.size("--memory", memory),
+            ),
+            c.AdapterConfig(bytes=c.size("--adapter-bytes", adapter_bytes)),
+            c.size("--free", free),
+        )
+    except (c.ConfigError, ModelError) as error:
+        _fail(str(error))
+    if as_json:
+        print(json.dumps(planner.report(found)))
+    else:
+        planner.show(found, Console())
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="Folder or safetensors file of an adapter.")],
     base: Annotated[

@@ -9,6 +9,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 import prometheus_client
+from rich.console import Console
 
 from deltaserve.adapters.errors import AdapterError
 from deltaserve.adapters.options import LoadOptions
@@ -23,6 +24,7 @@ from deltaserve.server.errors import RequestError
 from deltaserve.server.folders import register
 from deltaserve.server.metrics import Metrics
 from deltaserve.server.model.errors import ModelError
+from deltaserve.server.planner import show
 from deltaserve.server.progress import Bar
 from deltaserve.server.rpc.server import Server, serve_until_signal
 
@@ -42,6 +44,7 @@ def run(config: Config) -> int:
             engine, text = build_engine(config, metrics, bar)
         except (ModelError, OSError) as error:
             raise StartError(f"--base {config.model.base}: {error}") from error
+    show(engine.info().memory, Console(stderr=True))
     engine.start()
     try:
         _preload(engine, config)
@@ -66,14 +69,22 @@ def _preload(engine: Engine, config: Config) -> None:
             task_id=tasks.get(name), max_error=max_errors.get(name, 0.0), parent=parent
         )
         loads.append((f"--adapter {name}={path}", cache.load(name, str(path), options=options)))
+    held = 0
     for flag, future in loads:
         try:
             info = future.result()
         except (AdapterError, RequestError) as error:
             raise StartError(f"{flag}: {error}") from error
+        held += info.resident_bytes
         log.info("adapter %s: %s, %d bytes", info.name, info.format, info.resident_bytes)
         for note in info.notes:
             log.info("adapter %s: %s", info.name, note)
+    if cache.evictions:
+        raise StartError(
+            f"--adapter and --patch: together they take up to {held} bytes, and there is room for "
+            f"{cache.budget} beside a request of the greatest length; give more --memory, a lower "
+            "--max-length, or have some registered alone, to be loaded when they are asked for"
+        )
     try:
         engine.set_patches([AdapterRef(p.name, p.strength, patch=True) for p in given.patches])
     except RequestError as error:

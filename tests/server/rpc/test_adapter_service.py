@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from served import served
 
 from deltaserve.clients import AsyncClient, errors
+from deltaserve.clients.types import AdapterFit
 from deltaserve.v1 import adapter_pb2, adapter_pb2_grpc
 
 
@@ -125,6 +126,15 @@ async def test_server_info() -> None:
         info = await client.server_info()
     assert (info.base, info.held_fingerprint, info.dtype) == ("fake-base", "e" * 64, "float32")
     assert (info.vocab_size, info.max_length, info.weights_bytes) == (300, 4096, 123)
+    assert (info.memory_budget_bytes, info.kv_cache_bytes, info.adapter_budget_bytes) == (
+        8000,
+        1760,
+        7200,
+    )
+    assert (info.free_bytes, info.step_bytes, info.kv_floor_bytes) == (10_000, 100, 800)
+    assert (info.kv_token_bytes, info.kv_tokens) == (10, 160)
+    assert info.adapter_fits == (AdapterFit("LoRA r16", 300, 24, 160),)
+    assert (info.kv_bytes, info.kv_blocks_idle) == (960, 2)
     assert (info.kv_blocks_total, info.kv_blocks_used, info.adapter_formats) == (10, 4, ("fake",))
 
 

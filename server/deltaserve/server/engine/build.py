@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal, cast
@@ -21,10 +22,10 @@ from deltaserve.server.config import AdapterConfig, Config, EngineConfig
 from deltaserve.server.engine.adapter_cache import AdapterCache
 from deltaserve.server.engine.engine import Engine
 from deltaserve.server.engine.kv_cache import BlockManager
-from deltaserve.server.engine.kv_pool import KVPool, KVShape
+from deltaserve.server.engine.kv_pool import KVPool
 from deltaserve.server.engine.memory import Ledger
 from deltaserve.server.engine.observer import NullObserver, Observer
-from deltaserve.server.engine.plan import plan_memory
+from deltaserve.server.engine.plan import Base, plan_memory
 from deltaserve.server.engine.runner import ModelRunner
 from deltaserve.server.engine.scheduler import Scheduler
 from deltaserve.server.engine.speculation import Speculator
@@ -84,14 +85,8 @@ def make_engine(
     observer = observer if observer is not None else NullObserver()
     if config.max_length is not None:
         model.max_length = min(model.max_length, config.max_length)
-    plan = plan_memory(
-        KVShape.of(model.attention, config.block_size, model.dtype),
-        config,
-        adapters,
-        model.max_length,
-        psutil.virtual_memory().available,
-    )
-    ledger = Ledger(plan.budget, kv_floor=plan.kv_floor, adapter_cap=plan.adapter_cap)
+    plan = plan_memory(base_of(model), config, adapters, psutil.virtual_memory().available)
+    ledger = Ledger(plan.budget, kv_floor=plan.kv_floor, adapter_cap=plan.adapter_most)
     pool = KVPool(model.attention, plan.blocks + 1, config.block_size, model.dtype, ledger)
     manager = BlockManager(
         plan.blocks + 1, config.block_size, prefix_cache=config.prefix_cache, memory=pool.memory
@@ -99,7 +94,7 @@ def make_engine(
     made: list[Engine] = []
     cache = AdapterCache(
         model,
-        reader(adapters, model, ledger.adapter_most),
+        reader(adapters, model, plan.adapter_most),
         ledger=ledger,
         wake=lambda: made[0].wake(),
         observer=observer,
@@ -116,10 +111,7 @@ def make_engine(
         max_length=model.max_length,
         vocab_size=model.vocab_size,
         formats=NAMES,
-        weights_bytes=model.nbytes,
-        memory_budget_bytes=plan.budget,
-        kv_cache_bytes=plan.kv_most,
-        adapter_budget_bytes=ledger.adapter_most,
+        memory=plan,
     )
     scheduler = Scheduler(manager, config.max_batch_tokens, config.max_sequences)
     scheduler.speculator = Speculator(manager, model.max_length, config.speculate)
@@ -136,6 +128,25 @@ def make_engine(
         )
     )
     return made[0]
+
+
+def base_of(model: BaseModel) -> Base:
+    """What the memory plan needs to know of it."""
+    modules = model.spec.modules
+    served = [g for g in model.modules.groups.values() if not g.logits]
+    return Base(
+        weights=model.nbytes,
+        attention=model.attention,
+        groups=Counter(
+            (g.deltas.group, tuple(modules[name].has_bias for name in g.names))
+            for g in served
+            if g.deltas is not None
+        ),
+        hidden=model.spec.hidden_size,
+        vocabulary=model.vocab_size,
+        dtype=model.dtype,
+        max_length=model.max_length,
+    )
 
 
 def reader(

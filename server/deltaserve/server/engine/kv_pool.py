@@ -42,6 +42,10 @@ class KVShape:
         """Blocks that hold so many tokens of a sequence."""
         return -(-tokens // self.block_size)
 
+    def fitting(self, nbytes: int) -> int:
+        """Blocks that can be handed out of so much memory."""
+        return max(0, nbytes // (self.extent * self.block) * self.extent - 1)
+
     def bytes(self, blocks: int) -> int:
         """Memory of so many, and of the one that pads tables, in whole extents."""
         return -(-(blocks + 1) // self.extent) * self.extent * self.block

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from deltaserve.server.engine.plan import MemoryPlan
+
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
@@ -44,7 +46,7 @@ class EngineInfo:
 
     base: the model's name. fingerprint, held_fingerprint: as in `BaseSpec`. quantization: ``none``,
     or e.g. ``int4-g64``. max_length: tokens that fit, prompt and answer together. formats: adapter
-    formats that can be loaded. The sizes are bytes.
+    formats that can be loaded.
     """
 
     base: str
@@ -56,8 +58,5 @@ class EngineInfo:
     device: str
     max_length: int
     vocab_size: int
+    memory: MemoryPlan
     formats: tuple[str, ...] = ()
-    weights_bytes: int = 0
-    memory_budget_bytes: int = 0
-    kv_cache_bytes: int = 0
-    adapter_budget_bytes: int = 0

@@ -107,7 +107,7 @@ def load(
     skeleton = skeleton_of(folder, dtype, max_length, allow_untested)
     if skeleton.stored is not None:
         _check_stored(folder, skeleton.stored, quantize)
-    schemes = _schemes(skeleton, dtype, quantize, group_size, activations, quantize_head)
+    schemes = schemes_for(skeleton, dtype, quantize, group_size, activations, quantize_head)
     model, plan = _read(folder, skeleton, schemes, dtype, say)
     rope.pin(model, skeleton.config, skeleton.max_length)
     ctx = ForwardContext()
@@ -173,7 +173,7 @@ def linear_shapes(
             f"{folder} is quantized already ({skeleton.stored.label}); its groups are known once "
             "its weights are read"
         )
-    schemes = _schemes(skeleton, dtype, quantize, group_size, "float", True)
+    schemes = schemes_for(skeleton, dtype, quantize, group_size, "float", True)
     found: dict[LinearShape, None] = {}
     for names in skeleton.report.groups:
         modules = [skeleton.modules[name] for name in names]
@@ -259,7 +259,7 @@ def _has_experts(model: nn.Module) -> bool:
     return any("experts" in name for name, _ in model.named_modules())
 
 
-def _schemes(
+def schemes_for(
     skeleton: Skeleton,
     dtype: torch.dtype,
     quantize: str,

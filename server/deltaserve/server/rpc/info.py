@@ -12,6 +12,7 @@ from deltaserve.v1 import server_pb2_grpc
 
 if TYPE_CHECKING:
     from deltaserve.server.engine.engine import Engine
+    from deltaserve.server.engine.plan import MemoryPlan
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
@@ -42,11 +43,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             ),
             device=info.device,
             adapter_formats=info.formats,
-            memory=pb.MemoryPlan(
-                weights_bytes=info.weights_bytes,
-                kv_cache_bytes=info.kv_cache_bytes,
-                adapter_budget_bytes=info.adapter_budget_bytes,
-            ),
+            memory=_memory(info.memory),
             load=pb.Load(
                 running_requests=stats.running,
                 waiting_requests=stats.waiting,
@@ -54,5 +51,25 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
                 kv_blocks_used=stats.kv_blocks_used,
                 kv_block_size=stats.kv_block_size,
                 adapter_bytes=max(stats.adapter_bytes_host, stats.adapter_bytes_device),
+                kv_bytes=stats.kv_bytes,
+                kv_blocks_idle=stats.kv_blocks_idle,
             ),
         )
+
+
+def _memory(plan: MemoryPlan) -> pb.MemoryPlan:
+    return pb.MemoryPlan(
+        weights_bytes=plan.weights,
+        kv_cache_bytes=plan.kv_most,
+        adapter_budget_bytes=plan.adapter_most,
+        budget_bytes=plan.budget,
+        free_bytes=plan.free,
+        step_bytes=plan.step,
+        kv_token_bytes=plan.shape.token,
+        kv_floor_bytes=plan.kv_floor,
+        kv_tokens=plan.kv_tokens,
+        adapters=[
+            pb.AdapterFit(kind=f.kind, bytes=f.nbytes, count=f.count, kv_tokens=f.kv_tokens)
+            for f in plan.fits
+        ],
+    )
