@@ -32,6 +32,7 @@ OURS = {
     "int8": {"dtype": "bfloat16", "quantize": "int8"},
     "int8 activations int8": {"dtype": "bfloat16", "quantize": "int8", "activations": "int8"},
     "int4": {"dtype": "bfloat16", "quantize": "int4"},
+    "int4 activations int8": {"dtype": "bfloat16", "quantize": "int4", "activations": "int8"},
 }
 THEIRS = {"bfloat16": "bfloat16", "float32": "float32"}
 OTHERS = {  # script in mixed_peers/, and the forms that were fastest for at least one workload

@@ -34,9 +34,15 @@ def test_layers_of_the_form(name: str, dtype: torch.dtype, saved: Save) -> None:
     assert fused(load(saved(archs.build(name).to(dtype)), dtype=dtype)) == 2
 
 
-@pytest.mark.parametrize("options", [{"quantize": "int4"}, {"quantize": "int8"}])
-def test_quantized_layers(options: dict[str, Any], saved: Save) -> None:
-    model = load(saved(archs.build("llama")), dtype=torch.bfloat16, **options)
+@pytest.mark.parametrize("quantize", ["int4", "int8"])
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_quantized_layers(quantize: Any, activations: Any, saved: Save) -> None:
+    model = load(
+        saved(archs.build("llama")),
+        dtype=torch.bfloat16,
+        quantize=quantize,
+        activations=activations,
+    )
     assert fused(model) == 2
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from deltaserve.kernels.base import int4_layout
 from deltaserve.kernels.base.linear import BaseLinear, compute_bias, tensor_bytes
 from deltaserve.kernels.base.quantize import INT4_GROUP, check_group_size, dequantize
+from deltaserve.kernels.base.w8a8 import round_tokens
 from deltaserve.kernels.native import library
 
 # Rows dequantized at a time where there are no native kernels: bounds the temporary to 2 MiB at
@@ -22,6 +23,7 @@ class Int4Linear(BaseLinear):
     """``w = (q - zero) * scale``. q: uint8 [out, in], values 0..15; scale, zero: [out, groups].
 
     groups = ceil(in / group_size); the last one is shorter where group_size does not divide in.
+    activations: as of `Int8Linear`.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class Int4Linear(BaseLinear):
         bias: Tensor | None,
         dtype: torch.dtype,
         group_size: int = INT4_GROUP,
+        activations: str = "float",
     ) -> None:
         check_group_size(group_size)
         self.out_features, self.in_features = q.shape
@@ -45,6 +48,7 @@ class Int4Linear(BaseLinear):
             raise ValueError(f"q has values in {int(q.min())}..{int(q.max())}; int4 takes 0..15")
         self.dtype = dtype
         self.group_size = group_size
+        self.activations = activations
         self.bias = compute_bias(bias, self.out_features, dtype)
         self._words = int4_layout.pack(q)
         keep = torch.bfloat16 if _exact_in_bf16(scale) and _exact_in_bf16(zero) else torch.float32
@@ -55,10 +59,10 @@ class Int4Linear(BaseLinear):
     def __call__(self, x: Tensor) -> Tensor:
         lib = library()
         if lib is None:
-            return self._blocks(x)
+            return self._blocks(x if self.activations == "float" else _rounded(x))
         x = x.contiguous()
         y = torch.empty(x.shape[0], self.out_features, dtype=self.dtype)
-        failed = lib["ds_int4"](
+        failed = lib["ds_int4" if self.activations == "float" else "ds_w4a8"](
             x.data_ptr(),
             self.dtype == torch.bfloat16,
             x.shape[0],
@@ -81,7 +85,7 @@ class Int4Linear(BaseLinear):
         return self._rows(slice(None), self.out_features)
 
     def likeness(self) -> Hashable:
-        return "int4", self.dtype, self.in_features, self.group_size
+        return "int4", self.dtype, self.in_features, self.group_size, self.activations
 
     def held(self) -> dict[str, Tensor]:
         found = {
@@ -99,8 +103,9 @@ class Int4Linear(BaseLinear):
         for start in range(0, self.out_features, BLOCK_ROWS):
             rows = slice(start, min(start + BLOCK_ROWS, self.out_features))
             first = start // int4_layout.LANES
-            w = self._rows(slice(first, first + step), rows.stop - start).to(self.dtype)
-            y[:, rows] = F.linear(x, w, None if self.bias is None else self.bias[rows])
+            w = self._rows(slice(first, first + step), rows.stop - start).to(x.dtype)
+            bias = None if self.bias is None else self.bias[rows].to(x.dtype)
+            y[:, rows] = F.linear(x, w, bias)
         return y
 
     def _rows(self, blocks: slice, count: int) -> Tensor:
@@ -109,6 +114,12 @@ class Int4Linear(BaseLinear):
         scale = int4_layout.unpack_groups(self._scale[blocks], count)
         zero = int4_layout.unpack_groups(self._zero[blocks], count)
         return dequantize(q, scale, zero, self.group_size)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """float32 x as 8 bits a token hold it."""
+    q, scale = round_tokens(x)
+    return q * scale[:, None]
 
 
 def _exact_in_bf16(values: Tensor) -> bool:

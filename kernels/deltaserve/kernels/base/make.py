@@ -29,12 +29,12 @@ def make_linear(
     """A base linear from a float weight [out, in].
 
     quantize: "none", "int8" (per output row) or "int4" (per group of `group_size` inputs).
-    activations: "float", or with int8 also "int8": inputs are quantized per token as they come.
+    activations: "float", or with quantized weights "int8": each token's inputs are quantized.
     """
     if activations not in ("float", "int8"):
         raise ValueError(f'activations is "{activations}"; it must be "float" or "int8"')
-    if activations == "int8" and quantize != "int8":
-        raise ValueError(f'activations "int8" needs quantize "int8", not "{quantize}"')
+    if activations == "int8" and quantize == "none":
+        raise ValueError('activations "int8" needs quantize "int8" or "int4", not "none"')
     if quantize == "none":
         return DenseLinear(weight, bias, dtype)
     if quantize == "int8":
@@ -43,7 +43,7 @@ def make_linear(
     if quantize == "int4":
         found = quantize_weight(weight, 4, group_size)
         q, scale, zero = found["q"], found["scale"], found["zero"]
-        return Int4Linear(q, scale, zero, bias, dtype, group_size)
+        return Int4Linear(q, scale, zero, bias, dtype, group_size, activations)
     raise ValueError(f'quantize is "{quantize}"; it must be "none", "int8" or "int4"')
 
 
@@ -76,7 +76,7 @@ def concat(linears: Sequence[BaseLinear]) -> BaseLinear:
         return ByteLinear(q, scale, zeros, bias, first.dtype, first.group_size)
     assert isinstance(first, Int4Linear)
     zero = torch.cat([h["zero"] for h in held])
-    return Int4Linear(q, scale, zero, bias, first.dtype, first.group_size)
+    return Int4Linear(q, scale, zero, bias, first.dtype, first.group_size, first.activations)
 
 
 def _bias(linears: Sequence[BaseLinear]) -> Tensor | None:

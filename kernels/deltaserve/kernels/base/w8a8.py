@@ -67,9 +67,8 @@ class W8A8:
         return onednn.unpack(self._packed).T.contiguous()
 
     def _onednn(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        scale = x.abs().amax(1).float() / 127
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        q = (x.float() / scale[:, None]).round_().add_(INPUT_ZERO).to(torch.uint8)
+        rounded, scale = round_tokens(x)
+        q = rounded.add_(INPUT_ZERO).to(torch.uint8)
         product = torch.ops.onednn.qlinear_pointwise(
             q,
             1.0,
@@ -86,7 +85,15 @@ class W8A8:
             "",
         )
         product.mul_(scale[:, None])
-        return (product if bias is None else product.add_(bias)).to(dtype)
+        y: Tensor = product if bias is None else product.add_(bias)
+        return y.to(dtype)
+
+
+def round_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(float32 [T, in] of whole numbers in -127..127, scale float32 [T]): ``x ~ q * scale``."""
+    scale = x.abs().amax(1).float() / 127
+    scale = torch.where(scale <= 1e-30, torch.ones_like(scale), scale)  # a NaN stays
+    return (x.float() / scale[:, None]).round_(), scale
 
 
 def _pack(q: Tensor) -> Tensor:

@@ -106,6 +106,16 @@ ALWAYS void store_upto(void *p, int64_t i, int64_t n, int bf16, f32x16 v) {
     }
 }
 
+/* a b + c, rounded once; spelled out where the compiler could choose otherwise for another tile. */
+ALWAYS f32x16 fma16(f32x16 a, f32x16 b, f32x16 c) {
+#ifdef HAVE_AVX512
+    return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+    for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#endif
+}
+
 ALWAYS float sum16(f32x16 v) {
 #ifdef HAVE_AVX512
     return _mm512_reduce_add_ps((__m512)v);

@@ -31,18 +31,18 @@ ALWAYS i32x16 dot4(i32x16 acc, u32x16 bytes, const int8_t *x) {
 #endif
 }
 
-/* Token t to 8 bits. `order`: where each 8 inputs' bytes go, or null for as they come. */
+/* Token t to 8 bits. nibbles: each 8 inputs in the order 0 4 1 5, 2 6 3 7 of int4.c's words. */
 ALWAYS void quantize_token(const void *x, int bf16, int64_t in, int64_t t, const tokens_t *to,
-                           const int *order) {
+                           int nibbles) {
     f32x16 most = splat(0);
     for (int64_t k = 0; k < in; k += LANES) {
         f32x16 v = load_upto(x, t * in + k, in - k, bf16);
         v = (f32x16)((u32x16)v & 0x7fffffff);
-        i32x16 less = v <= most; /* a NaN is not, and stays */
+        i32x16 less = (v <= most) | (most != most); /* a NaN wins */
         most = (f32x16)((less & (i32x16)most) | (~less & (i32x16)v));
     }
     float top = 0;
-    for (int i = 0; i < LANES; i++) top = most[i] <= top ? top : most[i];
+    for (int i = 0; i < LANES; i++) top = most[i] <= top || top != top ? top : most[i];
     float scale = top > 1e-30f || top != top ? top / 127 : 1; /* below, 1 / scale may overflow */
     to->scale[t] = scale;
     f32x16 inverse = splat(scale <= 3e38f ? 1 / scale : 0);
@@ -54,25 +54,26 @@ ALWAYS void quantize_token(const void *x, int bf16, int64_t in, int64_t t, const
         /* 1.5 * 2^23 leaves the whole number, rounded to nearest even, in the low bits. */
         f32x16 v = (n > 0 ? load_upto(x, t * in + k, n, bf16) : splat(0)) * inverse + 12582912.f;
         i32x16 whole = (i32x16)(((u32x16)v & 255) ^ 128) - 128;
+        int64_t left = min64(LANES, to->padded - k);
         int8_t byte[LANES];
 #ifdef HAVE_AVX512
-        _mm_storeu_si128((__m128i *)byte, _mm512_cvtepi32_epi8((__m512i)whole));
+        __m128i narrow = _mm512_cvtepi32_epi8((__m512i)whole);
+        if (nibbles)
+            narrow = _mm_shuffle_epi8(narrow, _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15));
+        _mm_storeu_si128((__m128i *)byte, narrow);
         int32_t sum0 = _mm512_mask_reduce_add_epi32(0x00ff, (__m512i)whole);
         int32_t sum1 = _mm512_mask_reduce_add_epi32(0xff00, (__m512i)whole);
 #else
         int32_t sum0 = 0, sum1 = 0;
         for (int i = 0; i < LANES; i++) {
-            byte[i] = (int8_t)whole[i];
+            byte[nibbles ? i / 8 * 8 + i % 4 * 2 + i % 8 / 4 : i] = (int8_t)whole[i];
             if (i < 8) sum0 += whole[i];
             else sum1 += whole[i];
         }
 #endif
+        memcpy(q + k, byte, left);
         sums[k / to->group] += sum0;
-        if (k + 8 < to->padded) sums[(k + 8) / to->group] += sum1;
-        int64_t left = min64(LANES, to->padded - k);
-        if (!order) memcpy(q + k, byte, left);
-        else
-            for (int64_t i = 0; i < left; i++) q[k + i / 8 * 8 + order[i % 8]] = byte[i];
+        if (left > 8) sums[(k + 8) / to->group] += sum1;
     }
 }
 

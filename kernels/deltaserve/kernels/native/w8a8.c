@@ -39,7 +39,7 @@ ALWAYS void tile(const w8a8_t *m, int64_t block, int64_t t, int B, int T) {
         f32x16 bias = m->bias ? load_upto(m->bias, row, n, m->bf16) : splat(0);
         for (int i = 0; i < T; i++) {
             f32x16 sum = __builtin_convertvector(acc[b][i] - 128 * m->x.sums[t + i], f32x16);
-            store_upto(m->y, (t + i) * m->out + row, n, m->bf16, sum * scale * m->x.scale[t + i] + bias);
+            store_upto(m->y, (t + i) * m->out + row, n, m->bf16, fma16(sum * scale, splat(m->x.scale[t + i]), bias));
         }
     }
 }
@@ -72,7 +72,7 @@ int ds_w8a8(const void *x, int bf16, int64_t tokens, int64_t in, void *y, int64_
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++) quantize_token(x, bf16, in, t, &to, NULL);
+        for (int64_t t = 0; t < tokens; t++) quantize_token(x, bf16, in, t, &to, 0);
 #pragma omp for schedule(dynamic, chunk)
         for (int64_t task = 0; task < tasks * panels; task++) {
             int64_t block = task % tasks * wide, panel = task / tasks;

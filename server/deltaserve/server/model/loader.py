@@ -193,8 +193,8 @@ def _check_options(
         raise ValueError(f'quantize is "{quantize}"; it must be "none", "int8" or "int4"')
     if activations not in ("float", "int8"):
         raise ValueError(f'activations is "{activations}"; it must be "float" or "int8"')
-    if activations == "int8" and quantize != "int8":
-        raise ValueError(f'activations "int8" needs quantize "int8", not "{quantize}"')
+    if activations == "int8" and quantize == "none":
+        raise ValueError('activations "int8" needs quantize "int8" or "int4", not "none"')
     if group_size is not None:
         check_group_size(group_size)
 

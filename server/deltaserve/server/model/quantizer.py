@@ -37,7 +37,7 @@ BLOCK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How one linear's weight is held. bits: 4 or 8. group_size: of int4. activations: of int8."""
+    """How one linear's weight is held. bits: 4 or 8. group_size: of int4. activations: of both."""
 
     bits: int
     group_size: int
@@ -52,7 +52,7 @@ class Scheme:
         if self.bits == 8:
             return Int8Linear(held["q"], held["scale"], None, self.dtype, self.activations)
         q, scale, zero = held["q"], held["scale"], held["zero"]
-        return Int4Linear(q, scale, zero, None, self.dtype, self.group_size)
+        return Int4Linear(q, scale, zero, None, self.dtype, self.group_size, self.activations)
 
 
 @dataclass
