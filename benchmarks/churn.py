@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -191,11 +192,24 @@ def summary(phases: Sequence[dict[str, Any]], rates: Sequence[float]) -> list[di
     return rows
 
 
+def alternate(
+    engine: Any, folders: Sequence[Path], rates: Sequence[float], args: Any
+) -> list[dict[str, Any]]:
+    for i, path in enumerate(folders[:RESIDENT]):
+        engine.adapters.load(f"r{i}", str(path), pinned=True).result()
+    cold = folders[RESIDENT:]
+    phase(engine, cold, rates[-1], args)  # warm-up
+    kinds = [(0.0, *rates)] * args.repeat
+    return [phase(engine, cold, rate, args) for kind in kinds for rate in kind]
+
+
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
 
     from deltaserve.server.config import AdapterConfig, EngineConfig
+    from deltaserve.server.config import cores as cores_of
     from deltaserve.server.engine.build import make_engine
+    from deltaserve.server.garbage import settled
     from deltaserve.server.model import load
 
     torch.set_num_threads(args.threads)
@@ -207,22 +221,23 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         engine = make_engine(
             base,
             EngineConfig(prefix_cache=False, kv_cache_bytes=1 << 30),
-            AdapterConfig(roots=(Path(folder),), bytes=4 << 30),
+            AdapterConfig(
+                roots=(Path(folder),),
+                bytes=1 << 30,
+                loaders=args.loaders,
+                loader_processes=args.loader_processes,
+                loader_cores=cores_of("--loader-cores", args.loader_cores),
+            ),
         )
         engine.start()
         try:
-            for i, path in enumerate(folders[:RESIDENT]):
-                engine.adapters.load(f"r{i}", str(path), pinned=True).result()
-            phase(engine, folders[RESIDENT:], rates[-1], args)  # warm-up
-            phases = [
-                phase(engine, folders[RESIDENT:], rate, args)
-                for _ in range(args.repeat)
-                for rate in (0.0, *rates)
-            ]
+            with settled():
+                phases = alternate(engine, folders, rates, args)
         finally:
             engine.shutdown()
     rows = summary(phases, rates)
-    keys = ("threads", "streams", "dtype", "quantize", "seconds", "repeat")
+    keys = ("threads", "loaders", "loader_processes", "loader_cores", "streams", "dtype")
+    keys += ("quantize", "seconds", "repeat")
     how = {"model": args.only, **{key: getattr(args, key) for key in keys}}
     return [{**how, **row} for row in rows]
 
@@ -243,6 +258,11 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=16, help="different ones that arrive")
     parser.add_argument("--cores", default="", help="stay on these, e.g. 0,1")
     parser.add_argument("--threads", type=int, default=0, help="that compute; as many as cores")
+    parser.add_argument("--loaders", type=int, default=2)
+    parser.add_argument(
+        "--loader-processes", action=argparse.BooleanOptionalAction, default=sys.platform == "linux"
+    )
+    parser.add_argument("--loader-cores", default="", help="as of deltaserve serve")
     parser.add_argument("--save", action="store_true", help="append to benchmarks/results/")
     args = parser.parse_args()
     held = pin(args.cores)

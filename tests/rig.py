@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,9 +31,11 @@ def running(
     *,
     adapter_bytes: int | None = None,
     text: bool = True,
+    adapters: Mapping[str, Any] | None = None,
     **config: object,
 ) -> Iterator[Engine]:
-    """Small steps on purpose: prompts are cut up, blocks are many. text: there is a tokenizer."""
+    """Small steps on purpose: prompts are cut up, blocks are many. text: there is a tokenizer.
+    adapters: more of its AdapterConfig."""
     given = {
         "max_batch_tokens": 24,
         "block_size": 8,
@@ -43,7 +46,7 @@ def running(
     engine = make_engine(
         model,
         EngineConfig(**given),  # type: ignore[arg-type]
-        AdapterConfig(roots=tuple(roots), bytes=adapter_bytes),
+        AdapterConfig(roots=tuple(roots), bytes=adapter_bytes, **(adapters or {})),
         tokenizer=Text(model.folder).backend if text else None,
     )
     engine.start()

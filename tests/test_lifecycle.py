@@ -26,10 +26,10 @@ from serving import until
 from variants import VARIANTS, make_base
 
 from deltaserve.adapters.adapter import Adapter
-from deltaserve.adapters.options import LoadOptions
 from deltaserve.server.engine.collector import Answer, Collector, generate
 from deltaserve.server.engine.core import AdapterState, FinishReason, Output, Request
 from deltaserve.server.engine.engine import Engine
+from deltaserve.server.engine.make import Line, Made, Wanted
 from deltaserve.server.errors import (
     AdapterConflict,
     AdapterTooLarge,
@@ -126,14 +126,14 @@ def hold_reads(
     """Reads of adapters wait for the event; the list is of the threads that made them."""
     gate, threads = threading.Event(), []
     loader = engine.adapters._loader
-    read = loader._read
+    make = loader._make
 
-    def held(uri: str, options: LoadOptions, parent: Adapter | None) -> Adapter:
+    def held(line: Line, wanted: Wanted) -> Made:
         threads.append(threading.current_thread().name)
         assert gate.wait(30)
-        return read(uri, options, parent)
+        return make(line, wanted)
 
-    monkeypatch.setattr(loader, "_read", held)
+    monkeypatch.setattr(loader, "_make", held)
     return gate, threads
 
 
@@ -337,7 +337,7 @@ def test_an_unload_frees_every_tensor(
         packed.extend(weakref.ref(t) for t in own)
         return prepared
 
-    monkeypatch.setattr(engine.adapters._loader._host, "prepare", noting)
+    monkeypatch.setattr(engine._runner.model, "prepare", noting)
     before = engine.adapters.used_bytes
     engine.adapters.load(kind, str(folder)).result(60)
     generate(engine, [request(prompt(1), kind, max_tokens=3)], 60)

@@ -19,6 +19,7 @@ from deltaserve.kernels.primitives import Bias
 from deltaserve.server.engine import loader
 from deltaserve.server.engine.adapter_cache import AdapterCache
 from deltaserve.server.engine.core import AdapterInfo, AdapterRef, AdapterState
+from deltaserve.server.engine.make import MakeHere
 from deltaserve.server.engine.memory import Ledger
 from deltaserve.server.engine.observer import NullObserver
 from deltaserve.server.engine.residency import Residency
@@ -86,7 +87,7 @@ class Rig:
         self.disk.content = {f"/{n}": (f"digest-{n}", size) for n, size in adapters.items()}
         self.cache = AdapterCache(
             self.host,
-            self.disk.read,
+            MakeHere(lambda *what: self.disk.read(*what), self.host),
             ledger=Ledger(budget),
             wake=lambda: None,
             observer=NullObserver(),
@@ -378,7 +379,7 @@ def test_one_that_is_not_in_memory_takes_at_most_4_kib() -> None:
         notes = (f"{uri}: {'a long note ' * 500}",)
         return Adapter(f"{uri:>64}", "test", modules, source_bytes=10, notes=notes)
 
-    rig.cache._loader._read = read
+    rig.disk.read = read  # type: ignore[method-assign]
     rig.load(names[0])
     gc.collect()
     tracemalloc.start()
@@ -399,13 +400,13 @@ def test_what_a_request_waits_for_is_read_before_what_is_registered() -> None:
     rig = Rig(100, {n: 10 for n in "abcdef"})
     registered(rig, "a")
     order: list[str] = []
-    read = rig.cache._loader._read
+    read = rig.disk.read
 
     def noting(uri: str, options: LoadOptions, parent: Adapter | None) -> Adapter:
         order.append(uri)
         return read(uri, options, parent)
 
-    rig.cache._loader._read = noting
+    rig.disk.read = noting  # type: ignore[method-assign]
     rig.disk.gate.clear()
     futures = [rig.cache.load("b", "/b", register_only=True)]
     rig.until(lambda: order == ["/b"], [])

@@ -36,6 +36,13 @@ def canonical(tensor: Tensor, content: str) -> Tensor:
         return tensor
 
 
+def living(content: str) -> Tensor | None:
+    """The living tensor of this content, if there is one. Any thread."""
+    with _lock:
+        known = _known.get(content)
+        return None if known is None else known()
+
+
 def content_of(tensor: Tensor) -> str | None:
     """The content that `canonical` was told of this tensor, if it was."""
     content: str | None = getattr(tensor, _MARK, None)

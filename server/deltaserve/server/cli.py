@@ -58,6 +58,13 @@ def serve(
         list[Path] | None,
         typer.Option(help="Folder that adapters may be loaded from over the wire; repeatable."),
     ] = None,
+    loaders: Annotated[int, typer.Option(help="Adapters that are loaded at once.")] = 2,
+    loader_processes: Annotated[
+        bool, typer.Option(help="Load in processes of idle priority (Linux).")
+    ] = sys.platform == "linux",
+    loader_cores: Annotated[
+        str, typer.Option(metavar="0,3", help="Processors that loading keeps to; any if left out.")
+    ] = "",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     quantize: Annotated[str, typer.Option(help="The base's weights: none, int8, int4.")] = "none",
     group_size: Annotated[int, typer.Option(help="Inputs that share an int4 scale.")] = 64,
@@ -126,6 +133,9 @@ def serve(
                 parents=tuple(c.child_and_parent(item) for item in parent or ()),
                 tasks=tuple(c.task(item) for item in task or ()),
                 max_errors=tuple(c.max_error(item) for item in max_error or ()),
+                loaders=loaders,
+                loader_processes=loader_processes,
+                loader_cores=c.cores("--loader-cores", loader_cores),
                 registered=tuple(
                     found for folder in adapter_dir or () for found in c.adapters_in(folder)
                 ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,6 +105,9 @@ class AdapterConfig:
     tasks: tuple[tuple[str, int], ...] = ()
     max_errors: tuple[tuple[str, float], ...] = ()
     registered: tuple[tuple[str, Path], ...] = ()
+    loaders: int = 2
+    loader_processes: bool = False
+    loader_cores: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         given = [("--adapter", name, path) for name, path in self.preload]
@@ -136,6 +140,14 @@ class AdapterConfig:
                 raise ConfigError(f"--adapter-root {root}: no such folder")
         if self.bytes is not None:
             _at_least("--adapter-bytes", self.bytes, 1)
+        _at_least("--loaders", self.loaders, 1)
+        if self.loader_processes and sys.platform != "linux":
+            raise ConfigError("--loader-processes: needs Linux; use --no-loader-processes")
+        if self.loader_cores and not self.loader_processes:
+            raise ConfigError("--loader-cores: needs --loader-processes")
+        for core in self.loader_cores:
+            if core not in os.sched_getaffinity(0):
+                raise ConfigError(f"--loader-cores {core}: this process may not run on that core")
 
     def in_order(self) -> list[tuple[str, Path, str]]:
         """(name, path, parent) of preload, every parent before its children."""
@@ -269,6 +281,14 @@ def adapters_in(folder: Path) -> list[tuple[str, Path]]:
 def child_and_parent(text: str) -> tuple[str, str]:
     """``CHILD=PARENT`` of --parent."""
     return _pair("--parent", text, "CHILD=PARENT")
+
+
+def cores(flag: str, text: str) -> tuple[int, ...]:
+    """Numbers of processors: ``0,3``."""
+    parts = text.split(",") if text else []
+    if not all(part.strip().isascii() and part.strip().isdigit() for part in parts):
+        raise ConfigError(f"{flag} {text}: write processors as 0,3")
+    return tuple(int(part) for part in parts)
 
 
 def task(text: str) -> tuple[str, int]:

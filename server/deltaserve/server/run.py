@@ -22,6 +22,7 @@ from deltaserve.server.engine.text import Text
 from deltaserve.server.engine_metrics import EngineCollector
 from deltaserve.server.errors import RequestError
 from deltaserve.server.folders import register
+from deltaserve.server.garbage import settled
 from deltaserve.server.metrics import Metrics
 from deltaserve.server.model.errors import ModelError
 from deltaserve.server.planner import show
@@ -51,7 +52,8 @@ def run(config: Config) -> int:
         with Bar() as bar:
             register(engine, config.adapters.registered, bar)
         _expose(metrics, engine, config)
-        return _run_loop(_serve(engine, text, config, metrics))
+        with settled():
+            return _run_loop(_serve(engine, text, config, metrics))
     finally:
         engine.shutdown()
 

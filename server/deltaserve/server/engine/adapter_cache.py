@@ -15,7 +15,8 @@ from concurrent.futures import Future
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.options import DEFAULT, LoadOptions
 from deltaserve.server.engine.core import AdapterInfo, AdapterRef, AdapterState
-from deltaserve.server.engine.loader import Loader, Read
+from deltaserve.server.engine.loader import Loader
+from deltaserve.server.engine.make import Make
 from deltaserve.server.engine.masks import Chosen
 from deltaserve.server.engine.memory import Ledger
 from deltaserve.server.engine.observer import Observer
@@ -37,14 +38,14 @@ log = logging.getLogger(__name__)
 
 
 class AdapterCache:
-    """read: called on a loader thread. ledger: of the memory that resident adapters take.
+    """make: called on loader threads. ledger: of the memory that resident adapters take.
     wake: called from any thread when the engine thread has something to do here. loaders: threads
     that load."""
 
     def __init__(
         self,
         host: Host,
-        read: Read,
+        make: Make,
         *,
         ledger: Ledger,
         wake: Callable[[], None],
@@ -58,7 +59,7 @@ class AdapterCache:
         self._lock = self._registry.lock
         self._residents = Residents(host, ledger, self._evicted, self._lock)
         self._leaving: Residencies = []
-        self._loader = Loader(self._registry, host, read, wake, loaders)
+        self._loader = Loader(self._registry, make, wake, loaders)
 
     # From any thread:
 

@@ -23,6 +23,8 @@ from deltaserve.server.engine.adapter_cache import AdapterCache
 from deltaserve.server.engine.engine import Engine
 from deltaserve.server.engine.kv_cache import BlockManager
 from deltaserve.server.engine.kv_pool import KVPool
+from deltaserve.server.engine.loader_process import LoaderProcesses
+from deltaserve.server.engine.make import Make, MakeHere
 from deltaserve.server.engine.memory import Ledger
 from deltaserve.server.engine.observer import NullObserver, Observer
 from deltaserve.server.engine.plan import Base, plan_memory
@@ -94,10 +96,11 @@ def make_engine(
     made: list[Engine] = []
     cache = AdapterCache(
         model,
-        reader(adapters, model, plan.adapter_most),
+        _make(adapters, model, plan.adapter_most),
         ledger=ledger,
         wake=lambda: made[0].wake(),
         observer=observer,
+        loaders=adapters.loaders,
     )
     spec = model.spec
     info = EngineInfo(
@@ -147,6 +150,11 @@ def base_of(model: BaseModel) -> Base:
         dtype=model.dtype,
         max_length=model.max_length,
     )
+
+
+def _make(config: AdapterConfig, model: BaseModel, budget: int) -> Make:
+    here = MakeHere(reader(config, model, budget), model)
+    return LoaderProcesses(here, config.loader_cores) if config.loader_processes else here
 
 
 def reader(

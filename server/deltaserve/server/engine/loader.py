@@ -7,41 +7,30 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeAlias
 
-from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.errors import AdapterError
 from deltaserve.adapters.options import LoadOptions
 from deltaserve.kernels.native.openmp import compute_alone
 from deltaserve.server.engine.core import AdapterInfo
+from deltaserve.server.engine.make import Made, Make, Wanted
 from deltaserve.server.engine.registry import Registry
 from deltaserve.server.engine.residency import Arrival, Residency
-from deltaserve.server.engine.residents import Host
 from deltaserve.server.engine.workers import Urgency, Workers
 from deltaserve.server.errors import RequestError
 
 log = logging.getLogger(__name__)
 
-Read: TypeAlias = Callable[[str, LoadOptions, Adapter | None], Adapter]
-"""uri, options, its parent's content -> Adapter."""
-
 
 class Loader:
-    """What it made is in `arrived` until the engine thread takes it. on_arrival: called from a
-    loader thread when something is there. loaders: threads."""
+    """make: called on its threads. What it made is in `arrived` until the engine thread takes it.
+    on_arrival: called from a loader thread when something is there. loaders: threads."""
 
     def __init__(
-        self,
-        registry: Registry,
-        host: Host,
-        read: Read,
-        on_arrival: Callable[[], None],
-        loaders: int,
+        self, registry: Registry, make: Make, on_arrival: Callable[[], None], loaders: int
     ) -> None:
         self.arrived: deque[Arrival] = deque()
         self._registry = registry
-        self._host = host
-        self._read = read
+        self._make = make
         self._on_arrival = on_arrival
         self._loaders = loaders
         self._wanted = 0
@@ -68,7 +57,7 @@ class Loader:
 
         def read() -> None:
             try:
-                then(self._content(uri, options).digest)
+                then(self._made(uri, options, Wanted.DIGEST).digests[-1])
             except Exception as error:
                 done.set_exception(error)
             self._on_arrival()
@@ -76,20 +65,19 @@ class Loader:
         self._workers.submit(Urgency.ASKED, read)
 
     def close(self) -> None:
-        """Wait for the loads that have begun; the others are not done."""
+        """Wait for the loads that have begun, or have them fail; the others are not done."""
+        self._make.close()
         self._workers.close()
 
     def _load(self, residency: Residency, urgency: Urgency) -> None:
         began = time.perf_counter()
         arrival = Arrival(residency, 0.0)
         try:
-            adapter = self._content(residency.uri, residency.options)
-            self._registry.check_digest(residency, adapter)
-            prepared = self._host.prepare(adapter)
-            arrival.nbytes = prepared.nbytes
-            if urgency is not Urgency.WHENEVER:
-                arrival.prepared = prepared
-            arrival.adapter = adapter.without_content()
+            wanted = Wanted.CHECK if urgency is Urgency.WHENEVER else Wanted.ALL
+            made = self._made(residency.uri, residency.options, wanted)
+            self._registry.check_digest(residency, made.digests[-1])
+            arrival.adapter, arrival.prepared = made.adapter, made.prepared
+            arrival.nbytes = made.nbytes
         except Exception as error:
             if not isinstance(error, AdapterError | RequestError):
                 log.exception("loading adapter %r from %s failed", residency.name, residency.uri)
@@ -100,13 +88,15 @@ class Loader:
             self.arrived.append(arrival)
         self._on_arrival()
 
-    def _content(self, uri: str, options: LoadOptions) -> Adapter:
-        """What is at `uri`, on top of its parents, which are read anew: they need not be in
-        memory."""
-        parent: Adapter | None = None
-        if options.parent:
-            with self._registry.lock:
-                residency = self._registry.find(options.parent, "options.parent")
-            parent = self._content(residency.uri, residency.options)
-            self._registry.check_digest(residency, parent)
-        return self._read(uri, options, parent)
+    def _made(self, uri: str, options: LoadOptions, wanted: Wanted) -> Made:
+        """AdapterConflict if a parent is not what it was when it was registered."""
+        line, parents = [(uri, options)], list[Residency]()
+        with self._registry.lock:
+            while line[0][1].parent:
+                parent = self._registry.find(line[0][1].parent, "options.parent")
+                line.insert(0, (parent.uri, parent.options))
+                parents.insert(0, parent)
+        made = self._make(tuple(line), wanted)
+        for parent, digest in zip(parents, made.digests, strict=False):
+            self._registry.check_digest(parent, digest)
+        return made

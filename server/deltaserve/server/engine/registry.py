@@ -9,7 +9,6 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, TypeAlias, TypeVar
 
-from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.options import LoadOptions
 from deltaserve.server.engine.core import AdapterInfo, AdapterState
 from deltaserve.server.engine.residency import Residency
@@ -107,14 +106,14 @@ class Registry:
                 )
         return options
 
-    def check_digest(self, residency: Residency, adapter: Adapter) -> None:
+    def check_digest(self, residency: Residency, digest: str) -> None:
         """AdapterConflict if it is not what it was when it was registered."""
         with self.lock:
-            registered = residency.digest = residency.digest or adapter.digest
-        if adapter.digest != registered:
+            registered = residency.digest = residency.digest or digest
+        if digest != registered:
             raise AdapterConflict(
                 f"{residency.uri} has changed since {residency.name!r} was registered: digest "
-                f"{adapter.digest[:16]}, registered {registered[:16]}",
+                f"{digest[:16]}, registered {registered[:16]}",
                 field="uri",
             )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 from deltaserve.adapters.adapter import Adapter
@@ -29,6 +29,10 @@ class PreparedAdapter:
     embedding: PreparedEmbedding | None
     prefix: Prefix | None
     gated: GatedPrefix | None
+
+    def __getstate__(self) -> dict[str, object]:
+        """`memory` tells tensors by where they are: another process has them elsewhere."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @property
     def nbytes(self) -> int:
