@@ -3,7 +3,8 @@
     python benchmarks/mixed.py --models models [--only llama-160m] [--repeat 3] [--save]
 
 Workloads: prompts of 64 tokens, 64 new tokens, all submitted at once, greedy.
-W1: 16 requests over 16 adapters. W4: 16 over 4. W2: 16 of the base. W3: one of the base.
+W1: 16 requests over 16 adapters. W4: 16 over 4. W2: 16 of the base. W3: one of the base. W5: 16
+over 16 kinds of adapters (kinds.py), deltaserve alone: nothing else serves them together.
 Every engine runs in a process of its own, by turns, after a warm-up of the same shapes; the table
 shows the fastest of the repeats and its ratio to transformers (+ PEFT `adapter_names`) in bfloat16.
 """
@@ -23,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from common import busy_seconds, cores, machine, make_models, save
+from kinds import KINDS, make_kinds
 
 PROMPT, NEW = 64, 64
-WORKLOADS = ("W1", "W4", "W2", "W3")
+WORKLOADS = ("W1", "W4", "W2", "W3", "W5")
+ADAPTED = ("W1", "W4", "W5")
 OURS = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
@@ -55,10 +58,14 @@ def workload(name: str) -> list[tuple[list[int], int | None]]:
         "W4": [(prompt(i), i % 4) for i in range(16)],
         "W2": [(prompt(i), None) for i in range(16)],
         "W3": [(prompt(0), None)],
+        "W5": [(prompt(i), i) for i in range(16)],
     }[name]
 
 
-def adapter_folder(models: Path, model: str, i: int) -> Path:
+def adapter_folder(models: Path, model: str, i: int, name: str = "W1") -> Path:
+    """Of adapter number i in a workload."""
+    if name == "W5":
+        return models / f"{model}-kinds" / KINDS[i]
     return models / f"{model}-lora" / f"a{i:02d}"
 
 
@@ -85,20 +92,27 @@ def ours(models: Path, model: str, form: str) -> Iterator[Callable[[str, int], A
     )
     engine.start()
     count = 0
+    known: set[str] = set()
+
+    def loaded(name: str, i: int) -> str:
+        """The name of adapter number i in the workload, loaded once."""
+        folder = adapter_folder(models, model, i, name)
+        if folder.name not in known:
+            engine.adapters.load(folder.name, str(folder.resolve())).result()
+            known.add(folder.name)
+        return folder.name
 
     def run(name: str, new: int) -> Answers:
         nonlocal count
         requests = []
         for ids, a in workload(name):
             count += 1
-            refs = () if a is None else (AdapterRef(f"a{a}"),)
+            refs = () if a is None else (AdapterRef(loaded(name, a)),)
             sampling = SamplingParams(max_tokens=new, ignore_eos=True)
             requests.append(Request(f"r{count}", tuple(ids), sampling, refs))
         return [list(answer.token_ids) for answer in generate(engine, requests)]
 
     try:
-        for i in range(16):
-            engine.adapters.load(f"a{i}", str(adapter_folder(models, model, i).resolve())).result()
         yield run
     finally:
         engine.shutdown()
@@ -163,7 +177,7 @@ def work(args: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(args.threads)
-    order = sorted(args.workloads.split(","), key=lambda w: w in ("W1", "W4"))  # base first
+    order = sorted(args.workloads.split(","), key=lambda w: w in ADAPTED)  # base first
     engine = ours if args.engine == "deltaserve" else theirs
     with engine(args.models, args.model, args.form) as run:
         for name in order:
@@ -187,13 +201,16 @@ def work(args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace, model: str, engine: str, form: str) -> list[dict[str, Any]]:
+    workloads = [w for w in args.workloads.split(",") if w != "W5" or engine == "deltaserve"]
+    if not workloads:
+        return []
     if engine in OTHERS:
         script = Path(__file__).parent / "mixed_peers" / OTHERS[engine][0]
         command = [dict(args.other)[engine], str(script)]
     else:
         command = [sys.executable, __file__, "--worker", "--engine", engine]
     command += ["--models", str(args.models), "--model", model, "--form", form]
-    command += ["--workloads", args.workloads, "--threads", str(args.threads)]
+    command += ["--workloads", ",".join(workloads), "--threads", str(args.threads)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{engine} {form} on {model} failed:\n{done.stderr[-3000:]}")
@@ -274,6 +291,9 @@ def main() -> None:
         return
     models = args.only.split(",")
     make_models(args.models, models)
+    if "W5" in args.workloads.split(","):
+        for model in models:
+            make_kinds(args.models, model)
     rows: list[dict[str, Any]] = []
     for model in models:
         for _ in range(args.repeat):

@@ -15,6 +15,7 @@ WORKLOADS = {
     "W4": "16 requests, 4 adapters",
     "W2": "16 requests, base",
     "W3": "1 request, base",
+    "W5": "16 requests, 16 kinds",
 }
 
 
