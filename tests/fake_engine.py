@@ -67,6 +67,7 @@ class FakeText:
     """Bytes shifted by 3; "ab" is one token; begins with BOS."""
 
     vocab_size = VOCAB
+    backend = None
     has_chat_template = True
 
     def encode(self, text: str) -> list[int]:

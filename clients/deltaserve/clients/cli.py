@@ -85,6 +85,15 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")] = None,
     ignore_eos: Annotated[bool, typer.Option(help="Go on after the end of text.")] = False,
+    json_schema: Annotated[
+        str | None, typer.Option(help="JSON that this schema allows: a file, or the schema itself.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="Text that it matches as a whole.")] = None,
+    grammar: Annotated[
+        str | None, typer.Option(help="Text of this grammar in Lark's syntax: a file, or itself.")
+    ] = None,
+    choice: Annotated[list[str] | None, typer.Option(help="One of these texts.")] = None,
+    bad_word: Annotated[list[str] | None, typer.Option(help="Never generated.")] = None,
     draft_tokens: Annotated[
         int | None, typer.Option(help="Most tokens drafted by prompt lookup in a step; 0 is off.")
     ] = None,
@@ -104,6 +113,11 @@ def generate(
         "top_k": top_k,
         "seed": seed,
         "stop": stop,
+        "json_schema": json_schema and _content(json_schema, "{"),
+        "regex": regex,
+        "grammar": grammar and _content(grammar, "start:"),
+        "choice": choice or None,
+        "bad_words": bad_word or None,
         "timeout": timeout,
     }
     if draft_tokens is not None:
@@ -132,6 +146,16 @@ def generate(
         ):
             print(piece.text, end="", flush=True)
         print()
+
+
+def _content(given: str, own: str) -> str:
+    """Of the file that is named, unless `given` has `own`, which is in no name of a file."""
+    if own in given:
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{given}: {error}") from None
 
 
 def _weighted(item: str, hint: str = "--adapter") -> tuple[str, float]:

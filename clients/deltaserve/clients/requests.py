@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Required, TypeAlias, TypedDict, TypeVar, cast
@@ -69,7 +70,9 @@ class Speculation(TypedDict, total=False):
 
 class Options(TypedDict, total=False):
     """What else a generation takes; `generation.proto` explains each field. stop: one or several
-    texts that end it. timeout: seconds until DeadlineExceeded."""
+    texts that end it. json_schema (as text or as what `json` makes of it), json_object, regex,
+    grammar (Lark), choice: what the text must be; one of them. timeout: seconds until
+    DeadlineExceeded."""
 
     top_p: float
     top_k: int
@@ -79,6 +82,11 @@ class Options(TypedDict, total=False):
     frequency_penalty: float
     seed: int
     logit_bias: Mapping[int, float]
+    json_schema: str | Mapping[str, Any] | bool
+    json_object: bool
+    regex: str
+    grammar: str
+    choice: Sequence[str]
     bad_words: Sequence[str]
     bad_token_sequences: Sequence[Sequence[int]]
     min_tokens: int
@@ -113,6 +121,7 @@ _SAMPLING = (
     "frequency_penalty",
     "seed",
 )
+_CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
 _PLAIN = ("n", "user", "priority", "cache_salt", "keep_special_tokens", "request_id")
 
 
@@ -268,11 +277,27 @@ def generate(
         for name in _PLAIN:
             if given.get(name) is not None:
                 setattr(request, name, given[name])
+        _constrain(request, given)
         if options.get("speculation") is not None:
             request.speculation.CopyFrom(_speculation(options["speculation"]))
         if logprobs is not False:
             request.logprobs = 0 if logprobs is True else logprobs
         return request
+
+
+def _constrain(request: Generate, given: Mapping[str, Any]) -> None:
+    kinds = [kind for kind in _CONSTRAINTS if given.get(kind) is not None]
+    if len(kinds) > 1:
+        raise TypeError(f"{kinds[0]} and {kinds[1]}: give one of {', '.join(_CONSTRAINTS)}")
+    for kind in kinds:
+        value = given[kind]
+        if kind == "choice":
+            request.constraint.choice.values.extend(_texts(kind, value))
+            request.constraint.choice.SetInParent()
+        elif kind == "json_schema" and not isinstance(value, str):
+            request.constraint.json_schema = json.dumps(value)
+        else:
+            setattr(request.constraint, kind, value)
 
 
 def _texts(field: str, given: Sequence[str] | None) -> Sequence[str]:

@@ -113,6 +113,7 @@ def make_engine(
         device=device,
         max_length=model.max_length,
         vocab_size=model.vocab_size,
+        eos_token_ids=tuple(model.eos_token_ids),
         formats=NAMES,
         memory=plan,
     )

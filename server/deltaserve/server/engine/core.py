@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from deltaserve.server.errors import RequestError
+
+if TYPE_CHECKING:
+    from deltaserve.server.engine.constraint import Matcher
 
 
 class FinishReason(StrEnum):
@@ -106,7 +109,8 @@ class Speculation:
 class Request:
     """One prompt to continue. deadline: `time.monotonic()` seconds, None for none. priority:
     higher goes first. salt: requests with different salts share no prefix cache. speculation: how
-    fast, never what is answered. combination: instead of adapters."""
+    fast, never what is answered. combination: instead of adapters. matcher: its constraint, for
+    this request alone."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -117,6 +121,7 @@ class Request:
     salt: str = ""
     speculation: Speculation = Speculation()
     combination: Combination | None = None
+    matcher: Matcher | None = None
 
 
 @dataclass(frozen=True, slots=True)

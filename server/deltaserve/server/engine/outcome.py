@@ -8,6 +8,7 @@ from collections import defaultdict
 
 from torch import Tensor
 
+from deltaserve.server.engine.constraint import Failed
 from deltaserve.server.engine.core import (
     FinishReason,
     Outbox,
@@ -23,7 +24,7 @@ from deltaserve.server.engine.runner import LogitRow
 from deltaserve.server.engine.sampler import Choice, Row, logprob_of, sample
 from deltaserve.server.engine.scheduler import Batch, Scheduled, Scheduler
 from deltaserve.server.engine.sequence import Sequence
-from deltaserve.server.errors import Cancelled, NonFiniteLogits, RequestError
+from deltaserve.server.errors import Cancelled, InvalidRequest, NonFiniteLogits, RequestError
 
 
 class StepOutputs:
@@ -74,10 +75,12 @@ class StepOutputs:
             ended = bool(sound) and self._next(sequence, sound, eos, max_length, now)
             if len(sound) == len(run) or ended:
                 continue
-            if run[-1].finite:
-                self._finish(sequence, FinishReason.DEAD_END, "", now)
-            else:
+            if not run[-1].finite:
                 self._poison(sequence)
+            elif run[-1].failure:
+                self._fail(sequence, run[-1].failure)
+            else:
+                self._finish(sequence, FinishReason.DEAD_END, "", now)
         for sequence in dict.fromkeys(p.sequence for p in batch.decodes if p.draft is not None):
             if sequence not in self.poisoned:
                 scheduler.accept(sequence)
@@ -105,6 +108,14 @@ class StepOutputs:
             f"the logits after {len(sequence.tokens) - sequence.virtual} tokens are not finite: "
             f"{whose} weights too large to compute with, or damaged",
             field="model" if sequence.held else "",
+        )
+        self.finished.append((sequence, error_output(sequence, error)))
+
+    def _fail(self, sequence: Sequence, reason: str) -> None:
+        """Its constraint cannot be followed."""
+        error = InvalidRequest(
+            f"constraint: it cannot be followed after {sequence.outputs} tokens: {reason}",
+            field="constraint",
         )
         self.finished.append((sequence, error_output(sequence, error)))
 
@@ -139,12 +150,14 @@ class StepOutputs:
             ends = enough and (token in p.stop_token_ids or (token in eos and not p.ignore_eos))
             text += "" if ends else sequence.detokenizer.add(token)
             stopped = sequence.detokenizer.stopped_by if enough else ""
+            closed = enough and not ends and not stopped and _closed(sequence)
             length = max(len(member.tokens) for member in sequence.members)
             full = sequence.outputs >= p.max_tokens or length >= max_length
             if sequence.drafter is not None and len(ids) > 1:
                 sequence.drafter.accepted += 1
-            if ends or stopped or full:
-                reason = FinishReason.STOP if ends or stopped else FinishReason.LENGTH
+            if ends or stopped or closed or full:
+                over = ends or stopped or closed
+                reason = FinishReason.STOP if over else FinishReason.LENGTH
                 why = stopped or (str(token) if ends else "")
                 found = tuple(ids), tuple(logprobs), tuple(told)
                 self._finish(sequence, reason, why, now, text, *found)
@@ -281,16 +294,27 @@ def _rows(parts: list[Scheduled], eos: frozenset[int]) -> list[Row]:
                 outputs,
                 tuple(eos),
                 draft,
+                request.matcher,
             )
         )
     return rows
+
+
+def _closed(sequence: Sequence) -> bool:
+    """Nothing may follow by its constraint."""
+    matcher = sequence.request.matcher
+    try:
+        return matcher is not None and matcher.ended(sequence.output_ids)
+    except Failed:
+        return False  # the next choice finds it out
 
 
 def needs_outputs(sequence: Sequence) -> bool:
     """Whether the choice depends on earlier outputs (they need not be copied otherwise)."""
     p = sequence.request.sampling
     return bool(
-        p.min_tokens
+        sequence.request.matcher is not None
+        or p.min_tokens
         or p.bad_tokens
         or p.repetition_penalty != 1
         or p.presence_penalty

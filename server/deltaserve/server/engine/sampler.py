@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltaserve.server.engine.constraint import Failed, Matcher
 from deltaserve.server.engine.core import SamplingParams, TokenDisagreement, TokenLogprob
 
 
@@ -20,7 +21,8 @@ from deltaserve.server.engine.core import SamplingParams, TokenDisagreement, Tok
 class Row:
     """One row of logits: how to choose, from which generator, after which tokens (prompt and
     outputs, virtual ones left out); eos: the tokens that `min_tokens` holds back. after: the row
-    follows a drafted token; it is only asked if the row before it chose that very token."""
+    follows a drafted token; it is only asked if the row before it chose that very token. matcher:
+    allows what may follow the outputs."""
 
     sampling: SamplingParams
     generator: torch.Generator | None
@@ -28,23 +30,26 @@ class Row:
     output_ids: list[int]
     eos: tuple[int, ...] = ()
     after: int | None = None
+    matcher: Matcher | None = None
 
 
 @dataclass(slots=True)
 class Choice:
     """finite is False if the row held a NaN or its maximum is infinite, dead is True if no token is
-    left to choose from: the token is no answer then. disagreement: of the members whose rows were
-    combined to this one, if it is to be told."""
+    left to choose from, failure says why the row's constraint cannot be followed: the token is no
+    answer then. disagreement: of the members whose rows were combined to this one, if it is to be
+    told."""
 
     token_id: int
     finite: bool
     logprob: TokenLogprob | None = None
     dead: bool = False
+    failure: str = ""
     disagreement: TokenDisagreement | None = None
 
     @property
     def sound(self) -> bool:
-        return self.finite and not self.dead
+        return self.finite and not self.dead and not self.failure
 
 
 def plain(row: Row) -> bool:
@@ -58,6 +63,7 @@ def _adjusts(row: Row) -> bool:
     return bool(
         p.logit_bias
         or p.bad_tokens
+        or row.matcher is not None
         or p.repetition_penalty != 1
         or p.presence_penalty
         or p.frequency_penalty
@@ -78,14 +84,11 @@ def sample(logits: Tensor, rows: list[Row]) -> list[Choice | None]:
             if before is None or not before.sound or before.token_id != row.after:
                 choices.append(None)
                 continue
-        dead = False
+        choice = Choice(tokens[i], finite[i])
         if finite[i] and not plain(row):
-            token = _sample_row(logits[i], row)
-            dead = token is None
-            tokens[i] = -1 if token is None else token
-        choice = Choice(tokens[i], finite[i], dead=dead)
+            _choose(choice, logits[i], row)
         if choice.sound and row.sampling.logprobs is not None:
-            choice.logprob = logprob_of(logits[i], tokens[i], row.sampling.logprobs)
+            choice.logprob = logprob_of(logits[i], choice.token_id, row.sampling.logprobs)
         choices.append(choice)
     return choices
 
@@ -102,12 +105,22 @@ def logprob_of(logits: Tensor, token_id: int, top: int) -> TokenLogprob:
     return TokenLogprob(token_id, float(logprobs[token_id]), best)
 
 
-def _sample_row(logits: Tensor, row: Row) -> int | None:
-    """None if every token is excluded."""
+def _choose(choice: Choice, logits: Tensor, row: Row) -> None:
+    scores = logits
+    if _adjusts(row):
+        try:
+            scores = adjust(logits.clone(), row)
+        except Failed as error:
+            choice.token_id, choice.failure = -1, str(error)
+            return
+        if scores.max() == float("-inf"):
+            choice.token_id, choice.dead = -1, True
+            return
+    choice.token_id = _draw(scores, row)
+
+
+def _draw(scores: Tensor, row: Row) -> int:
     p = row.sampling
-    scores = adjust(logits.clone(), row) if _adjusts(row) else logits
-    if scores is not logits and scores.max() == float("-inf"):
-        return None
     if p.temperature == 0:
         return int(scores.argmax())
     probabilities = truncate(torch.softmax(scores / p.temperature, -1), p)
@@ -120,7 +133,8 @@ def adjust(scores: Tensor, row: Row) -> Tensor:
     """Bias and penalties, then exclusions (-inf), in place. repetition_penalty: over prompt and
     outputs, divides positive logits and multiplies negative ones (Keskar et al. 2019); presence and
     frequency: over outputs, subtracted once and per occurrence (OpenAI). Excluded are the ends that
-    min_tokens holds back, and the last tokens of bad sequences whose others are there already."""
+    min_tokens holds back, the last tokens of bad sequences whose others are there already, and what
+    the constraint does not allow. Raises Failed for a constraint that cannot be followed."""
     p = row.sampling
     if p.logit_bias:
         ids = torch.tensor([i for i, _ in p.logit_bias])
@@ -141,6 +155,10 @@ def adjust(scores: Tensor, row: Row) -> Tensor:
     if p.bad_tokens:
         bad = _last_of_bad(p.bad_tokens, row.prompt_ids, row.output_ids)
         scores[torch.tensor(bad, dtype=torch.int64)] = float("-inf")
+    if row.matcher is not None:
+        if p.ignore_eos and row.eos:  # the text goes on as long as it can
+            scores[torch.tensor(row.eos)] = float("-inf")
+        scores.masked_fill_(~row.matcher.allowed(row.output_ids), float("-inf"))
     return scores
 
 

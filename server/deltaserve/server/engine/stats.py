@@ -59,4 +59,5 @@ class EngineInfo:
     max_length: int
     vocab_size: int
     memory: MemoryPlan
+    eos_token_ids: tuple[int, ...] = ()
     formats: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ from google.protobuf.message import Message
 
 from deltaserve.adapters.options import LoadOptions
 from deltaserve.server.config import ADAPTER_NAME, NAME_RULE
+from deltaserve.server.engine.constraint import KINDS, Constraint
 from deltaserve.server.engine.core import AdapterRef, SamplingParams, Speculation
 from deltaserve.server.errors import InvalidRequest
 from deltaserve.v1 import adapter_pb2
@@ -31,6 +32,8 @@ MAX_STOP_TOKENS = 1024
 MAX_LOGIT_BIAS = 16384
 MAX_BAD_WORDS = 1024
 MAX_BAD_WORD = 256
+MAX_CONSTRAINT = 1 << 18
+MAX_ALTERNATIVES = 4096
 
 _PATHS = {
     **{name: f"sampling.{name}" for name in pb.SamplingParams.DESCRIPTOR.fields_by_name},
@@ -127,6 +130,30 @@ def _bad_tokens(given: pb.SamplingParams) -> tuple[tuple[int, ...], ...]:
         right = f"at most {MAX_BAD_WORDS}"
         refuse("sampling.bad_token_sequences", f"{len(found)} sequences", right)
     return tuple(tuple(item.ids) for item in found)
+
+
+def constraint(request: GenerateRequest) -> Constraint | None:
+    """What the text must be, if anything."""
+    given = request.constraint
+    kind = given.WhichOneof("kind")
+    if kind is None:
+        if request.HasField("constraint"):
+            refuse("constraint", "an empty one", f"one of {', '.join(KINDS)}")
+        return None
+    field = f"constraint.{kind}"
+    if kind == "json_object":
+        if not given.json_object:
+            refuse(field, "false", "true, or left out")
+        return Constraint(kind)
+    texts = tuple(given.choice.values) if kind == "choice" else (getattr(given, kind),)
+    if not 1 <= len(texts) <= MAX_ALTERNATIVES:
+        refuse(field, f"{len(texts)} texts", f"1 to {MAX_ALTERNATIVES}")
+    size = sum(map(len, texts))
+    if size > MAX_CONSTRAINT:
+        refuse(field, f"text of {size} characters", f"at most {MAX_CONSTRAINT} characters")
+    for text in texts:
+        prompt_text(text, field)
+    return Constraint(kind, texts=texts) if kind == "choice" else Constraint(kind, texts[0])
 
 
 def speculation(request: GenerateRequest) -> Speculation:

@@ -18,6 +18,7 @@ from deltaserve.server.config import RpcConfig
 from deltaserve.server.engine.core import Output, Request, SamplingParams, ServedAdapter
 from deltaserve.server.errors import InvalidRequest, SlowReader
 from deltaserve.server.rpc import answer, combined, convert
+from deltaserve.server.rpc.constrain import Constrainer
 from deltaserve.server.rpc.encode import Encoder
 from deltaserve.server.rpc.outbox import LoopOutbox, Stream
 from deltaserve.v1 import generation_pb2 as pb
@@ -35,11 +36,17 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     blocked write), its requests are taken from the engine."""
 
     def __init__(
-        self, engine: Engine, encoder: Encoder, outbox: LoopOutbox, config: RpcConfig
+        self,
+        engine: Engine,
+        encoder: Encoder,
+        constrainer: Constrainer,
+        outbox: LoopOutbox,
+        config: RpcConfig,
     ) -> None:
         self._engine = engine
         self._info = engine.info()
         self._encoder = encoder
+        self._constrainer = constrainer
         self._outbox = outbox
         self._config = config
 
@@ -132,6 +139,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         if words := convert.bad_words(request):
             bad = await self._encoder.bad_tokens(words)
             samplings = [replace(s, bad_tokens=(*s.bad_tokens, *bad)) for s in samplings]
+        matchers = await self._constrainer.matchers(convert.constraint(request), len(samplings))
         name = request.request_id or uuid.uuid4().hex
         deadline = self._deadline(context)
         return [
@@ -145,8 +153,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 salt=request.cache_salt,
                 speculation=speculation,
                 combination=combination,
+                matcher=matcher,
             )
-            for i, sampling in enumerate(samplings)
+            for i, (sampling, matcher) in enumerate(zip(samplings, matchers, strict=True))
         ]
 
     def _deadline(self, context: Context) -> float:
