@@ -82,7 +82,7 @@ class Disk:
 
 
 class Rig:
-    def __init__(self, budget: int, adapters: dict[str, int]) -> None:
+    def __init__(self, budget: int, adapters: dict[str, int], loaders: int = 1) -> None:
         self.host, self.disk = Host(), Disk()
         self.disk.content = {f"/{n}": (f"digest-{n}", size) for n, size in adapters.items()}
         self.cache = AdapterCache(
@@ -91,6 +91,7 @@ class Rig:
             ledger=Ledger(budget),
             wake=lambda: None,
             observer=NullObserver(),
+            loaders=loaders,
         )
 
     def until(self, condition: Callable[[], bool], waiting: list[tuple[Residency, ...]]) -> None:
@@ -429,3 +430,88 @@ def test_a_pinned_adapter_that_is_not_in_memory_needs_room_too() -> None:
     assert not both[0].ready and both[1].ready
     with pytest.raises(AdapterTooLarge, match="need 110 bytes beside 20 bytes of pinned"):
         rig.cache.check_room(both)
+
+
+def begun(rig: Rig) -> list[str]:
+    """The uris that are read from now on, in the order in which that begins."""
+    order: list[str] = []
+    read = rig.disk.read
+
+    def noting(uri: str, options: LoadOptions, parent: Adapter | None) -> Adapter:
+        order.append(uri)
+        return read(uri, options, parent)
+
+    rig.disk.read = noting  # type: ignore[method-assign]
+    return order
+
+
+def test_waiting_requests_adapters_are_loaded_ahead_in_their_order() -> None:
+    rig = Rig(100, {n: 20 for n in "abcde"}, loaders=2)
+    for name in "abcde":
+        registered(rig, name)
+    order = begun(rig)
+    rig.disk.gate.clear()
+    waiting = [rig.cache.acquire([AdapterRef(n)]) for n in "abacde"]
+    rig.cache.step(waiting)
+    rig.until(lambda: len(order) == 2, waiting)
+    assert set(order) == {"/a", "/b"}  # as many at once as there are loaders
+    rig.disk.gate.set()
+    rig.until(lambda: all(w[0].ready for w in waiting), waiting)
+    assert order[2:] == ["/c", "/d", "/e"] and rig.cache.evictions == 0
+
+
+def test_one_that_finds_no_room_does_not_hold_up_those_behind_it() -> None:
+    rig = Rig(100, {"x": 60, "big": 60, "small": 30})
+    rig.load("big")
+    rig.load("x")
+    registered(rig, "small")
+    running = rig.cache.acquire([AdapterRef("x")])
+    rig.cache.admitted(running, [()])
+    waiting = [rig.cache.acquire([AdapterRef(n)]) for n in ("big", "small")]
+    rig.until(lambda: waiting[1][0].ready, waiting)
+    assert not waiting[0][0].ready and waiting[0][0].crowded
+
+
+def test_what_is_loaded_ahead_takes_nothing_from_those_before_it() -> None:
+    """A request comes in between while the adapter of a later one is on its way, and wants what
+    would have been evicted for that."""
+    rig = Rig(80, {"a": 40, "b": 40, "c": 40}, loaders=2)
+    registered(rig, "c")
+    rig.load("b")
+    rig.load("a")
+    rig.disk.gate.clear()
+    running = rig.cache.acquire([AdapterRef("a")])
+    last = rig.cache.acquire([AdapterRef("c")])
+    rig.cache.step([running, last])
+    assert last[0].loading
+    between = rig.cache.acquire([AdapterRef("b")])
+    rig.disk.gate.set()
+    rig.until(lambda: bool(rig.cache._loader.arrived), [running, between, last])
+    for _ in range(5):
+        rig.cache.step([running, between, last])
+    assert between[0].ready and running[0].ready and not last[0].ready
+    rig.cache.release(between, running=False)
+    rig.until(lambda: last[0].ready, [running, last])
+    assert running[0].ready
+
+
+def test_no_more_is_loaded_ahead_than_finds_room() -> None:
+    """What arrived and has no room is in memory all the same."""
+    rig = Rig(100, {n: 40 for n in "abcdef"}, loaders=2)
+    for name in "cdef":
+        registered(rig, name)
+    rig.load("a")
+    rig.load("b")
+    order = begun(rig)
+    waiting = [rig.cache.acquire([AdapterRef(n)]) for n in "cdef"]
+    rig.disk.gate.clear()
+    rig.cache.step(waiting)
+    held = rig.cache.acquire([AdapterRef("a"), AdapterRef("b")])
+    rig.cache.admitted(held, [(), ()])
+    rig.disk.gate.set()
+    rig.until(lambda: len(rig.cache._loader.arrived) == len(order) > 0, waiting)
+    for _ in range(20):
+        rig.cache.step(waiting)
+    assert len(order) <= 2
+    rig.cache.release(held, running=True)
+    rig.until(lambda: waiting[0][0].ready and waiting[1][0].ready, waiting)

@@ -26,11 +26,14 @@ from deltaserve.adapters.marks import content_digest
 from deltaserve.adapters.options import DEFAULT, LoadOptions
 from deltaserve.kernels.base import onednn
 from deltaserve.kernels.content import canonical
+from deltaserve.kernels.primitives import PrefixKV
+from deltaserve.kernels.table import places
 from deltaserve.server.engine.collector import generate
 from deltaserve.server.engine.loader_process import AVAILABLE, LoaderProcesses
 from deltaserve.server.engine.make import Line, MakeHere, Wanted
 from deltaserve.server.engine.transfer import receive, send
 from deltaserve.server.errors import AdapterUnavailable, ShuttingDown
+from deltaserve.server.model.adapted import PreparedAdapter
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Linux")
 
@@ -104,6 +107,15 @@ def test_many_tensors(count: int) -> None:
     for theirs, ours in zip(across(given), given, strict=True):
         assert torch.equal(theirs, ours)
     assert len(kept) == len(given[::3])
+
+
+def test_a_packed_adapter_counts_the_memory_it_has_here() -> None:
+    keys, values = (torch.randn(4, 2, 8),), (torch.randn(4, 2, 8),)
+    packed = PreparedAdapter("d", {}, {}, None, PrefixKV(keys, values), None)
+    assert packed.nbytes == 512
+    found = across(packed)
+    assert found.memory == places([*found.prefix.keys, *found.prefix.values])
+    assert found.nbytes == 512 and not found.memory.keys() & packed.memory.keys()
 
 
 class Packed:

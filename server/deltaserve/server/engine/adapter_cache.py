@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 
 from deltaserve.adapters.adapter import Adapter
@@ -20,6 +20,7 @@ from deltaserve.server.engine.make import Make
 from deltaserve.server.engine.masks import Chosen
 from deltaserve.server.engine.memory import Ledger
 from deltaserve.server.engine.observer import Observer
+from deltaserve.server.engine.prefetch import needed_up_to, to_load
 from deltaserve.server.engine.registry import Infos, Registry, check_free
 from deltaserve.server.engine.residency import Arrival, Futures, Residency
 from deltaserve.server.engine.residents import Host, Residencies, Residents
@@ -214,21 +215,12 @@ class AdapterCache:
             head = next((w for w in waiting if not all(r.ready for r in w)), ())
             for _ in range(len(self._loader.arrived)):
                 arrival = self._loader.arrived.popleft()
-                if not self._publish(arrival, frozenset(head)):
+                if not self._publish(arrival, needed_up_to(arrival.residency, waiting) or head):
                     self._loader.arrived.append(arrival)
             for residency in [r for r in self._leaving if not r.in_flight]:
                 self._finish_unload(residency)
-            for wanted in waiting:
-                for residency in wanted:
-                    if residency.ready or residency.loading:
-                        continue
-                    if residency.state is AdapterState.FAILED or self._loader.busy:
-                        continue
-                    residency.crowded = not self._residents.could_fit(
-                        residency, greedy=wanted is head
-                    )
-                    if not residency.crowded:
-                        self._reload(residency, Urgency.WANTED)
+            for residency in to_load(waiting, head, self._loader, self._residents):
+                self._reload(residency, Urgency.WANTED)
             self._residents.promise([*head, *(a.residency for a in self._loader.arrived)])
 
     def admitted(
@@ -302,7 +294,7 @@ class AdapterCache:
         if not known.loading:
             self._reload(known, Urgency.ASKED)
 
-    def _publish(self, arrival: Arrival, protected: frozenset[Residency]) -> bool:
+    def _publish(self, arrival: Arrival, protected: Collection[Residency]) -> bool:
         """False if there is no room now. Nothing is evicted unless there will be room."""
         residency = arrival.residency
         if arrival.error is not None:
@@ -322,7 +314,7 @@ class AdapterCache:
             self._checked(residency, adapter, arrival.nbytes)
             return True
         residency.nbytes = arrival.nbytes
-        residency.crowded = not self._residents.make_room(prepared, protected)
+        residency.crowded = not self._residents.make_room(prepared, frozenset(protected))
         if residency.crowded:
             return False
         try:

@@ -32,14 +32,14 @@ class Loader:
         self._registry = registry
         self._make = make
         self._on_arrival = on_arrival
-        self._loaders = loaders
+        self.loaders = loaders
         self._wanted = 0
         self._workers = Workers(loaders, "deltaserve-loader", compute_alone)
 
     @property
     def busy(self) -> bool:
         """As many loads as there are threads are under way for waiting requests."""
-        return self._wanted >= self._loaders
+        return self._wanted >= self.loaders
 
     def start(self, residency: Residency, urgency: Urgency) -> None:
         """Load it, or load it again; check it only if that is `Urgency.WHENEVER`. Under the
