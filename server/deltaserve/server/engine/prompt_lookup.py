@@ -3,7 +3,6 @@ follow again. Pure Python, a bounded amount of work for each token."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 
 REACH = 64
@@ -12,41 +11,50 @@ REACH = 64
 LEARNING = 0.125
 """Weight of the newest trial in the running mean of trials."""
 
-CATCH_UP = 1024
-"""Most tokens that are indexed in one call: a long prompt does not hold up a step."""
+OCCURRENCES = 32
+"""Earlier places of the newest tokens that are compared, the last ones."""
 
 _PRIORS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.95)
 """Before the first trials: that a lookup is right, by the bit length of its agreement."""
 
 
 class NgramIndex:
-    """Where each n-gram of a growing list of tokens was last followed by another token. It holds
-    no tokens: every call is given the same list, only longer."""
+    """Where each n-gram of `least` tokens of a growing list has occurred. It holds no tokens: every
+    call is given the same list, only longer."""
 
     def __init__(self, least: int, most: int) -> None:
-        """n-grams of `least` to `most` tokens."""
+        """Longer agreement is preferred, up to `most` tokens."""
         self.least = least
         self.most = most
-        self.indexed = 0
-        self._follows: dict[tuple[int, ...], int] = {}
+        self._last: dict[tuple[int, ...], int] = {}
+        self._before: list[int] = []  # place -> the one before it of the same n-gram, or -1
 
-    def extend(self, tokens: Sequence[int], most: int = CATCH_UP) -> bool:
-        """Index up to `most` tokens more; True if that was all."""
-        end = min(len(tokens), self.indexed + most)
-        for at in range(self.indexed, end):
-            for n in range(self.least, min(self.most, at) + 1):
-                self._follows[tuple(tokens[at - n : at])] = at
-        self.indexed = end
-        return end == len(tokens)
+    def __len__(self) -> int:
+        """Tokens that are indexed."""
+        return len(self._before)
+
+    def extend(self, tokens: Sequence[int], most: int) -> None:
+        """Index up to `most` tokens more: each as what followed the n-gram before it."""
+        for at in range(len(self), min(len(tokens), len(self) + most)):
+            ngram = tuple(tokens[max(0, at - self.least) : at])
+            self._before.append(self._last.get(ngram, -1))
+            self._last[ngram] = at
 
     def find(self, tokens: Sequence[int]) -> int | None:
-        """Where the longest n-gram that ends `tokens` occurred last before: index of the token
-        behind it."""
-        for n in range(min(self.most, len(tokens)), self.least - 1, -1):
-            at = self._follows.get(tuple(tokens[-n:]))
-            if at is not None:
-                return at
-        return None
+        """Where the tokens' end has occurred before: index of the token behind it. Of the last
+        `OCCURRENCES` places the one with the longest agreement, of equals the last."""
+        best, longest = None, 0
+        at = self._last.get(tuple(tokens[-self.least :]), -1) if len(tokens) >= self.least else -1
+        for _ in range(OCCURRENCES):
+            if at < 0:
+                break
+            agreed = agreement(tokens, at, self.most)
+            if agreed > longest:
+                best, longest = at, agreed
+            if longest == self.most:
+                break
+            at = self._before[at]
+        return best
 
 
 class Drafter:
@@ -70,8 +78,9 @@ class Drafter:
         self._judged = 0
         self._rates = list(_PRIORS)
 
-    def observe(self, tokens: Sequence[int]) -> None:
-        """Learn from the tokens that are new since the last call. Call it before `draft`."""
+    def observe(self, tokens: Sequence[int], most: int) -> int:
+        """Learn from the tokens that are new since the last call; call it before `draft`. Up to
+        `most` are indexed, and nothing is looked up before all are. -> how many were indexed."""
         for i in range(self._judged, len(tokens)):
             if self._at is None:
                 break
@@ -81,10 +90,12 @@ class Drafter:
             self._at = self._at + 1 if right else None
             self._agreed = min(self._agreed + 1, REACH)
         self._judged = len(tokens)
-        complete = self._index.extend(tokens)
-        if self._at is None and complete:
+        before = len(self._index)
+        self._index.extend(tokens, most)
+        if self._at is None and len(self._index) == len(tokens):
             self._at = self._index.find(tokens)
-            self._agreed = 0 if self._at is None else _agreement(tokens, self._at)
+            self._agreed = 0 if self._at is None else agreement(tokens, self._at, REACH)
+        return len(self._index) - before
 
     def draft(self, tokens: Sequence[int], most: int) -> Iterator[tuple[int, float]]:
         """Up to `most` tokens that may follow, each with the probability that it and all before it
@@ -103,7 +114,10 @@ class Drafter:
             yield token, probability
 
 
-def _agreement(tokens: Sequence[int], at: int) -> int:
-    """How many tokens before index `at` are also the newest ones, up to `REACH`."""
-    pairs = zip(reversed(tokens[max(0, at - REACH) : at]), reversed(tokens[-REACH:]), strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+def agreement(tokens: Sequence[int], at: int, most: int) -> int:
+    """How many tokens before index `at` are also the newest ones, up to `most`."""
+    end = len(tokens)
+    for n in range(min(most, at)):
+        if tokens[at - 1 - n] != tokens[end - 1 - n]:
+            return n
+    return min(most, at)

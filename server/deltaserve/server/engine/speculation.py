@@ -21,6 +21,10 @@ STEP_ROWS = 8.0
 160 M parameters on two cores; by docs/performance.md, from steps of 1 and of 16 rows."""
 
 
+CATCH_UP = 2048
+"""Most tokens that are indexed in one step: long prompts do not hold it up."""
+
+
 class Speculator:
     """draft_tokens: most for a sequence and step, if its request does not say; 0 is none.
     max_length: tokens of one sequence."""
@@ -66,9 +70,10 @@ class Speculator:
     def _candidates(self, batch: Batch) -> list[tuple[float, Sequence, int, int]]:
         """(probability, sequence, place, token), most likely first; each sequence's in order."""
         found = []
+        left = CATCH_UP
         for sequence in dict.fromkeys(part.sequence for part in batch.parts):
             if sequence.drafter is not None:
-                sequence.drafter.observe(sequence.tokens)
+                left -= sequence.drafter.observe(sequence.tokens, left)
         for part in batch.decodes:
             sequence = part.sequence
             if sequence.drafter is None:
