@@ -1,5 +1,5 @@
-"""Prompt lookup (Saxena 2023): what followed the last occurrence of the newest n-gram is likely to
-follow again. Pure Python, a bounded amount of work for each token."""
+"""Prompt lookup (Saxena 2023): what followed the newest tokens where they occurred before is likely
+to follow again. Pure Python, a bounded amount of work for each token."""
 
 from __future__ import annotations
 
