@@ -353,3 +353,64 @@ def test_the_label_of_metrics() -> None:
         metrics.on_finished(label, FinishReason.STOP, Usage(5, 3, 0), Timings(0, 0, 0, 0))
     value = metrics.registry.get_sample_value
     assert value("deltaserve_requests_total", {"adapter": "_combined", "reason": "stop"}) == 3
+
+
+def test_live_weights(world: World) -> None:
+    """Other weights hold from the token on that the stream names, and are those of a request that
+    had them from the start."""
+    ids = prompt(11)
+    members = ["lora", "dora", ""]
+    combination: Combination = {"members": members, "rule": "product", "live": True}
+    given: dict[str, Any] = {"max_tokens": 90, "ignore_eos": True, "request_id": "dial"}
+    weights = {0: (1.0, 1.0, 1.0)}
+    got: list[int] = []
+    wanted = [(2.0, 0.0, -1.0), (0.5, 0.25, 0.25)]
+    with world.undisturbed():
+        for piece in world.client.stream(ids, combination=combination, **given):
+            for change in piece.weight_changes:
+                weights[len(got) + change.token] = change.weights
+            got += piece.token_ids
+            if wanted and len(got) > 30 // len(wanted):
+                world.client.set_weights("dial", wanted.pop(0))
+    assert list(weights.values()) == [(1.0, 1.0, 1.0), (2.0, 0.0, -1.0), (0.5, 0.25, 0.25)]
+    ends = [*list(weights)[1:], len(got)]
+    for (start, used), end in zip(weights.items(), ends, strict=True):
+        weighted = [{"model": m, "weight": w} for m, w in zip(members, used, strict=True)]
+        fixed: Combination = {"members": weighted, "rule": "product"}  # type: ignore[typeddict-item]
+        scores = world.client.score([*ids, *got[:start]], [got[start:end]], combination=fixed)
+        assert scores[0].greedy, (start, used)
+    first = {"members": members, "rule": "product"}
+    assert not world.client.score(ids, [got], combination=first)[0].greedy
+
+
+def test_weights_that_cannot_be_set(world: World) -> None:
+    client = world.client
+    given: dict[str, Any] = {"max_tokens": 450, "ignore_eos": True}
+    fixed = client.stream(prompt(1), combination=MEAN, request_id="fixed", **given)
+    live: Combination = {**MEAN, "live": True}
+    streams = [
+        client.stream(prompt(i), combination=live, request_id=name, **given)
+        for i, name in enumerate(["live", "twice", "twice"])
+    ]
+    for stream in (fixed, *streams[:1]):
+        next(stream)
+    for name in ("", "nobody", "fixed"):
+        with pytest.raises(errors.NotFound, match="no live combination") as caught:
+            client.set_weights(name, [1.0, 1.0])
+        assert (caught.value.field, caught.value.reason) == ("request_id", "REQUEST_UNKNOWN")
+    for weights, field in (
+        ([1.0], "weights"),
+        ([1.0, -1.0], "weights[1]"),
+        ([NAN, 1.0], "weights[0]"),
+        ([0.0, 0.0], "weights"),
+    ):
+        with pytest.raises(errors.InvalidArgument) as refused:
+            client.set_weights("live", weights)
+        assert refused.value.field == field, refused.value.message
+    until(lambda: client.server_info().waiting_requests == 0 or next(streams[0], None) is None, "")
+    with pytest.raises(errors.InvalidArgument, match="several requests"):
+        client.set_weights("twice", [1.0, 2.0])
+    with pytest.raises(errors.InvalidArgument, match="nothing is generated"):
+        client.score("x", ["y"], combination=live)
+    for stream in (fixed, *streams):
+        stream.close()

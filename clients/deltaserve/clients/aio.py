@@ -155,6 +155,14 @@ class AsyncClient:
                 await self._generation.Score(request, timeout=timeout or self._timeout)
             )
 
+    async def set_weights(
+        self, request_id: str, weights: Sequence[float], *, timeout: float | None = None
+    ) -> None:
+        """Change the weights of a combination that runs and is `live`, from its next token on."""
+        request = requests.set_weights(request_id, weights)
+        with _typed():
+            await self._generation.SetWeights(request, timeout=timeout or self._timeout)
+
     async def tokenize(self, prompt: Prompt, *, timeout: float | None = None) -> list[int]:
         """The token ids that `generate` would see, special tokens included."""
         with _typed():

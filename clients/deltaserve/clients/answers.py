@@ -57,6 +57,10 @@ def _served(adapters: Iterable[generation_pb2.ServedAdapter]) -> tuple[types.Ser
     )
 
 
+def _weight_changes(found: Iterable[generation_pb2.WeightChange]) -> list[types.WeightChange]:
+    return [types.WeightChange(c.token, tuple(c.weights)) for c in found]
+
+
 def _disagreements(
     found: Iterable[generation_pb2.TokenDisagreement],
 ) -> list[types.TokenDisagreement]:
@@ -80,6 +84,7 @@ def _choice(m: generation_pb2.Choice, with_logprobs: bool) -> types.Choice:
         stop_reason=m.stop_reason,
         top_logprobs=_top(m.logprobs) if with_logprobs else None,
         disagreements=_disagreements(m.disagreements),
+        weight_changes=_weight_changes(m.weight_changes),
     )
 
 
@@ -125,6 +130,7 @@ def pieces(m: generation_pb2.GenerateStreamResponse, with_logprobs: bool) -> Ite
             top_logprobs=None if logprobs is None else tuple(map(tuple, _top(logprobs))),
             request_id=m.start.request_id,
             disagreements=tuple(_disagreements(delta.disagreements)),
+            weight_changes=tuple(_weight_changes(delta.weight_changes)),
         )
         started = None
 

@@ -151,6 +151,14 @@ class Client:
         with _typed():
             return answers.scores(self._generation.Score(request, timeout=timeout or self._timeout))
 
+    def set_weights(
+        self, request_id: str, weights: Sequence[float], *, timeout: float | None = None
+    ) -> None:
+        """Change the weights of a combination that runs and is `live`, from its next token on."""
+        request = requests.set_weights(request_id, weights)
+        with _typed():
+            self._generation.SetWeights(request, timeout=timeout or self._timeout)
+
     def tokenize(self, prompt: Prompt, *, timeout: float | None = None) -> list[int]:
         """The token ids that `generate` would see, special tokens included."""
         with _typed():

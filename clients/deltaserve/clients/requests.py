@@ -49,6 +49,7 @@ class Combination(TypedDict, total=False):
     rule: Required[Literal["mean", "product"]]
     plausibility: float
     disagreement: bool
+    live: bool
 
 
 class LoadOptions(TypedDict, total=False):
@@ -192,6 +193,7 @@ def combined(combination: Combination | None) -> pb.Combination | None:
         members=[_member({"model": m} if isinstance(m, str) else m) for m in members],
         rule=f"COMBINATION_RULE_{given['rule'].upper()}",
         disagreement=given.get("disagreement", False),
+        live=given.get("live", False),
     )
     if "plausibility" in given:
         message.plausibility = given["plausibility"]
@@ -333,6 +335,12 @@ def score(
             else:
                 request.continuations.add(token_ids=pb.TokenIds(ids=content))
         return request
+
+
+def set_weights(request_id: str, weights: Sequence[float]) -> pb.SetWeightsRequest:
+    """A SetWeightsRequest."""
+    with _refused("set_weights"):
+        return pb.SetWeightsRequest(request_id=request_id, weights=weights)
 
 
 def tokenize(prompt: Prompt) -> pb.TokenizeRequest:

@@ -70,11 +70,19 @@ class TokenDisagreement:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightChange:
+    """Other weights of a combination's members. token: index of the first token chosen by them."""
+
+    token: int
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
     """One continuation. logprobs: one per token, None if they were not asked for. top_logprobs:
     per token the best ones as (token id, log-probability). finish_reason: ``stop``, ``length``,
     ``cancelled`` or ``dead_end``. disagreements: one per token, if the combination asked for
-    them."""
+    them. weight_changes: by `set_weights`, in order."""
 
     text: str
     token_ids: list[int]
@@ -83,6 +91,7 @@ class Choice:
     stop_reason: str = ""
     top_logprobs: list[list[tuple[int, float]]] | None = None
     disagreements: list[TokenDisagreement] = field(default_factory=list)
+    weight_changes: list[WeightChange] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +133,7 @@ class Piece:
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
     request_id: str = ""
     disagreements: tuple[TokenDisagreement, ...] = ()
+    weight_changes: tuple[WeightChange, ...] = ()
 
     def __str__(self) -> str:
         return self.text

@@ -154,18 +154,20 @@ class StreamStart(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., served_by: _Optional[_Union[ServedBy, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ...) -> None: ...
 
 class StreamDelta(_message.Message):
-    __slots__ = ("index", "text", "token_ids", "logprobs", "disagreements")
+    __slots__ = ("index", "text", "token_ids", "logprobs", "disagreements", "weight_changes")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     DISAGREEMENTS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_CHANGES_FIELD_NUMBER: _ClassVar[int]
     index: int
     text: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
     disagreements: _containers.RepeatedCompositeFieldContainer[TokenDisagreement]
-    def __init__(self, index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., disagreements: _Optional[_Iterable[_Union[TokenDisagreement, _Mapping]]] = ...) -> None: ...
+    weight_changes: _containers.RepeatedCompositeFieldContainer[WeightChange]
+    def __init__(self, index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., disagreements: _Optional[_Iterable[_Union[TokenDisagreement, _Mapping]]] = ..., weight_changes: _Optional[_Iterable[_Union[WeightChange, _Mapping]]] = ...) -> None: ...
 
 class StreamFinish(_message.Message):
     __slots__ = ("index", "finish_reason", "stop_reason", "usage", "timings")
@@ -300,16 +302,18 @@ class WeightedAdapter(_message.Message):
     def __init__(self, name: _Optional[str] = ..., strength: _Optional[float] = ..., modules: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Combination(_message.Message):
-    __slots__ = ("members", "rule", "plausibility", "disagreement")
+    __slots__ = ("members", "rule", "plausibility", "disagreement", "live")
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     RULE_FIELD_NUMBER: _ClassVar[int]
     PLAUSIBILITY_FIELD_NUMBER: _ClassVar[int]
     DISAGREEMENT_FIELD_NUMBER: _ClassVar[int]
+    LIVE_FIELD_NUMBER: _ClassVar[int]
     members: _containers.RepeatedCompositeFieldContainer[CombinationMember]
     rule: CombinationRule
     plausibility: float
     disagreement: bool
-    def __init__(self, members: _Optional[_Iterable[_Union[CombinationMember, _Mapping]]] = ..., rule: _Optional[_Union[CombinationRule, str]] = ..., plausibility: _Optional[float] = ..., disagreement: _Optional[bool] = ...) -> None: ...
+    live: bool
+    def __init__(self, members: _Optional[_Iterable[_Union[CombinationMember, _Mapping]]] = ..., rule: _Optional[_Union[CombinationRule, str]] = ..., plausibility: _Optional[float] = ..., disagreement: _Optional[bool] = ..., live: _Optional[bool] = ...) -> None: ...
 
 class CombinationMember(_message.Message):
     __slots__ = ("model", "adapters", "text", "token_ids", "chat", "weight")
@@ -326,6 +330,26 @@ class CombinationMember(_message.Message):
     chat: ChatPrompt
     weight: float
     def __init__(self, model: _Optional[str] = ..., adapters: _Optional[_Iterable[_Union[WeightedAdapter, _Mapping]]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., weight: _Optional[float] = ...) -> None: ...
+
+class WeightChange(_message.Message):
+    __slots__ = ("token", "weights")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    token: int
+    weights: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, token: _Optional[int] = ..., weights: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class SetWeightsRequest(_message.Message):
+    __slots__ = ("request_id", "weights")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    weights: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, request_id: _Optional[str] = ..., weights: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class SetWeightsResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class TokenDisagreement(_message.Message):
     __slots__ = ("divergence", "logprobs")
@@ -413,7 +437,7 @@ class StopParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., strings: _Optional[_Iterable[str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ...) -> None: ...
 
 class Choice(_message.Message):
-    __slots__ = ("index", "text", "token_ids", "logprobs", "finish_reason", "stop_reason", "disagreements")
+    __slots__ = ("index", "text", "token_ids", "logprobs", "finish_reason", "stop_reason", "disagreements", "weight_changes")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -421,6 +445,7 @@ class Choice(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     STOP_REASON_FIELD_NUMBER: _ClassVar[int]
     DISAGREEMENTS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_CHANGES_FIELD_NUMBER: _ClassVar[int]
     index: int
     text: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -428,7 +453,8 @@ class Choice(_message.Message):
     finish_reason: FinishReason
     stop_reason: str
     disagreements: _containers.RepeatedCompositeFieldContainer[TokenDisagreement]
-    def __init__(self, index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_reason: _Optional[str] = ..., disagreements: _Optional[_Iterable[_Union[TokenDisagreement, _Mapping]]] = ...) -> None: ...
+    weight_changes: _containers.RepeatedCompositeFieldContainer[WeightChange]
+    def __init__(self, index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_reason: _Optional[str] = ..., disagreements: _Optional[_Iterable[_Union[TokenDisagreement, _Mapping]]] = ..., weight_changes: _Optional[_Iterable[_Union[WeightChange, _Mapping]]] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
     __slots__ = ("token_id", "logprob", "top")

@@ -50,6 +50,11 @@ class GenerationServiceStub:
                 request_serializer=deltaserve_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=deltaserve_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.SetWeights = channel.unary_unary(
+                '/deltaserve.v1.GenerationService/SetWeights',
+                request_serializer=deltaserve_dot_v1_dot_generation__pb2.SetWeightsRequest.SerializeToString,
+                response_deserializer=deltaserve_dot_v1_dot_generation__pb2.SetWeightsResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/deltaserve.v1.GenerationService/Tokenize',
                 request_serializer=deltaserve_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
@@ -87,6 +92,13 @@ class GenerationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetWeights(self, request, context):
+        """Changes the weights of a combination that runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Gives the tokens of a text, exactly those that Generate would see.
         """
@@ -118,6 +130,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.Score,
                     request_deserializer=deltaserve_dot_v1_dot_generation__pb2.ScoreRequest.FromString,
                     response_serializer=deltaserve_dot_v1_dot_generation__pb2.ScoreResponse.SerializeToString,
+            ),
+            'SetWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetWeights,
+                    request_deserializer=deltaserve_dot_v1_dot_generation__pb2.SetWeightsRequest.FromString,
+                    response_serializer=deltaserve_dot_v1_dot_generation__pb2.SetWeightsResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -212,6 +229,33 @@ class GenerationService:
             '/deltaserve.v1.GenerationService/Score',
             deltaserve_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
             deltaserve_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/deltaserve.v1.GenerationService/SetWeights',
+            deltaserve_dot_v1_dot_generation__pb2.SetWeightsRequest.SerializeToString,
+            deltaserve_dot_v1_dot_generation__pb2.SetWeightsResponse.FromString,
             options,
             channel_credentials,
             insecure,

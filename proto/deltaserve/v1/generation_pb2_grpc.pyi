@@ -39,6 +39,8 @@ class GenerationServiceStub:
     """Continues a prompt and answers piece by piece."""
     Score: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]
     """Gives the log-probabilities of continuations; generates nothing."""
+    SetWeights: _grpc.UnaryUnaryMultiCallable[_generation_pb2.SetWeightsRequest, _generation_pb2.SetWeightsResponse]
+    """Changes the weights of a combination that runs."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]
     """Gives the tokens of a text, exactly those that Generate would see."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.DetokenizeRequest, _generation_pb2.DetokenizeResponse]
@@ -55,6 +57,8 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """Continues a prompt and answers piece by piece."""
     Score: _aio.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]  # type: ignore[assignment]
     """Gives the log-probabilities of continuations; generates nothing."""
+    SetWeights: _aio.UnaryUnaryMultiCallable[_generation_pb2.SetWeightsRequest, _generation_pb2.SetWeightsResponse]  # type: ignore[assignment]
+    """Changes the weights of a combination that runs."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Gives the tokens of a text, exactly those that Generate would see."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.DetokenizeRequest, _generation_pb2.DetokenizeResponse]  # type: ignore[assignment]
@@ -86,6 +90,14 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.ScoreResponse, _abc.Awaitable[_generation_pb2.ScoreResponse]]:
         """Gives the log-probabilities of continuations; generates nothing."""
+
+    @_abc_1.abstractmethod
+    def SetWeights(
+        self,
+        request: _generation_pb2.SetWeightsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.SetWeightsResponse, _abc.Awaitable[_generation_pb2.SetWeightsResponse]]:
+        """Changes the weights of a combination that runs."""
 
     @_abc_1.abstractmethod
     def Tokenize(

@@ -3,6 +3,7 @@
 * RequestError
   x InvalidRequest           a field of the request is wrong
   x AdapterUnknown           no adapter of that name or digest is registered
+  x RequestUnknown           no request of that id runs that could be changed
   x AdapterConflict          the name is taken by other content
   x AdapterBusy              it is being loaded or unloaded; try again when that is done
   x AdapterTooLarge          it does not fit into the adapter memory
@@ -34,6 +35,10 @@ class InvalidRequest(RequestError):
 
 class AdapterUnknown(RequestError):
     """No adapter of that name or digest is registered."""
+
+
+class RequestUnknown(RequestError):
+    """No request of that id runs that could be changed."""
 
 
 class AdapterConflict(RequestError):

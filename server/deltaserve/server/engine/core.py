@@ -87,12 +87,14 @@ class Member:
 class Combination:
     """Members that continue the same text, each token chosen from all of their distributions. The
     first is the main one: penalties look at its prompt, plausibility at its distribution.
-    disagreement: tell for each token how much they disagreed."""
+    disagreement: tell for each token how much they disagreed. live: `Engine.set_weights` may change
+    the weights."""
 
     members: tuple[Member, ...]
     rule: Rule = Rule.MEAN
     plausibility: float = 0.0
     disagreement: bool = False
+    live: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +190,8 @@ class Timings:
 class Output:
     """What one step adds to one request. The last one has `finish_reason`, `usage` and `timings`;
     a failed request's last one has `error` as well. `served_by` comes with the first one, and of a
-    combination `members`. Disagreements are one per token, if they were asked for."""
+    combination `members`. Disagreements are one per token, if they were asked for. weights: of a
+    combination, if they have changed: the first token is the first that was chosen by them."""
 
     request_id: str
     text: str = ""
@@ -204,6 +207,7 @@ class Output:
     members: tuple[ServedMember, ...] = ()
     disagreements: tuple[TokenDisagreement, ...] = ()
     prompt_disagreements: tuple[TokenDisagreement, ...] = ()
+    weights: tuple[float, ...] = ()
 
 
 class Outbox(Protocol):

@@ -24,7 +24,14 @@ from deltaserve.server.engine.core import (
     Request,
 )
 from deltaserve.server.engine.detokenizer import Detokenizer
-from deltaserve.server.engine.group import Group, check_members, located, members
+from deltaserve.server.engine.group import (
+    Group,
+    Reweighting,
+    check_members,
+    check_reweighting,
+    located,
+    members,
+)
 from deltaserve.server.engine.observer import Observer
 from deltaserve.server.engine.outcome import StepOutputs, error_output
 from deltaserve.server.engine.runner import ModelRunner
@@ -89,7 +96,7 @@ class Engine:
             model, adapters, self._limits, info.held_fingerprint, blocks.block_size
         )
         self._lock = threading.Condition()
-        self._inbox: deque[Sequence | str] = deque()
+        self._inbox: deque[Sequence | str | Reweighting] = deque()
         self._known: dict[str, Sequence] = {}
         self._steps = 0
         self._draining = False
@@ -148,6 +155,15 @@ class Engine:
             if request_id in self._known:
                 self._inbox.append(request_id)
                 self._wake_locked()
+
+    def set_weights(self, request_id: str, weights: tuple[float, ...]) -> None:
+        """Change the weights of a live combination from the next token on. RequestUnknown without
+        one, InvalidRequest for other weights than it could have begun with."""
+        with self._lock:
+            known = self._known.get(request_id)
+            check_reweighting(known, weights)
+            self._inbox.append(Reweighting(request_id, weights))
+            self._wake_locked()
 
     def stats(self) -> EngineStats:
         s, blocks = self._scheduler, self._scheduler.blocks
@@ -262,6 +278,10 @@ class Engine:
             if isinstance(item, Sequence):
                 if self._known.get(item.id) is item:  # it may have ended in the inbox
                     self._scheduler.add(item)
+            elif isinstance(item, Reweighting):
+                changed = self._known.get(item.request_id)
+                if changed is not None and changed.group is not None:
+                    changed.group.set_weights(item.weights)
             elif (known := self._known.get(item)) is not None:
                 self._end(known, error_output(known, Cancelled("cancelled by the client")), out)
         now = time.monotonic()

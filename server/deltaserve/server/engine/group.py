@@ -19,8 +19,14 @@ from torch import Tensor
 
 from deltaserve.server.engine import combine
 from deltaserve.server.engine.core import Combination, Request, TokenDisagreement
-from deltaserve.server.engine.validate import Limits, check, check_combination, check_together
-from deltaserve.server.errors import InvalidRequest, RequestError
+from deltaserve.server.engine.validate import (
+    Limits,
+    check,
+    check_combination,
+    check_together,
+    check_weights,
+)
+from deltaserve.server.errors import InvalidRequest, RequestError, RequestUnknown
 
 if TYPE_CHECKING:
     from deltaserve.server.engine.runner import LogitRow
@@ -29,26 +35,37 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Group:
-    """members: the first is the one that stands for the request."""
+    """members: the first is the one that stands for the request. weights: of each, as they are now.
+    changed: since the last token; set and read on the engine thread."""
 
     combination: Combination
     members: tuple[Sequence, ...]
+    weights: tuple[float, ...] = ()
+    changed: bool = False
+
+    def __post_init__(self) -> None:
+        self.weights = tuple(member.weight for member in self.combination.members)
+
+    def set_weights(self, weights: tuple[float, ...]) -> None:
+        """From the next token on."""
+        self.weights, self.changed = weights, True
+
+    def take_change(self) -> tuple[float, ...]:
+        """The weights, if they have changed since it was asked last."""
+        changed, self.changed = self.changed, False
+        return self.weights if changed else ()
 
     def combine(self, logits: Tensor) -> Tensor:
         """float32 [members, vocabulary] -> [vocabulary]."""
         return combine.combine(
-            logits, self._weights, self.combination.rule, self.combination.plausibility
+            logits, self.weights, self.combination.rule, self.combination.plausibility
         )
 
     def disagreement(self, logits: Tensor, token: int) -> TokenDisagreement:
         """How much the members disagree, whose logits these are, and on `token`."""
-        spread = combine.divergence(logits, self._weights, self.combination.rule)
+        spread = combine.divergence(logits, self.weights, self.combination.rule)
         logprobs = torch.log_softmax(logits.double(), -1)[:, token]
         return TokenDisagreement(spread, tuple(logprobs.tolist()))
-
-    @property
-    def _weights(self) -> list[float]:
-        return [member.weight for member in self.combination.members]
 
 
 def members(request: Request) -> tuple[Request, ...]:
@@ -88,6 +105,32 @@ def check_members(request: Request, limits: Limits) -> None:
         with located(i, one):
             check(one, limits)
     check_together([(len(one.prompt_ids), 0) for one in each], request.sampling.max_tokens, limits)
+
+
+@dataclass(frozen=True, slots=True)
+class Reweighting:
+    """Other weights for a live combination."""
+
+    request_id: str
+    weights: tuple[float, ...]
+
+
+def check_reweighting(sequence: Sequence | None, weights: tuple[float, ...]) -> None:
+    """Whether the combination that the sequence leads may get these weights."""
+    group = sequence.group if sequence is not None else None
+    if group is None or not group.combination.live:
+        raise RequestUnknown(
+            "request_id: no live combination is called so; it must run, and its combination must be "
+            "`live`",
+            field="request_id",
+        )
+    if len(weights) != len(group.members):
+        raise InvalidRequest(
+            f"weights: {len(weights)} are not possible; there must be {len(group.members)}, one for "
+            "each member",
+            field="weights",
+        )
+    check_weights(weights, group.combination.rule, "weights[{}]")
 
 
 @contextmanager

@@ -138,6 +138,7 @@ class StepOutputs:
         ids: list[int] = []
         logprobs: list[TokenLogprob] = []
         told: list[TokenDisagreement] = []
+        changed = sequence.group.take_change() if sequence.group is not None else ()
         for choice in choices:
             token = choice.token_id
             self._append(sequence, token, now)
@@ -159,7 +160,7 @@ class StepOutputs:
                 over = ends or stopped or closed
                 reason = FinishReason.STOP if over else FinishReason.LENGTH
                 why = stopped or (str(token) if ends else "")
-                found = tuple(ids), tuple(logprobs), tuple(told)
+                found = tuple(ids), tuple(logprobs), tuple(told), changed
                 self._finish(sequence, reason, why, now, text, *found)
                 return True
         self.add(
@@ -173,6 +174,7 @@ class StepOutputs:
                 served_by=sequence.served_by if first else None,
                 members=sequence.served_members if first else (),
                 disagreements=tuple(told),
+                weights=changed,
             ),
         )
         return False
@@ -196,10 +198,13 @@ class StepOutputs:
         token_ids: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprob, ...] = (),
         told: tuple[TokenDisagreement, ...] = (),
+        changed: tuple[float, ...] = (),
     ) -> None:
         if not sequence.detokenizer.stopped_by:
             text += sequence.detokenizer.finish()
-        output = final_output(sequence, reason, now, stop_reason, text, token_ids, logprobs, told)
+        output = final_output(
+            sequence, reason, now, stop_reason, text, token_ids, logprobs, told, changed
+        )
         self.finished.append((sequence, output))
 
     def observe(self, observer: Observer) -> None:
@@ -222,6 +227,7 @@ def final_output(
     token_ids: tuple[int, ...] = (),
     logprobs: tuple[TokenLogprob, ...] = (),
     told: tuple[TokenDisagreement, ...] = (),
+    changed: tuple[float, ...] = (),
     error: RequestError | None = None,
 ) -> Output:
     """The last output of a request: how it ended, what it used, how long it took."""
@@ -255,6 +261,7 @@ def final_output(
         members=sequence.served_members,
         disagreements=told,
         prompt_disagreements=tuple(sequence.disagreements),
+        weights=changed,
     )
 
 

@@ -61,12 +61,17 @@ def check_combination(combination: Combination, limits: Limits) -> None:
     if len(members) > limits.max_sequences:
         right = f"at most {limits.max_sequences}, which is what runs at once on this server"
         _refuse("combination.members", f"{len(members)} members", right)
-    lowest = 0.0 if combination.rule is Rule.MEAN else -MAX_WEIGHT
-    for i, member in enumerate(members):
-        _range(f"combination.members[{i}].weight", member.weight, lowest, MAX_WEIGHT)
-    if not any(member.weight for member in members):
-        _refuse("combination.members.weight", "0 for every member", "another for one of them")
+    weights = [member.weight for member in members]
+    check_weights(weights, combination.rule, "combination.members[{}].weight")
     _range("combination.plausibility", combination.plausibility, 0.0, 1.0)
+
+
+def check_weights(weights: Sequence[float], rule: Rule, field: str) -> None:
+    """field: what one of them is called, with {} for its number."""
+    for i, weight in enumerate(weights):
+        _range(field.format(i), weight, 0.0 if rule is Rule.MEAN else -MAX_WEIGHT, MAX_WEIGHT)
+    if not any(weights):
+        _refuse(field.replace("[{}]", ""), "0 for every member", "another for one of them")
 
 
 def check_together(lengths: Sequence[tuple[int, int]], max_tokens: int, limits: Limits) -> None:

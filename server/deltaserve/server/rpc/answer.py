@@ -93,6 +93,15 @@ def _served(adapters: Sequence[ServedAdapter]) -> list[generation_pb2.ServedAdap
     ]
 
 
+def _weight_changes(outputs: Sequence[Output]) -> list[generation_pb2.WeightChange]:
+    found, at = [], 0
+    for output in outputs:
+        if output.weights:
+            found.append(generation_pb2.WeightChange(token=at, weights=output.weights))
+        at += len(output.token_ids)
+    return found
+
+
 def _disagreements(
     entries: Iterable[TokenDisagreement],
 ) -> list[generation_pb2.TokenDisagreement]:
@@ -110,6 +119,7 @@ def delta(index: int, outputs: Sequence[Output]) -> generation_pb2.StreamDelta:
         token_ids=[i for o in outputs for i in o.token_ids],
         logprobs=[logprob(p) for o in outputs for p in o.logprobs],
         disagreements=_disagreements(d for o in outputs for d in o.disagreements),
+        weight_changes=_weight_changes(outputs),
     )
 
 
@@ -137,6 +147,7 @@ def choice(index: int, outputs: Sequence[Output]) -> generation_pb2.Choice:
         finish_reason=_REASONS[last.finish_reason],
         stop_reason=last.stop_reason,
         disagreements=whole.disagreements,
+        weight_changes=whole.weight_changes,
     )
 
 

@@ -62,6 +62,8 @@ async def to_score(
     the combination. A continuation must be the same tokens behind every member's prompt."""
     if not check(request):
         return [(tuple(ids), start, None) for ids, start in await encoder.continued(request)]
+    if request.combination.live:
+        convert.refuse("combination.live", "true", "false: nothing is generated")
     each: list[list[tuple[list[int], int]] | None] = []
     for i, member in enumerate(request.combination.members):
         if not (kind := member.WhichOneof("prompt")):
@@ -101,7 +103,9 @@ def _combination(
             adapters = convert.adapters(member, base)
         weight = member.weight if member.HasField("weight") else 1.0
         members.append(Member(adapters, weight, prompt))
-    return Combination(tuple(members), _RULES[given.rule], given.plausibility, given.disagreement)
+    return Combination(
+        tuple(members), _RULES[given.rule], given.plausibility, given.disagreement, given.live
+    )
 
 
 @contextmanager

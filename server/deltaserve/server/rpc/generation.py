@@ -16,7 +16,7 @@ import grpc.aio
 
 from deltaserve.server.config import RpcConfig
 from deltaserve.server.engine.core import Output, Request, SamplingParams, ServedAdapter
-from deltaserve.server.errors import InvalidRequest, SlowReader
+from deltaserve.server.errors import InvalidRequest, RequestUnknown, SlowReader
 from deltaserve.server.rpc import answer, combined, convert
 from deltaserve.server.rpc.constrain import Constrainer
 from deltaserve.server.rpc.encode import Encoder
@@ -119,6 +119,25 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             usage=answer.usage(o.usage for o in ordered if o.usage),
         )
 
+    async def SetWeights(
+        self, request: pb.SetWeightsRequest, context: Context
+    ) -> pb.SetWeightsResponse:
+        called = [i for i in self._outbox.ids() if _name_of(i) == request.request_id]
+        if len({i.rpartition("#")[0] for i in called}) < len(called):  # choices of one are numbered
+            found = f"{request.request_id!r}, as several requests in flight are called,"
+            convert.refuse("request_id", found, "the name of one alone")
+        unknown: RequestUnknown | None = None
+        changed = 0
+        for request_id in called or [""]:
+            try:
+                self._engine.set_weights(request_id, tuple(request.weights))
+                changed += 1
+            except RequestUnknown as error:  # a choice that has ended
+                unknown = error
+        if unknown is not None and not changed:
+            raise unknown
+        return pb.SetWeightsResponse()
+
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         ids = await self._encoder.prompt(request)
         return pb.TokenizeResponse(token_ids=ids, max_length=self._info.max_length)
@@ -215,7 +234,11 @@ def _engine_id(name: str, index: int) -> str:
 
 
 def _name(request: Request) -> str:
-    return request.request_id.rsplit("#", 2)[0]
+    return _name_of(request.request_id)
+
+
+def _name_of(engine_id: str) -> str:
+    return engine_id.rsplit("#", 2)[0]
 
 
 def _log(name: str, lasts: list[Output]) -> None:

@@ -73,6 +73,10 @@ class LoopOutbox:
         """Requests that are in flight."""
         return len(self._streams)
 
+    def ids(self) -> list[str]:
+        """Of the requests that are in flight."""
+        return list(self._streams)
+
     def open(self, ids: Sequence[str]) -> Stream:
         """A stream for requests that are about to be submitted."""
         stream = Stream(ids)

@@ -29,6 +29,7 @@ Code = grpc.StatusCode
 TABLE: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
     requests.InvalidRequest: (Code.INVALID_ARGUMENT, "INVALID_REQUEST"),
     requests.AdapterUnknown: (Code.NOT_FOUND, "ADAPTER_UNKNOWN"),
+    requests.RequestUnknown: (Code.NOT_FOUND, "REQUEST_UNKNOWN"),
     requests.AdapterConflict: (Code.ALREADY_EXISTS, "ADAPTER_CONFLICT"),
     requests.AdapterBusy: (Code.ABORTED, "ADAPTER_BUSY"),
     requests.AdapterTooLarge: (Code.RESOURCE_EXHAUSTED, "ADAPTER_TOO_LARGE"),
