@@ -127,3 +127,24 @@ def test_rows_that_are_not_finite_are_named() -> None:
         False,
         False,
     ]
+
+
+def test_the_ramp_of_the_end_rises_with_every_output() -> None:
+    logits = torch.randn(20)
+    for outputs in ([], [5], [5, 6, 7]):
+        found = adjust(logits.clone(), row(outputs=outputs, eos_ramp=0.5))
+        wanted = logits.clone()
+        wanted[0] += 0.5 * len(outputs)
+        assert torch.equal(found, wanted)
+
+
+def test_the_ramp_ends_a_greedy_answer() -> None:
+    """It is no plain row, from the second token on."""
+    logits = torch.zeros(1, 20)
+    logits[0, 4] = 2.0
+    tokens: list[int] = []
+    while not tokens or tokens[-1] != 0:
+        (choice,) = sample(logits, [row(outputs=tokens, eos_ramp=0.6)])
+        assert choice is not None
+        tokens.append(choice.token_id)
+    assert tokens == [4, 4, 4, 4, 0]

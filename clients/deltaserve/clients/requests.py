@@ -81,6 +81,7 @@ class Options(TypedDict, total=False):
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
+    eos_ramp: float
     seed: int
     logit_bias: Mapping[int, float]
     json_schema: str | Mapping[str, Any] | bool
@@ -120,6 +121,7 @@ _SAMPLING = (
     "repetition_penalty",
     "presence_penalty",
     "frequency_penalty",
+    "eos_ramp",
     "seed",
 )
 _CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")

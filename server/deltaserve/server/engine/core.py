@@ -43,6 +43,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    eos_ramp: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     bad_tokens: tuple[tuple[int, ...], ...] = ()
     seed: int | None = None

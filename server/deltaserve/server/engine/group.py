@@ -120,14 +120,13 @@ def check_reweighting(sequence: Sequence | None, weights: tuple[float, ...]) -> 
     group = sequence.group if sequence is not None else None
     if group is None or not group.combination.live:
         raise RequestUnknown(
-            "request_id: no live combination is called so; it must run, and its combination must be "
-            "`live`",
+            "request_id: no combination that runs and is `live` is called so",
             field="request_id",
         )
     if len(weights) != len(group.members):
         raise InvalidRequest(
-            f"weights: {len(weights)} are not possible; there must be {len(group.members)}, one for "
-            "each member",
+            f"weights: {len(weights)} are not possible; there must be {len(group.members)}, "
+            "one for each member",
             field="weights",
         )
     check_weights(weights, group.combination.rule, "weights[{}]")

@@ -326,4 +326,5 @@ def needs_outputs(sequence: Sequence) -> bool:
         or p.repetition_penalty != 1
         or p.presence_penalty
         or p.frequency_penalty
+        or p.eos_ramp
     )

@@ -67,6 +67,7 @@ def _adjusts(row: Row) -> bool:
         or p.repetition_penalty != 1
         or p.presence_penalty
         or p.frequency_penalty
+        or p.eos_ramp
         or (len(row.output_ids) < p.min_tokens)
     )
 
@@ -132,9 +133,10 @@ def _draw(scores: Tensor, row: Row) -> int:
 def adjust(scores: Tensor, row: Row) -> Tensor:
     """Bias and penalties, then exclusions (-inf), in place. repetition_penalty: over prompt and
     outputs, divides positive logits and multiplies negative ones (Keskar et al. 2019); presence and
-    frequency: over outputs, subtracted once and per occurrence (OpenAI). Excluded are the ends that
-    min_tokens holds back, the last tokens of bad sequences whose others are there already, and what
-    the constraint does not allow. Raises Failed for a constraint that cannot be followed."""
+    frequency: over outputs, subtracted once and per occurrence (OpenAI); eos_ramp: once per output,
+    added to the ends of sequence (Hewitt et al. 2024). Excluded are the ends that min_tokens holds
+    back, the last tokens of bad sequences whose others are there already, and what the constraint
+    does not allow. Raises Failed for a constraint that cannot be followed."""
     p = row.sampling
     if p.logit_bias:
         ids = torch.tensor([i for i, _ in p.logit_bias])
@@ -148,6 +150,8 @@ def adjust(scores: Tensor, row: Row) -> Tensor:
         ids = torch.tensor(list(occurrences))
         counts = torch.tensor(list(occurrences.values()))
         scores[ids] -= p.presence_penalty + p.frequency_penalty * counts
+    if p.eos_ramp and row.eos:
+        scores[torch.tensor(row.eos)] += p.eos_ramp * len(row.output_ids)
     if len(row.output_ids) < p.min_tokens:
         held = [*p.stop_token_ids, *(() if p.ignore_eos else row.eos)]
         if held:

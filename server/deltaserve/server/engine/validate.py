@@ -152,6 +152,7 @@ def _check_sampling(p: SamplingParams, limits: Limits, prompt: int) -> None:
     _range("repetition_penalty", p.repetition_penalty, 0.01, 100.0)
     _range("presence_penalty", p.presence_penalty, -100.0, 100.0)
     _range("frequency_penalty", p.frequency_penalty, -100.0, 100.0)
+    _range("eos_ramp", p.eos_ramp, -100.0, 100.0)
     if p.seed is not None:
         _range("seed", p.seed, -(1 << 63), (1 << 63) - 1)
     if p.logprobs is not None:

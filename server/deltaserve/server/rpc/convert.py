@@ -99,6 +99,7 @@ def sampling(request: GenerateRequest, choice: int = 0) -> SamplingParams:
         repetition_penalty=_set(given, "repetition_penalty", default.repetition_penalty),
         presence_penalty=_set(given, "presence_penalty", default.presence_penalty),
         frequency_penalty=_set(given, "frequency_penalty", default.frequency_penalty),
+        eos_ramp=_set(given, "eos_ramp", default.eos_ramp),
         logit_bias=tuple(sorted(given.logit_bias.items())),
         bad_tokens=_bad_tokens(given),
         seed=given.seed + choice if given.HasField("seed") else None,
