@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -147,6 +148,19 @@ def test_scores_are_of_what_is_generated(world: World) -> None:
         "a", [" b", " c"], combination={**MEAN, "members": ["lora", {"prompt": "other"}]}
     )
     assert [len(s.token_ids) for s in text] == [2, 2]
+
+
+def test_what_narrows_the_choice_narrows_the_combined_one(world: World) -> None:
+    """A constraint and bad words are asked once, whatever the members would like."""
+    given: dict[str, Any] = {"combination": MEAN, "max_tokens": 12, "temperature": 1.0, "seed": 3}
+    free = world.client.generate("x", **given)
+    bound = world.client.generate("x", regex="[ab]{5}c", **given)
+    assert re.fullmatch("[ab]{5}c", bound.text) and not re.fullmatch("[ab]{5}c", free.text)
+    without = world.client.generate("x", regex="[ab]{5}c", bad_words=["a"], **given)
+    assert without.text == "bbbbbc"
+    sure: Combination = {**MEAN, "plausibility": 1.0}
+    end = world.client.generate("x", regex="[ab]{5}c", **{**given, "combination": sure})
+    assert end.finish_reason == "dead_end"  # the one plausible token is neither a nor b
 
 
 REFUSED: dict[str, tuple[Any, str, list[str]]] = {
