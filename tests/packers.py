@@ -126,7 +126,8 @@ def awq(group_size: int, *, version: str = "gemm") -> Pack:
                 "qzeros": rows(reordered(zero.T), 4),
                 "scales": r.scale.T.contiguous().half(),
             }, r.weight()
-        words = 4 * -(-zero.shape[1] // 32)
+        step = {32: 4, 64: 2}.get(group_size, 1)
+        words = step * -(-zero.shape[1] // (8 * step))
         wide = torch.zeros(len(zero), words * 8)
         wide[:, : zero.shape[1]] = r.scale
         padded = torch.zeros(len(zero), words * 8, dtype=torch.long)
