@@ -228,6 +228,77 @@ def fp8(strategy: str, *, name: str = "weight_scale", block: tuple[int, int] = (
     return pack
 
 
+# The table of QLoRA's appendix E, and bitsandbytes' FP4 in the order of its bits.
+NF4 = [
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+]
+FP4 = [sign * v / 12 for sign in (1, -1) for v in (0, 0.0625, 8, 12, 4, 6, 2, 3)]
+
+
+def bnb4(kind: str, *, block: int = 64, double: bool = False) -> Pack:
+    """bitsandbytes' 4 bits. double: the scales in 8 bits, of blocks of 256 of them."""
+
+    def pack(module: str, weight: Tensor, generator: torch.Generator) -> tuple[Tensors, Tensor]:
+        code = torch.tensor({"nf4": NF4, "fp4": FP4}[kind])
+        flat = weight.reshape(-1)
+        count = -(-len(flat) // block)
+        absmax = torch.stack([flat[i * block :][:block].abs().max() for i in range(count)])
+        state: dict[str, Any] = {
+            "quant_type": kind,
+            "blocksize": block,
+            "dtype": "bfloat16",
+            "shape": list(weight.shape),
+        }
+        parts: Tensors = {}
+        if double:
+            table = torch.linspace(-1, 1, 256)
+            offset = float(absmax.mean())
+            top = torch.stack(
+                [(absmax[i:][:256] - offset).abs().max() for i in range(0, count, 256)]
+            )
+            codes = [
+                int((table - (absmax[i] - offset) / top[i // 256]).abs().argmin())
+                for i in range(count)
+            ]
+            absmax = torch.stack([table[c] * top[i // 256] for i, c in enumerate(codes)])
+            absmax = absmax + torch.tensor(offset)
+            parts = {
+                "weight.absmax": torch.tensor(codes, dtype=torch.uint8),
+                "weight.nested_absmax": top,
+                "weight.nested_quant_map": table,
+            }
+            state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset}
+        else:
+            parts = {"weight.absmax": absmax}
+        scale = absmax[torch.arange(len(flat)) // block]
+        q = ((flat / scale)[:, None] - code).abs().argmin(1)
+        pairs = torch.cat((q, torch.zeros(len(q) % 2, dtype=torch.long))).view(-1, 2)
+        text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        return parts | {
+            "weight": (pairs[:, 0] * 16 + pairs[:, 1]).to(torch.uint8)[:, None],
+            "weight.quant_map": code,
+            f"weight.quant_state.bitsandbytes__{kind}": text,
+        }, (code.double()[q] * scale.double()).float().view(weight.shape)
+
+    return pack
+
+
+def bnb8() -> Pack:
+    """bitsandbytes' int8: rows, with their largest absolute values."""
+
+    def pack(module: str, weight: Tensor, generator: torch.Generator) -> tuple[Tensors, Tensor]:
+        top = weight.abs().amax(1)
+        q = (weight * 127 / top[:, None]).round().to(torch.int8)
+        dense = q.double() * top.double()[:, None] / 127
+        layout = torch.tensor(0, dtype=torch.uint8)
+        return {"weight": q, "SCB": top, "weight_format": layout}, dense.float()
+
+    return pack
+
+
 def write(
     source: Path,
     packed: Path,

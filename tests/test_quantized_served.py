@@ -38,6 +38,15 @@ CHECKPOINTS: dict[str, tuple[packers.Pack, dict[str, Any]]] = {
         packers.fp8("block", name="weight_scale_inv", block=(32, 24)),
         {"quant_method": "fp8", "weight_block_size": [32, 24]},
     ),
+    "bitsandbytes": (
+        packers.bnb4("nf4", double=True),
+        {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+        },
+    ),
     "compressed-tensors": (
         packers.compressed(4, 32),
         {

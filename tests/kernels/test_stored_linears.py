@@ -7,7 +7,7 @@ import torch
 from kernel_oracle import relative_error
 from torch import Tensor
 
-from deltaserve.kernels.base import ByteLinear, concat
+from deltaserve.kernels.base import ByteLinear, Code4Linear, concat
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -99,3 +99,41 @@ def test_what_bytes_are_not() -> None:
     with pytest.raises(ValueError, match="not numbers"):
         bad = torch.full((4, 10), 0xFF, dtype=torch.uint8).view(E4M3)
         ByteLinear(bad, scale, None, None, torch.float32, 5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("out", "inner", "group"), [(100, 37, 64), (37, 100, 32), (130, 333, 128), (64, 256, 64)]
+)
+def test_codes(out: int, inner: int, group: int, dtype: torch.dtype) -> None:
+    q = torch.randint(0, 16, (out, inner), dtype=torch.uint8)
+    code, bias = torch.randn(16), torch.randn(out)
+    scale = torch.rand(out, -(-inner // group)) + 0.1
+    linear = Code4Linear(q, code, scale, bias, dtype, group)
+    weight = code.double()[q.long()] * scale.double()[:, torch.arange(inner) // group]
+    assert relative_error(linear.weight(), weight) < 1e-7
+    for tokens in TOKENS:
+        x = torch.randn(tokens, inner).to(dtype)
+        y = linear(x)
+        assert y.shape == (tokens, out) and y.dtype == dtype
+        if tokens:
+            wanted = x.double() @ weight.T + bias.to(dtype).double()
+            assert relative_error(y, wanted) < TOLERANCE[dtype]
+    held = linear.held()
+    again = Code4Linear(held["q"], held["code"], held["scale"], held["bias"], dtype, group)
+    assert torch.equal(again.weight(), linear.weight()) and again.nbytes == linear.nbytes
+    joined = concat([linear, again])
+    assert torch.equal(joined.weight(), torch.cat([linear.weight()] * 2))
+    other = Code4Linear(q, code * 2, scale, None, dtype, group)
+    with pytest.raises(ValueError, match="cannot join"):
+        concat([linear, other])
+
+
+def test_what_codes_are_not() -> None:
+    q, scale = torch.zeros(4, 16, dtype=torch.uint8), torch.rand(4, 2)
+    with pytest.raises(ValueError, match="code"):
+        Code4Linear(q, torch.zeros(15), scale, None, torch.float32, 8)
+    with pytest.raises(ValueError, match="scale"):
+        Code4Linear(q, torch.zeros(16), scale, None, torch.float32, 16)
+    with pytest.raises(ValueError, match=r"0\.\.15"):
+        Code4Linear(q + 16, torch.zeros(16), scale, None, torch.float32, 8)

@@ -1,6 +1,7 @@
 """Base weights of every kind, each a linear that knows its own dequantized weight."""
 
 from deltaserve.kernels.base.bytes import ByteLinear
+from deltaserve.kernels.base.code4 import Code4Linear
 from deltaserve.kernels.base.dense import DenseLinear
 from deltaserve.kernels.base.int4 import Int4Linear
 from deltaserve.kernels.base.int8 import Int8Linear
@@ -12,6 +13,7 @@ from deltaserve.kernels.base.quantize import dequantize, quantize
 __all__ = [
     "BaseLinear",
     "ByteLinear",
+    "Code4Linear",
     "DenseLinear",
     "Int4Linear",
     "Int8Linear",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deltaserve.kernels.base.bytes import ByteLinear
+from deltaserve.kernels.base.code4 import Code4Linear
 from deltaserve.kernels.base.dense import DenseLinear
 from deltaserve.kernels.base.int4 import Int4Linear
 from deltaserve.kernels.base.int8 import Int8Linear
@@ -69,6 +70,8 @@ def concat(linears: Sequence[BaseLinear]) -> BaseLinear:
         return DenseLinear(torch.cat([h["weight"] for h in held]), bias, first.dtype)
     q = torch.cat([h["q"] for h in held])
     scale = torch.cat([h["scale"] for h in held])
+    if isinstance(first, Code4Linear):
+        return Code4Linear(q, held[0]["code"], scale, bias, first.dtype, first.group_size)
     if isinstance(first, Int8Linear):
         return Int8Linear(q, scale, bias, first.dtype, first.activations)
     if isinstance(first, ByteLinear):

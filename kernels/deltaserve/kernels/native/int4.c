@@ -7,6 +7,9 @@
  *
  * q - 8 is exact in bfloat16, and scale and zero act on the float32 sums of a group:
  * y = sum over groups of scale * (sum (q - 8) x - (zero - 8) * sum x).
+ *
+ * With a code of 16 floats, w = code[q] * scale. These need not be exact in bfloat16, so they are
+ * always multiplied as floats.
  */
 #include "common.h"
 
@@ -18,6 +21,7 @@ typedef struct {
     int64_t padded, groups, words, group_words, blocks, out;
     const uint32_t *q;
     const void *scale, *zero, *bias;
+    const float *code; /* or null; there are no zeros with it */
     int sz_bf16, bias_bf16, y_bf16;
     void *y;
 } int4_t;
@@ -37,12 +41,15 @@ ALWAYS __m512i pair_table(void) {
 }
 #endif
 
-ALWAYS f32x16 nibble(u32x16 word, int shift, f32x16 table) {
+ALWAYS f32x16 nibble(u32x16 word, int shift, f32x16 table, int coded) {
 #ifdef HAVE_AVX512
+    (void)coded;
     return (f32x16)_mm512_permutexvar_ps((__m512i)(word >> shift), (__m512)table);
 #else
-    (void)table;
-    return __builtin_convertvector((i32x16)((word >> shift) & 15) - 8, f32x16);
+    if (!coded) return __builtin_convertvector((i32x16)((word >> shift) & 15) - 8, f32x16);
+    f32x16 v;
+    for (int i = 0; i < LANES; i++) v[i] = table[(word[i] >> shift) & 15];
+    return v;
 #endif
 }
 
@@ -56,7 +63,8 @@ ALWAYS void group_tile(const int4_t *m, int64_t block, int64_t g, int64_t t, f32
 #ifdef HAVE_AVX512_BF16
     const __m512i table16 = pair_table();
 #endif
-    const f32x16 table = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+    const f32x16 whole = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+    const f32x16 table = m->code ? load16(m->code, 0, 0) : whole;
     for (int64_t w = from; w < to; w++) {
         u32x16 q[BLOCKS];
         for (int b = 0; b < B; b++) {
@@ -86,7 +94,7 @@ ALWAYS void group_tile(const int4_t *m, int64_t block, int64_t g, int64_t t, f32
 #pragma GCC unroll 8
         for (int j = 0; j < 8; j++) {
             f32x16 v[BLOCKS];
-            for (int b = 0; b < B; b++) v[b] = nibble(q[b], 4 * (j / 2) + 16 * (j % 2), table);
+            for (int b = 0; b < B; b++) v[b] = nibble(q[b], 4 * (j / 2) + 16 * (j % 2), table, m->code != NULL);
             for (int i = 0; i < T; i++)
                 for (int b = 0; b < B; b++) acc[b][i] += v[b] * x[i * m->padded + j];
         }
@@ -94,7 +102,7 @@ ALWAYS void group_tile(const int4_t *m, int64_t block, int64_t g, int64_t t, f32
     for (int b = 0; b < B; b++) {
         int64_t at = ((block + b) * m->groups + g) * LANES;
         f32x16 scale = load16(m->scale, at, m->sz_bf16);
-        f32x16 zero = load16(m->zero, at, m->sz_bf16) - 8;
+        f32x16 zero = m->code ? splat(0) : load16(m->zero, at, m->sz_bf16) - 8;
         for (int i = 0; i < T; i++)
             total[b][i] += scale * (acc[b][i] - zero * m->sums[(t + i) * m->groups + g]);
     }
@@ -148,14 +156,12 @@ static void prepare(const void *x, int x_bf16, int64_t in, int64_t t, void *to, 
     }
 }
 
-/* x: [tokens, in]; y: [tokens, out]; bias: [out] of y's kind, or null. Returns 0, or -1 when memory
- * ran out. */
-int ds_int4(const void *x, int bf16, int64_t tokens, int64_t in, void *y, int64_t out,
-            const uint32_t *q, const void *scale, const void *zero, int sz_bf16, int64_t group,
-            const void *bias, int threads) {
+static int multiply(const void *x, int bf16, int64_t tokens, int64_t in, void *y, int64_t out,
+                    const uint32_t *q, const void *scale, const void *zero, int sz_bf16, int64_t group,
+                    const float *code, const void *bias, int threads) {
     int64_t padded = ceil_div(in, WORD) * WORD, groups = ceil_div(in, group);
 #ifdef HAVE_AVX512_BF16
-    int pairwise = bf16;
+    int pairwise = bf16 && !code;
 #else
     int pairwise = 0;
 #endif
@@ -164,7 +170,7 @@ int ds_int4(const void *x, int bf16, int64_t tokens, int64_t in, void *y, int64_
     float *sums = (float *)scratch;
     void *copy = scratch + tokens * groups * 4;
     int4_t m = {copy, sums, padded, groups, padded / WORD, group / WORD, ceil_div(out, LANES), out,
-                q, scale, zero, bias, sz_bf16, bf16, bf16, y};
+                q, scale, zero, bias, code, sz_bf16, bf16, bf16, y};
     int64_t tasks = ceil_div(m.blocks, BLOCKS);
     int64_t rounds = ceil_div(tokens, TOKENS);
     if (tokens * in * out < 100000) threads = 1;
@@ -188,4 +194,19 @@ int ds_int4(const void *x, int bf16, int64_t tokens, int64_t in, void *y, int64_
     }
     free(scratch);
     return 0;
+}
+
+/* x: [tokens, in]; y: [tokens, out]; bias: [out] of y's kind, or null. Returns 0, or -1 when memory
+ * ran out. */
+int ds_int4(const void *x, int bf16, int64_t tokens, int64_t in, void *y, int64_t out,
+            const uint32_t *q, const void *scale, const void *zero, int sz_bf16, int64_t group,
+            const void *bias, int threads) {
+    return multiply(x, bf16, tokens, in, y, out, q, scale, zero, sz_bf16, group, NULL, bias, threads);
+}
+
+/* The same with a code of 16 floats; scale: float. */
+int ds_code4(const void *x, int bf16, int64_t tokens, int64_t in, void *y, int64_t out,
+             const uint32_t *q, const float *code, const float *scale, int64_t group, const void *bias,
+             int threads) {
+    return multiply(x, bf16, tokens, in, y, out, q, scale, NULL, 0, group, code, bias, threads);
 }

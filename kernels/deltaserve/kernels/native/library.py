@@ -62,6 +62,8 @@ SIGNATURES = {
     "ds_int4": (POINTER, INT, LONG, LONG, POINTER, LONG, *[POINTER] * 3, INT, LONG, POINTER, INT),
     # as ds_int4
     "ds_w4a8": (POINTER, INT, LONG, LONG, POINTER, LONG, *[POINTER] * 3, INT, LONG, POINTER, INT),
+    # x, kind, tokens, in, y, out, q, code, scale, group size, bias, threads
+    "ds_code4": (POINTER, INT, LONG, LONG, POINTER, LONG, *[POINTER] * 3, LONG, POINTER, INT),
     # x, kind, tokens, in, y, out, q, scale, bias, threads
     "ds_int8": (POINTER, INT, LONG, LONG, POINTER, LONG, *[POINTER] * 3, INT),
     # x, kind, tokens, in, y, out, q, scale, bias, threads

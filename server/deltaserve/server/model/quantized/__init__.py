@@ -6,6 +6,7 @@ from typing import Any
 
 from deltaserve.server.model.errors import UnsupportedModel
 from deltaserve.server.model.quantized.awq import Awq
+from deltaserve.server.model.quantized.bitsandbytes import BitsAndBytes
 from deltaserve.server.model.quantized.compressed_tensors import CompressedTensors
 from deltaserve.server.model.quantized.format import Format
 from deltaserve.server.model.quantized.fp8 import Fp8
@@ -14,6 +15,7 @@ from deltaserve.server.model.quantized.packed import Packed
 
 FORMATS: dict[str, type[Format]] = {
     "awq": Awq,
+    "bitsandbytes": BitsAndBytes,
     "compressed-tensors": CompressedTensors,
     "fbgemm_fp8": Fp8,
     "fp8": Fp8,

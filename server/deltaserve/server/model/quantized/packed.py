@@ -35,9 +35,15 @@ class Packed:
         return self._build(self, out, inner, dtype)
 
     def take(
-        self, part: str, shape: tuple[int, ...] | None, dtypes: tuple[torch.dtype, ...]
+        self,
+        part: str,
+        shape: tuple[int, ...] | None,
+        dtypes: tuple[torch.dtype, ...],
+        *,
+        raw: bool = False,
     ) -> Tensor:
-        """One of the tensors, checked. Floats come in float32 and are finite."""
+        """One of the tensors, checked. Floats come in float32 and are finite, unless they are only
+        bytes (raw)."""
         name = f"{self.module}.{part}"
         read = self.parts.get(part)
         if read is None:
@@ -48,7 +54,7 @@ class Packed:
             raise MalformedModel(f"{name} is {tensor.dtype}; it must be {known}")
         if shape is not None and tuple(tensor.shape) != shape:
             raise MalformedModel(f"{name} has shape {tuple(tensor.shape)}; it must be {shape}")
-        if tensor.dtype in FLOATS:
+        if tensor.dtype in FLOATS and not raw:
             tensor = tensor.float()
             if not bool(torch.isfinite(tensor).all()):
                 raise MalformedModel(f"{name} has values that are not finite")
