@@ -26,10 +26,11 @@ from serving import until
 from variants import VARIANTS, make_base
 
 from deltaserve.adapters.adapter import Adapter
+from deltaserve.adapters.options import LoadOptions
 from deltaserve.server.engine.collector import Answer, Collector, generate
 from deltaserve.server.engine.core import AdapterState, FinishReason, Output, Request
 from deltaserve.server.engine.engine import Engine
-from deltaserve.server.engine.make import Line, Made, Wanted
+from deltaserve.server.engine.make import MakeHere
 from deltaserve.server.errors import (
     AdapterConflict,
     AdapterTooLarge,
@@ -125,15 +126,16 @@ def hold_reads(
 ) -> tuple[threading.Event, list[str]]:
     """Reads of adapters wait for the event; the list is of the threads that made them."""
     gate, threads = threading.Event(), []
-    loader = engine.adapters._loader
-    make = loader._make
+    make = engine.adapters._loader._make
+    assert isinstance(make, MakeHere)
+    read = make._read
 
-    def held(line: Line, wanted: Wanted) -> Made:
+    def held(uri: str, options: LoadOptions, parent: Adapter | None) -> Adapter:
         threads.append(threading.current_thread().name)
         assert gate.wait(30)
-        return make(line, wanted)
+        return read(uri, options, parent)
 
-    monkeypatch.setattr(loader, "_make", held)
+    monkeypatch.setattr(make, "_read", held)
     return gate, threads
 
 
