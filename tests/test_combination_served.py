@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import re
 import threading
 import time
@@ -18,10 +19,12 @@ import torch
 from rig import load_base
 from served import served
 from serving import Serving, serving, undisturbed, until
+from typer.testing import CliRunner
 from variants import VARIANTS, linears, make_base, open_base
 
 from deltaserve.adapters.delta_file import write_delta
 from deltaserve.clients import AsyncClient, errors
+from deltaserve.clients.cli import app
 from deltaserve.clients.requests import Combination
 from deltaserve.kernels.primitives import LowRank
 from deltaserve.server.config import ADAPTER_NAME
@@ -120,6 +123,24 @@ def test_what_a_client_sees(world: World) -> None:
     assert asyncio.run(from_another_loop()) == answer.token_ids
     plain = world.client.generate("a prompt", "lora", max_tokens=2)
     assert not plain.disagreements and not plain.served_by.members
+
+
+def test_the_command(world: World) -> None:
+    asked = ["generate", "x", "--max-tokens", "7", "--ignore-eos", "--json"]
+    asked += ["--address", world.serving.address]
+    run = CliRunner().invoke
+    members = ["--member", "lora=1.5", "--member", "=-0.5"]
+    done = run(app, [*asked, *members, "--rule", "product", "--plausibility", "0.1"])
+    combination: Combination = {
+        "members": [{"model": "lora", "weight": 1.5}, {"weight": -0.5}],
+        "rule": "product",
+        "plausibility": 0.1,
+    }
+    same = world.client.generate("x", combination=combination, max_tokens=7, ignore_eos=True)
+    assert json.loads(done.stdout)["token_ids"] == same.token_ids
+    assert run(app, [*asked, "--member", "lora=much"]).exit_code == 2
+    assert run(app, [*asked, *members, "--rule", "median"]).exit_code == 2
+    assert run(app, [*asked, *members]).exit_code == 1  # a mean has no negative weights
 
 
 def test_choices_and_prompts_of_every_member(world: World) -> None:
