@@ -12,11 +12,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import AdaptionPromptConfig, LoraConfig
 from rig import load_base, request, running
+from serving import Serving, serving
 from variants import ALL, VARIANTS, make_base, peft_variant
 
 from deltaserve.server.engine.collector import Answer, generate
@@ -309,3 +311,44 @@ def test_fewer_steps(engine: Engine) -> None:
     between = engine.stats().steps
     generate(engine, [asked], timeout=60)
     assert engine.stats().steps - between < 0.5 * (between - before)
+
+
+@pytest.fixture(scope="module")
+def zoo() -> Iterator[Serving]:
+    folder = Path(__file__).parents[1] / "demo" / "zoo"
+    with serving(load_base(folder / "base"), [folder], **ROOM) as found:
+        found.client.load_adapter("shout", "shout-dora")
+        yield found
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"regex": "((ab|cd|efgh) ){12,30}"},
+        {"regex": "([a-d]{2} ){12,30}", "temperature": 0.8, "seed": 3},
+        {"json_schema": {"type": "array", "items": {"enum": ["yes", "no"]}, "minItems": 9}},
+        {"bad_words": ["aa", "e", "g"], "ignore_eos": True},
+        {"bad_words": ["ab", "b"], "temperature": 0.4, "seed": 5, "ignore_eos": True},
+        {"n": 3, "temperature": 0.3, "seed": 7, "ignore_eos": True},
+    ],
+    ids=lambda asked: "-".join(asked),
+)
+@pytest.mark.parametrize("model", ["", "shout"])
+def test_over_the_wire(zoo: Serving, model: str, asked: dict[str, Any]) -> None:
+    """Constraints follow the accepted tokens; streams give them in one piece."""
+    how = {"model": model, "max_tokens": 90, "logprobs": True, **asked}
+    text = "task: abcdefghabcdefgh ="
+    plain = zoo.client.generate(text, **how, speculation={"draft_tokens": 0})
+    found = zoo.client.generate(text, **how, speculation={"draft_tokens": 16})
+    assert [c.text for c in found.choices] == [c.text for c in plain.choices]
+    assert [c.token_ids for c in found.choices] == [c.token_ids for c in plain.choices]
+    assert [c.finish_reason for c in found.choices] == [c.finish_reason for c in plain.choices]
+    for ours, theirs in zip(found.choices, plain.choices, strict=True):
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=TOLERANCE)
+    assert (plain.usage.drafted_tokens, plain.usage.accepted_tokens) == (0, 0)
+    assert 10 < found.usage.accepted_tokens <= found.usage.drafted_tokens
+    pieces = list(zoo.client.stream(text, **how, speculation={"draft_tokens": 16}))
+    for choice in range(len(plain.choices)):
+        mine = [p for p in pieces if p.index == choice]
+        assert "".join(p.text for p in mine) == plain.choices[choice].text
+        assert max(len(p.token_ids) for p in mine) > 2
