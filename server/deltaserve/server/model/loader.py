@@ -106,7 +106,9 @@ def load(
     say(0.0, "probing the architecture")
     skeleton = skeleton_of(folder, dtype, max_length, allow_untested)
     if skeleton.stored is not None:
-        _check_stored(folder, skeleton.stored, quantize)
+        check_stored(folder, skeleton.stored, quantize)
+        for note in skeleton.stored.notes:
+            logger.warning("%s: %s", folder, note)
     schemes = schemes_for(skeleton, dtype, quantize, group_size, activations, quantize_head)
     model, plan = _read(folder, skeleton, schemes, dtype, say)
     rope.pin(model, skeleton.config, skeleton.max_length)
@@ -199,14 +201,13 @@ def _check_options(
         check_group_size(group_size)
 
 
-def _check_stored(folder: Path, stored: Format, quantize: str) -> None:
+def check_stored(folder: Path, stored: Format, quantize: str) -> None:
+    """Raises UnsupportedModel for a checkpoint that is to be quantized once more."""
     if quantize != "none":
         raise UnsupportedModel(
             f"--quantize {quantize}: {folder} is quantized already ({stored.label}) and is served "
             "as it is; leave the option out, or load the original weights"
         )
-    for note in stored.notes:
-        logger.warning("%s: %s", folder, note)
 
 
 def checkpoint_folder(folder: Path) -> Path:

@@ -11,14 +11,18 @@ from pathlib import Path
 import torch
 
 from deltaserve.adapters.checkpoint import Checkpoint, open_files
+from deltaserve.adapters.safetensors_header import BASE_DTYPES, TensorEntry
 from deltaserve.kernels.table import Group
 from deltaserve.server.model.loader import (
     Quantize,
     Skeleton,
+    check_stored,
     checkpoint_folder,
     schemes_for,
     skeleton_of,
 )
+from deltaserve.server.model.quantized import Format
+from deltaserve.server.model.quantized.packed import FLOATS
 from deltaserve.server.model.quantizer import Scheme
 
 
@@ -44,6 +48,8 @@ def outline(
     """The base as `load` would hold it. Raises what `load` raises."""
     folder = checkpoint_folder(Path(path))
     skeleton = skeleton_of(folder, dtype, max_length, allow_untested)
+    if skeleton.stored is not None:
+        check_stored(folder, skeleton.stored, quantize)
     report, modules = skeleton.report, skeleton.modules
     groups: Counter[tuple[Group, tuple[bool, ...]]] = Counter()
     for names in report.groups:
@@ -61,10 +67,10 @@ def _weights(
     """Every tensor of the files in `dtype`, but for the linears that are held in fewer bits, and
     a tied lm_head, which is laid out once more for its product."""
     with open_files(folder, ("model",)) as fds:
-        entries = Checkpoint(folder, fds).entries.values()
-        if skeleton.stored is not None:
-            return sum(math.prod(e.shape) * e.dtype.itemsize for e in entries)
-        total = sum(math.prod(e.shape) for e in entries) * dtype.itemsize
+        entries = Checkpoint(folder, fds, BASE_DTYPES).entries
+    if skeleton.stored is not None:
+        return _stored(entries, skeleton.stored, dtype)
+    total = sum(math.prod(e.shape) for e in entries.values()) * dtype.itemsize
     for names in skeleton.report.groups:
         for name in names:
             module = skeleton.modules[name]
@@ -74,6 +80,19 @@ def _weights(
             if scheme is not None:
                 held *= module.out_features
             total += held if name in skeleton.tied else held - dense
+    return total
+
+
+def _stored(entries: Mapping[str, TensorEntry], stored: Format, dtype: torch.dtype) -> int:
+    """Packed tensors are held in about their bytes, but for a float32 scale and zero where they
+    have a scale; the others in `dtype`."""
+    packed = {f"{m}.{part}" for m, parts in stored.modules(entries).items() for part in parts}
+    total = 0
+    for name, e in entries.items():
+        each = e.dtype.itemsize if name in packed else dtype.itemsize
+        if name in packed and e.dtype in FLOATS:
+            each = 8
+        total += math.prod(e.shape) * each
     return total
 
 
