@@ -23,9 +23,8 @@ def product(
     inputs = scale.scale_inputs(x, segments) if scaled else x
     y = base(inputs).float()
     if scaled:
-        for start, end, mix in segments.runs:
-            if scale.splits_inputs(mix):
-                _split_inputs(x[start:end], y[start:end], base, mix, scale)
+        for start, end, mix in scale.split_runs(segments):
+            _split_inputs(x[start:end], y[start:end], base, mix, scale)
         scale.scale_outputs(y, base.bias, segments)
     if replaced:
         for start, end, mix in segments.runs:

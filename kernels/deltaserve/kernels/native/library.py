@@ -56,6 +56,8 @@ SIGNATURES = {
     "ds_lowrank": DELTAS,
     "ds_bit": DELTAS,
     "ds_csr": DELTAS,
+    # x, kind, tokens, in, values, kind, index, rows, strength, y, its width
+    "ds_rows": (POINTER, INT, LONG, LONG, POINTER, INT, POINTER, LONG, FLOAT, POINTER, LONG),
     # y, its kind, its width, entries, items, first, count, slots, bias, factor, threads
     "ds_vectors": (POINTER, INT, LONG, *[POINTER] * 4, INT, POINTER, INT, INT),
     # x, kind, tokens, in, y, out, q, scale, zero, their kind, group size, bias, threads

@@ -99,13 +99,19 @@ class ScaleTable(Table[PackedScale]):
         self._outputs = PointerTable(ITEM)
         # Slots whose parts want different inputs, which takes a product for each of those parts.
         self._split: set[int] = set()
+        self._scaling: set[int] = set()  # slots that scale inputs at all
 
     def scales_inputs(self, mix: Mix) -> bool:
         """Whether an adapter of the mix scales some part's inputs."""
-        return any(i.input is not None for slot, _ in mix for i in self.items.get(slot, ()))
+        return any(slot in self._scaling for slot, _ in mix)
 
-    def splits_inputs(self, mix: Mix) -> bool:
-        """Whether the parts of the group want different inputs."""
+    def split_runs(self, segments: Segments) -> list[tuple[int, int, Mix]]:
+        """The runs in which the parts of the group want different inputs."""
+        if self._split.isdisjoint(segments.slots):
+            return []
+        return [run for run in segments.runs if self._splits(run[2])]
+
+    def _splits(self, mix: Mix) -> bool:
         return any(slot in self._split for slot, _ in mix)
 
     def input_factor(self, mix: Mix, part: int) -> Tensor | None:
@@ -118,10 +124,12 @@ class ScaleTable(Table[PackedScale]):
 
     def scale_inputs(self, x: Tensor, segments: Segments) -> Tensor:
         """x [T, in] with the runs scaled whose parts want the same; x itself if there are none."""
+        if self._scaling.isdisjoint(segments.slots):
+            return x
         found = [
             (start, end, mix)
             for start, end, mix in segments.runs
-            if self.scales_inputs(mix) and not self.splits_inputs(mix)
+            if self.scales_inputs(mix) and not self._splits(mix)
         ]
         if not found:
             return x
@@ -161,6 +169,9 @@ class ScaleTable(Table[PackedScale]):
         parts = range(len(self.group.out_features))
         inputs = [self._input(slot, part) for part in parts]
         self._split.discard(slot)
+        self._scaling.discard(slot)
+        if any(i is not None for i in inputs):
+            self._scaling.add(slot)
         if any(i is not inputs[0] for i in inputs[1:]):
             self._split.add(slot)
         shared = inputs[0] if inputs and slot not in self._split else None

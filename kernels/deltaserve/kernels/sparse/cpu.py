@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltaserve.kernels.cast import cast
+from deltaserve.kernels.native import library
 from deltaserve.kernels.native.pointers import PointerTable, add_deltas
 from deltaserve.kernels.primitives import (
     Sparse,
@@ -35,6 +36,9 @@ ITEM = (
 
 # Values multiplied at a time: bounds the products [T, values] held in between.
 BLOCK_VALUES = 1 << 16
+
+# Up to so many tokens whole rows are multiplied one by one: a product costs more in calls.
+FEW_TOKENS = 4
 
 Dense: TypeAlias = SparseRows | SparseCols | SparseBlocks
 
@@ -63,7 +67,8 @@ def pack(
     for part, primitive in sparse:
         if not isinstance(primitive, SparseCsr):
             values = cast(primitive.values, dtype)
-            packed.append(PackedSparse(part, replace(primitive, values=values)))
+            index = primitive.index.to(torch.int64).contiguous()
+            packed.append(PackedSparse(part, replace(primitive, values=values, index=index)))
     return tuple(packed)
 
 
@@ -98,11 +103,17 @@ class SparseTable(Table[PackedSparse]):
         """Adds the step's deltas to y [T, out], float32, in place. x: [T, in]."""
         done = add_deltas("ds_csr", x, y, segments, self._pointers)
         for tokens, strength, item in self.entries(segments):
-            out = y[tokens, self.group.columns(item.part)]
-            if not isinstance(item.primitive, SparseCsr):
-                _dense(item.primitive, x[tokens], out, strength)
+            primitive = item.primitive
+            columns = self.group.columns(item.part)
+            if isinstance(primitive, SparseRows) and _few_rows(
+                primitive, x, y, tokens, columns, strength
+            ):
+                continue
+            out = y[tokens, columns]
+            if not isinstance(primitive, SparseCsr):
+                _dense(primitive, x[tokens], out, strength)
             elif not done:
-                out.add_(_csr(item.primitive, x[tokens], out.shape[1]), alpha=strength)
+                out.add_(_csr(primitive, x[tokens], out.shape[1]), alpha=strength)
 
     def _changed(self, slot: int) -> None:
         rows: list[tuple[int, ...]] = []
@@ -126,6 +137,32 @@ def _csr(csr: SparseCsr, x: Tensor, out_features: int) -> Tensor:
         products = x[:, csr.indices[here]].float() * csr.values[here].float()
         y.index_add_(1, rows[here], products)
     return y
+
+
+def _few_rows(
+    rows: SparseRows, x: Tensor, y: Tensor, tokens: slice, columns: slice, strength: float
+) -> bool:
+    """Adds to y [T, out], float32, in place. False where that is not the way: for many tokens, or
+    without native kernels."""
+    lib = library()
+    if lib is None or tokens.stop - tokens.start > FEW_TOKENS:
+        return False
+    width, values = y.shape[1], rows.values
+    assert y.dtype == torch.float32 and rows.index.is_contiguous() and values.is_contiguous()
+    lib["ds_rows"](
+        x.data_ptr() + tokens.start * x.shape[1] * x.element_size(),
+        x.dtype == torch.bfloat16,
+        tokens.stop - tokens.start,
+        x.shape[1],
+        values.data_ptr(),
+        values.dtype == torch.bfloat16,
+        rows.index.data_ptr(),
+        len(rows.index),
+        strength,
+        y.data_ptr() + (tokens.start * width + columns.start) * y.element_size(),
+        width,
+    )
+    return True
 
 
 def _dense(primitive: Dense, x: Tensor, y: Tensor, strength: float) -> None:
