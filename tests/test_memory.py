@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import VeraConfig
 from rig import load_base, request, running
-from variants import VARIANTS, make_base
+from variants import VARIANTS, make_base, peft_variant
 
 from deltaserve.server.engine.collector import Answer, generate
 from deltaserve.server.engine.core import Request
@@ -93,3 +94,34 @@ def run(engine: Engine, asked: list[Request], right: dict[str, Answer], phase: s
     assert stats.kv_bytes + stats.adapter_bytes_host <= stats.memory_budget == BUDGET
     engine._scheduler.blocks.check_integrity()
     engine.adapters._residents.check_integrity()
+
+
+def test_the_matrices_of_vera_adapters_are_held_once(
+    base: Path, tmp_path: Path, model: BaseModel
+) -> None:
+    """Loaded one by one from files of their own, each in the serving dtype's own copy."""
+    vera = peft_variant(
+        "vera",
+        lambda config: VeraConfig(
+            task_type="CAUSAL_LM", r=16, target_modules=["q_proj", "o_proj"], save_projection=True
+        ),
+    )
+    for name in "abc":
+        vera.make(base, tmp_path / name, torch.Generator().manual_seed(ord(name)))
+    for dtype in ("float32", "bfloat16"):
+        with running(load_base(base, dtype=dtype), [tmp_path]) as engine:
+            cache = engine.adapters
+            sizes, used = [], []
+            for name in "abc":
+                info = cache.load(name, str(tmp_path / name)).result(60)
+                sizes.append(info.resident_bytes)
+                used.append(cache.used_bytes)
+            matrices = 16 * 64 * (4 if dtype == "float32" else 2)
+            own = sizes[0] - matrices
+            assert own > 0 and sizes == [sizes[0]] * 3
+            assert used == [sizes[0] + i * own for i in range(3)]
+            assert cache.unload("a").result(60) == own and cache.used_bytes == used[1]
+            asked = [request(prompt(3, 20), name) for name in "bc"]
+            generate(engine, asked, 60)
+            assert [cache.unload(n).result(60) for n in "bc"] == [own, sizes[0]]
+            assert cache.used_bytes == 0

@@ -60,7 +60,7 @@ class Tier:
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.budget, kv_floor=self.kv_floor, adapter_cap=self.cap)
-        memory = BlockMemory(self.ledger, self.extent, 10 * self.extent, self.dropped.append, 1.0)
+        memory = BlockMemory(self.ledger, self.extent, 10 * self.extent, self.dropped.append, 0.5)
         self.manager = BlockManager(self.blocks, 2, memory=memory)
         self.host = Host()
         self.residents = Residents(

@@ -127,7 +127,10 @@ def test_lora_requests_info_is_one_series_a_scrape() -> None:
     metrics.registry.register(EngineCollector(engine))  # type: ignore[arg-type]
     for running in (("a", "b"), ("c",), ()):
         engine.stats = lambda r=running: EngineStats(  # type: ignore[method-assign,misc]
-            running_adapters=r, waiting_adapters=("w",), adapter_bytes_budget=5500
+            running_adapters=r,
+            waiting_adapters=("w",),
+            adapter_bytes_host=1000,
+            adapter_bytes_budget=5500,
         )
         found = [k for k in samples(metrics) if k[0] == "vllm:lora_requests_info"]
         labels = {

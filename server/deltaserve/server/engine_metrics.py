@@ -59,7 +59,9 @@ def _ours(stats: EngineStats, adapters: list[AdapterInfo]) -> Iterator[Metric]:
         ("kv_blocks", "Blocks of the key-value cache", stats.kv_blocks_total),
         ("kv_blocks_used", "Blocks in use", stats.kv_blocks_used),
         ("kv_block_tokens", "Tokens in a block", stats.kv_block_size),
+        ("kv_blocks_idle", "Blocks kept in case they are wanted again", stats.kv_blocks_idle),
         ("adapter_budget_bytes", "Most that adapters may take", stats.adapter_bytes_budget),
+        ("memory_budget_bytes", "Cache blocks and adapters together", stats.memory_budget),
     ):
         yield _gauge(f"deltaserve_{name}", text, value)
     tiers = GaugeMetricFamily(
@@ -68,6 +70,12 @@ def _ours(stats: EngineStats, adapters: list[AdapterInfo]) -> Iterator[Metric]:
     tiers.add_metric(["host"], stats.adapter_bytes_host)
     tiers.add_metric(["device"], stats.adapter_bytes_device)
     yield tiers
+    uses = GaugeMetricFamily(
+        "deltaserve_memory_bytes", "The memory budget by what it is used for", labels=["use"]
+    )
+    for use, nbytes in stats.memory_by_use.items():
+        uses.add_metric([use], nbytes)
+    yield uses
     states = GaugeMetricFamily("deltaserve_adapters", "Registered adapters", labels=["state"])
     found = Counter(a.state for a in adapters)
     for state in AdapterState:
@@ -109,7 +117,7 @@ def _room(stats: EngineStats, adapters: list[AdapterInfo]) -> int:
     sizes = [a.resident_bytes for a in adapters if a.resident_bytes]
     if not sizes:
         return max(1, len(adapters))
-    free = max(0, stats.adapter_bytes_budget - sum(sizes))
+    free = max(0, stats.adapter_bytes_budget - stats.adapter_bytes_host)
     return len(sizes) + free * len(sizes) // sum(sizes)
 
 

@@ -175,6 +175,7 @@ class Engine:
             kv_blocks_used=blocks.used,
             kv_block_size=blocks.block_size,
             kv_blocks_idle=blocks.idle,
+            kv_blocks_there=blocks.there,
             kv_bytes=blocks.memory.ledger.kv,
             memory_budget=blocks.memory.ledger.budget,
             adapter_bytes_host=self.adapters.used_bytes,
@@ -313,6 +314,9 @@ class Engine:
             lead.started = lead.started or now
         try:
             rows, logits = self._runner.run(batch)
+            if batch.chunks:
+                seconds = time.monotonic() - now
+                self._scheduler.blocks.memory.computed(batch.tokens, seconds)
             out.advance(batch, rows, logits, self._scheduler, self._eos, self._limits.max_length)
         except Exception:
             incident = uuid.uuid4().hex[:12]

@@ -51,13 +51,20 @@ def chain(parent: bytes, number: int, tokens: Sequence[int], turns: Mapping[int,
 class BlockMemory:
     """What blocks are made of. extent: blocks that take and give back their memory together,
     `extent_bytes` of it. drop: zeroes the blocks of these extents and gives their memory back.
-    block_seconds: to compute the tokens of a block anew."""
+    token_seconds: to compute a token of a prompt, as measured."""
 
     ledger: Ledger
     extent: int
     extent_bytes: int
     drop: Callable[[int], None] = lambda extent: None
-    block_seconds: float = 1e-3
+    token_seconds: float = 1e-3
+    _seen: tuple[float, float] = (0.0, 0.0)
+
+    def computed(self, tokens: int, seconds: float) -> None:
+        """A step with parts of prompts took so long; later steps count for more."""
+        total, elapsed = (0.95 * value for value in self._seen)
+        self._seen = total + tokens, elapsed + seconds
+        self.token_seconds = self._seen[1] / self._seen[0]
 
 
 class BlockManager:
@@ -119,6 +126,11 @@ class BlockManager:
         return self._used
 
     @property
+    def there(self) -> int:
+        """Blocks that have memory now, with the one that pads tables."""
+        return self.memory.ledger.kv // self.memory.extent_bytes * self.memory.extent
+
+    @property
     def idle(self) -> int:
         """Blocks whose content is kept in case it is wanted again."""
         return len(self._idle)
@@ -159,7 +171,7 @@ class BlockManager:
                     self._releases += 1
                     value = memory.ledger.value(
                         self._uses[block],
-                        memory.block_seconds,
+                        memory.token_seconds * self.block_size,
                         memory.extent_bytes // memory.extent,
                     )
                     self._idle[block] = value, self._releases

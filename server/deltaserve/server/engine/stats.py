@@ -13,8 +13,8 @@ class EngineStats:
 
     running, waiting: requests. running_adapters, waiting_adapters: names, sorted, without
     repetition. prefix_hits, prefix_queries: prompt tokens found and looked up in the prefix cache.
-    kv_blocks_idle: used by no sequence, kept in case their content is wanted again. kv_bytes: that
-    blocks take now. memory_budget: bytes of blocks and adapters together.
+    kv_blocks_idle: used by no sequence, kept in case their content is wanted again; with memory
+    now are kv_blocks_there, `kv_bytes` of it. memory_budget: bytes of blocks and adapters together.
     Counters (prefix_*, preemptions, steps, adapter_loads, adapter_evictions) run since the start.
     adapter_bytes_device is 0 where the device computes in host memory.
     """
@@ -25,6 +25,7 @@ class EngineStats:
     kv_blocks_used: int = 0
     kv_block_size: int = 0
     kv_blocks_idle: int = 0
+    kv_blocks_there: int = 0
     kv_bytes: int = 0
     memory_budget: int = 0
     adapter_bytes_host: int = 0
@@ -38,6 +39,21 @@ class EngineStats:
     steps: int = 0
     adapter_loads: int = 0
     adapter_evictions: int = 0
+
+    @property
+    def memory_by_use(self) -> dict[str, int]:
+        """Bytes of the budget: blocks that sequences use, blocks kept for later, blocks that are
+        empty, adapters, and what is free."""
+        per_block = self.kv_bytes / max(1, self.kv_blocks_there)
+        used, idle = (int(n * per_block) for n in (self.kv_blocks_used, self.kv_blocks_idle))
+        adapters = max(self.adapter_bytes_host, self.adapter_bytes_device)
+        return {
+            "kv_used": used,
+            "kv_idle": idle,
+            "kv_empty": self.kv_bytes - used - idle,
+            "adapters": adapters,
+            "free": self.memory_budget - self.kv_bytes - adapters,
+        }
 
 
 @dataclass(frozen=True, slots=True)
