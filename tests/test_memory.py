@@ -13,8 +13,9 @@ from rig import load_base, request, running
 from variants import VARIANTS, make_base, peft_variant
 
 from deltaserve.server.engine.collector import Answer, generate
-from deltaserve.server.engine.core import Request
+from deltaserve.server.engine.core import AdapterRef, Combination, Member, Request
 from deltaserve.server.engine.engine import Engine
+from deltaserve.server.errors import InvalidRequest
 from deltaserve.server.model import BaseModel
 
 ADAPTERS = [f"a{i}" for i in range(8)]
@@ -37,7 +38,7 @@ def roots(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model(base: Path) -> BaseModel:
     return load_base(base)
 
@@ -96,9 +97,7 @@ def run(engine: Engine, asked: list[Request], right: dict[str, Answer], phase: s
     engine.adapters._residents.check_integrity()
 
 
-def test_the_matrices_of_vera_adapters_are_held_once(
-    base: Path, tmp_path: Path, model: BaseModel
-) -> None:
+def test_the_matrices_of_vera_adapters_are_held_once(base: Path, tmp_path: Path) -> None:
     """Loaded one by one from files of their own, each in the serving dtype's own copy."""
     vera = peft_variant(
         "vera",
@@ -125,3 +124,33 @@ def test_the_matrices_of_vera_adapters_are_held_once(
             generate(engine, asked, 60)
             assert [cache.unload(n).result(60) for n in "bc"] == [own, sizes[0]]
             assert cache.used_bytes == 0
+
+
+def test_a_combination_of_more_than_the_longest_request_finds_its_room(
+    model: BaseModel, roots: Path, small: Engine
+) -> None:
+    """Others wait for adapters that take its room, and those of each other."""
+
+    def combined(seed: int, names: list[str]) -> Request:
+        members = tuple(Member((AdapterRef(name),)) for name in names)
+        asked = request(prompt(seed, 60), max_tokens=24)
+        return replace(asked, combination=Combination(members))
+
+    long = [combined(i, [ADAPTERS[i], ADAPTERS[i + 1]]) for i in range(4)]
+    others = [request(prompt(30 + i, 70), ADAPTERS[i % 8], max_tokens=12) for i in range(12)]
+    asked = [r for trio in zip(others, others[4:], long, strict=False) for r in trio]
+    asked = list(dict.fromkeys(asked))
+    for name in ADAPTERS:
+        small.adapters.load(name, str(roots / name)).result(60)
+    with running(model, [roots], max_length=LENGTH) as alone:
+        for name in ADAPTERS:
+            alone.adapters.load(name, str(roots / name)).result(60)
+        right = {r.request_id: generate(alone, [r], 60)[0] for r in asked}
+    need = 2 * 11 * 8 * 512
+    assert need > small.info().memory.kv_floor
+    run(small, asked, right, "combined")
+    too_long = replace(
+        combined(9, ADAPTERS[:4]), prompt_ids=tuple(prompt(9, 100)), request_id="too-long"
+    )
+    with pytest.raises(InvalidRequest, match=r"4 adapters and .* bytes of keys and values"):
+        generate(small, [too_long], 60)

@@ -15,7 +15,7 @@ from deltaserve.server.engine.memory import Ledger
 from deltaserve.server.engine.residency import Residency
 from deltaserve.server.engine.residents import PATIENCE, Residents
 from deltaserve.server.engine.shares import Shares
-from deltaserve.server.errors import AdapterTooLarge
+from deltaserve.server.errors import AdapterTooLarge, InvalidRequest
 
 
 @dataclass
@@ -211,6 +211,24 @@ def test_adapters_never_take_the_room_of_the_longest_sequence() -> None:
     tier.check()
 
 
+def test_a_combination_is_sure_of_its_blocks_before_it_begins() -> None:
+    """It needs more than the longest sequence, and requests wait for adapters in its way."""
+    tier = Tier(200, kv_floor=40)
+    ours, theirs = tier.load("ours", 50), tier.load("theirs", 80)
+    ours.in_flight = theirs.in_flight = ours.running = 1
+    tier.residents.begin_step()
+    assert tier.manager.available == 5
+    assert not tier.manager.claim(15), "160 bytes beside the adapter that runs are too many"
+    assert tier.manager.claim(13) and tier.evicted == ["theirs"]
+    assert not tier.residents.make_room(Packed({"b": 30}), frozenset())
+    assert len([tier.manager.take() for _ in range(13)]) == 13
+    tier.check()
+    tier.manager.keep_claim(5)
+    assert tier.ledger.claimed == 60
+    with pytest.raises(InvalidRequest, match=r"1 adapters and .* 50 bytes, and 160 bytes of keys"):
+        tier.residents.check_beside([ours], 160)
+
+
 def test_shared_memory_is_counted_once() -> None:
     tier = Tier(140)
     a, b = (tier.load(n, {"matrices": 70, n: 10}) for n in "ab")
@@ -306,6 +324,16 @@ class Budgeted(RuleBasedStateMachine):
         setattr(residency, what, not getattr(residency, what))
         self.tier.residents.used(residency)
         self.tier.residents.begin_step()
+
+    @rule(blocks=st.integers(6, 20))
+    def combination(self, blocks: int) -> None:
+        """What it is sure of it gets once all others are preempted, until it ends."""
+        manager = self.tier.manager
+        if manager.claim(blocks):
+            for taken in self.sequences:
+                manager.release(taken)
+            self.sequences = [[manager.take() for _ in range(blocks)]]
+        manager.keep_claim(0)
 
     @precondition(lambda self: self.there)
     @rule(which=st.integers(0, 99))

@@ -234,10 +234,22 @@ class AdapterCache:
             pairs = zip(residencies, chosen, strict=True)
             return tuple(self._residents.enter(r, modules) for r, modules in pairs)
 
+    def withdrawn(self, residencies: Sequence[Residency], chosen: Sequence[Chosen]) -> None:
+        """Undo one `admitted`: the request waits again."""
+        with self._lock:
+            for residency, modules in zip(residencies, chosen, strict=True):
+                self._residents.leave(residency, modules)
+                residency.running -= 1
+            self._residents.begin_step()
+
     def check_room(self, wanted: Sequence[Residency]) -> None:
         """AdapterTooLarge if these can never be in memory together."""
         names = ", ".join(repr(r.name) for r in wanted)
         self._residents.check_room(wanted, f"adapters {names} together need")
+
+    def check_beside(self, wanted: Sequence[Residency], kv: int) -> None:
+        """InvalidRequest if they and so many bytes of keys and values are never there at once."""
+        self._residents.check_beside(wanted, kv)
 
     # Inside:
 

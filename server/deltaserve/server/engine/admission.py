@@ -16,6 +16,7 @@ from deltaserve.server.engine.activation import (
 from deltaserve.server.engine.adapter_cache import AdapterCache
 from deltaserve.server.engine.core import AdapterRef, Request
 from deltaserve.server.engine.group import located
+from deltaserve.server.engine.kv_cache import BlockManager
 from deltaserve.server.engine.masks import Chosen, choose, masked
 from deltaserve.server.engine.residency import Residency
 from deltaserve.server.engine.sequence import Sequence
@@ -25,8 +26,8 @@ from deltaserve.server.model.base_model import BaseModel
 
 
 class Admission:
-    """held_fingerprint: of the base as it is held, part of every cache key. block_size: tokens in
-    a cache block. failed: sequences that could not begin, and why, until somebody takes them."""
+    """held_fingerprint: of the base as it is held, part of every cache key. failed: sequences that
+    could not begin, and why, until somebody takes them."""
 
     def __init__(
         self,
@@ -34,14 +35,14 @@ class Admission:
         adapters: AdapterCache,
         limits: Limits,
         held_fingerprint: str,
-        block_size: int,
+        blocks: BlockManager,
     ) -> None:
         self.failed: list[tuple[Sequence, RequestError]] = []
         self._model = model
         self._adapters = adapters
         self._limits = limits
         self._held_fingerprint = held_fingerprint
-        self._block_size = block_size
+        self._blocks = blocks
         self._patches: tuple[AdapterRef, ...] = ()
 
     def set_patches(self, patches: Iterable[AdapterRef]) -> None:
@@ -89,10 +90,20 @@ class Admission:
             lengths = [(len(m.request.prompt_ids), m.virtual) for m in members]
             if sequence.group is not None:
                 check_together(lengths, sequence.request.sampling.max_tokens, self._limits)
+                size = self._blocks.block_size
+                blocks = sum(-(-m.most // size) for m in members)
+                self._adapters.check_beside(sequence.held, self._blocks.memory_of(blocks))
         except RequestError as error:
             self.failed.append((sequence, error))
             return False
         return True
+
+    def withdraw(self, sequence: Sequence) -> None:
+        """It has begun but finds no room: its adapters may go until it begins again."""
+        for member in sequence.members:
+            if member.admitted:
+                self._adapters.withdrawn(member.adapters, member.chosen)
+                member.admitted = False
 
     def _lay_out(self, sequence: Sequence) -> None:
         held, request = sequence.adapters, sequence.request
@@ -105,8 +116,12 @@ class Admission:
             sequence.admitted = True
             sequence.slots = self._adapters.admitted(held, sequence.chosen)
         active = [_active(sequence, i, virtual) for i in range(len(held))]
-        root, turns = cache_keys(active, self._block_size, self._held_fingerprint, request.salt)
+        root, turns = cache_keys(
+            active, self._blocks.block_size, self._held_fingerprint, request.salt
+        )
         sequence.begin(prefix, spans(active), root, turns)
+        most = len(request.prompt_ids) + virtual + request.sampling.max_tokens
+        sequence.most = min(most, self._limits.max_length)
 
     def _check_mix(
         self, held: tuple[Residency, ...], refs: tuple[AdapterRef, ...]

@@ -92,9 +92,7 @@ class Engine:
             blocks.block_size,
             scheduler.max_sequences,
         )
-        self._admission = Admission(
-            model, adapters, self._limits, info.held_fingerprint, blocks.block_size
-        )
+        self._admission = Admission(model, adapters, self._limits, info.held_fingerprint, blocks)
         self._lock = threading.Condition()
         self._inbox: deque[Sequence | str | Reweighting] = deque()
         self._known: dict[str, Sequence] = {}
@@ -105,6 +103,7 @@ class Engine:
         self._stepping = False
         self._thread = threading.Thread(target=self._loop, name="deltaserve-engine", daemon=True)
         scheduler.begin = self._admission.begin
+        scheduler.withdraw = self._admission.withdraw
 
     # From any thread:
 

@@ -125,6 +125,20 @@ class BlockManager:
     def used(self) -> int:
         return self._used
 
+    def memory_of(self, blocks: int) -> int:
+        """Memory of so many, and of the one that pads tables, in whole extents."""
+        return -(-(blocks + 1) // self.memory.extent) * self.memory.extent_bytes
+
+    def claim(self, blocks: int) -> bool:
+        """Before a request begins that may need so many: be sure that it can have them when all
+        others are preempted. False if it must wait for adapters that are used."""
+        need, ledger = self.memory_of(blocks), self.memory.ledger
+        return need <= max(ledger.kv_floor, ledger.claimed) or ledger.claim(need)
+
+    def keep_claim(self, blocks: int) -> None:
+        """So many are the most that any of the running requests may need."""
+        self.memory.ledger.claimed = min(self.memory.ledger.claimed, self.memory_of(blocks))
+
     @property
     def there(self) -> int:
         """Blocks that have memory now, with the one that pads tables."""

@@ -37,9 +37,11 @@ class Ledger:
     """budget: bytes of cache blocks and adapters together. kv_floor: what adapters never take, so
     that a sequence of the greatest length can always run. adapter_cap: most that adapters may take.
 
-    kv, adapters: bytes taken. promised: bytes that an adapter has waited for too long; as much
-    cache as is above the floor makes way for it. idle_blocks, idle_adapters: what could go, the
-    least valuable first; of adapters only those that no request waits for.
+    kv, adapters: bytes taken. claimed: of blocks, that a combination which runs may need, being
+    more than one sequence; a floor like the other. promised: bytes that an adapter has waited for
+    too long; as much cache as is above the floors makes way for it. idle_blocks, idle_adapters:
+    what could go, the least valuable first; of adapters only those that no request waits for, which
+    unused_adapters has as well.
     """
 
     def __init__(self, budget: int, *, kv_floor: int = 0, adapter_cap: int | None = None) -> None:
@@ -47,10 +49,12 @@ class Ledger:
         self.kv_floor = kv_floor
         self.kv = 0
         self.adapters = 0
+        self.claimed = 0
         self.promised = 0
         self.clock = 0.0
         self.idle_blocks: Callable[[], Offers] = tuple
         self.idle_adapters: Callable[[], Offers] = tuple
+        self.unused_adapters: Callable[[], Offers] = tuple
         self._adapter_cap = adapter_cap
 
     @property
@@ -65,12 +69,32 @@ class Ledger:
         return most if self._adapter_cap is None else min(most, self._adapter_cap)
 
     @property
+    def adapter_room(self) -> int:
+        """Bytes that adapters may take now."""
+        return min(self.adapter_most, self.budget - self.claimed)
+
+    @property
     def kv_ceiling(self) -> int:
         """Bytes of blocks that sequences may use now."""
         if not self.promised:
             return self.budget
         stay = self.adapters - self._idle_bytes()
-        return max(self.kv_floor, self.budget - stay - self.promised)
+        return max(self.kv_floor, self.claimed, self.budget - stay - self.promised)
+
+    def claim(self, nbytes: int) -> bool:
+        """Be sure that blocks can have so much, evicting adapters that nobody runs, also those that
+        waiting requests want. False, and nobody goes, if running ones are in the way."""
+        offers = self.unused_adapters()
+        if self.adapters - sum(o.nbytes for o in offers) > self.budget - nbytes:
+            return False
+        for offer in offers:
+            if self.adapters <= self.budget - nbytes:
+                break
+            self.evict(offer)
+        if self.adapters > self.budget - nbytes:  # one was pinned meanwhile
+            return False
+        self.claimed = max(self.claimed, nbytes)
+        return True
 
     def value(self, uses: int, seconds: float, nbytes: int) -> float:
         """Of something used now. seconds: to get it back."""
@@ -112,5 +136,5 @@ class Ledger:
             raise AssertionError(
                 f"{self.kv} bytes of blocks and {self.adapters} of adapters in {self.budget}"
             )
-        if self.adapters > self.adapter_most:
-            raise AssertionError(f"{self.adapters} bytes of adapters, above {self.adapter_most}")
+        if self.adapters > self.adapter_room:
+            raise AssertionError(f"{self.adapters} bytes of adapters, above {self.adapter_room}")

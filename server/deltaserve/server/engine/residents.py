@@ -14,7 +14,7 @@ from deltaserve.server.engine.masks import Chosen
 from deltaserve.server.engine.memory import Ledger, Offer
 from deltaserve.server.engine.residency import Prepared, Residency, View
 from deltaserve.server.engine.shares import Memory, Shares
-from deltaserve.server.errors import AdapterTooLarge
+from deltaserve.server.errors import AdapterTooLarge, InvalidRequest
 
 
 class Host(Protocol):
@@ -58,6 +58,7 @@ class Residents:
         self._free_slots: Sequence[int] = ()
         self._next_slot = 1
         ledger.idle_adapters = self._idle_offers
+        ledger.unused_adapters = lambda: self._offered(self._evictable(frozenset()))
 
     @property
     def used_bytes(self) -> int:
@@ -97,6 +98,20 @@ class Residents:
                 field="adapters",
             )
 
+    def check_beside(self, wanted: Collection[Residency], kv: int) -> None:
+        """InvalidRequest if `wanted`, pinned ones and so many bytes of blocks are never there at
+        once."""
+        with self._lock:
+            pinned = [r for r in self._in_slot.values() if r.pinned and r not in wanted]
+        held = self.together([*wanted, *pinned])
+        if held + kv > self.ledger.budget:
+            raise InvalidRequest(
+                f"combination.members: {len(wanted)} adapters and pinned ones of {held} bytes, and "
+                f"{kv} bytes of keys and values; the memory is {self.ledger.budget} bytes in all: "
+                "shorten the prompts or max_tokens, or leave out members",
+                field="combination.members",
+            )
+
     def could_fit(self, residency: Residency, *, greedy: bool) -> bool:
         """greedy: even at the cost of adapters that other waiting requests want. The request that
         is served next may; so it is served as soon as running ones make room."""
@@ -106,7 +121,7 @@ class Residents:
         ledger, freed = self.ledger, self._shares.freed(victims, residency.shared)
         blocks = sum(offer.nbytes for offer in ledger.idle_blocks())
         after = self.used_bytes - freed + need
-        return after <= ledger.adapter_most and after + ledger.kv - blocks <= ledger.budget
+        return after <= ledger.adapter_room and after + ledger.kv - blocks <= ledger.budget
 
     def make_room(self, prepared: Prepared, protected: frozenset[Residency]) -> bool:
         """Evict adapters and idle blocks until there is room for it, the least valuable first.
@@ -116,13 +131,13 @@ class Residents:
         blocks = ledger.idle_blocks()
         after = shares.used - shares.freed(victims, memory) + shares.added(memory)
         least = ledger.kv - sum(offer.nbytes for offer in blocks)
-        if after > ledger.adapter_most or after + least > ledger.budget:
+        if after > ledger.adapter_room or after + least > ledger.budget:
             return False
         offers = [*self._offered(victims), *blocks]
         pending = sorted(offers, key=lambda offer: (offer.wanted, offer.value))
         while True:
             need = shares.added(memory)
-            too_many = shares.used + need > ledger.adapter_most
+            too_many = shares.used + need > ledger.adapter_room
             if not too_many and need <= ledger.free:
                 return True
             going = next((o for o in pending if o.adapter or not too_many), None)
@@ -139,7 +154,7 @@ class Residents:
         late = (r for r in wanted if r.crowded and now - r.crowded_since > PATIENCE)
         for residency in late:
             idle = self._shares.freed(self._evictable(frozenset(wanted)))
-            if self.used_bytes - idle + residency.nbytes <= ledger.adapter_most:
+            if self.used_bytes - idle + residency.nbytes <= ledger.adapter_room:
                 ledger.promised = residency.nbytes
                 return
 

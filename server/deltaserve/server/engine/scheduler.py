@@ -76,6 +76,7 @@ class Scheduler:
     combination the first member waits and runs for all: they are admitted and preempted together.
 
     begin: called before a sequence is admitted, to lay out its tokens; False if it cannot be.
+    withdraw: undoes that for a combination which finds no room for all that it may need.
     first: a waiting request that is not to be overtaken by any that keeps adapters in memory which
     it does not use itself.
     """
@@ -90,6 +91,7 @@ class Scheduler:
         self.first: Sequence | None = None
         self.speculator: Speculator | None = None
         self.begin: Callable[[Sequence], bool] = lambda sequence: True
+        self.withdraw: Callable[[Sequence], None] = lambda sequence: None
 
     def add(self, sequence: Sequence) -> None:
         bisect.insort(self.waiting, sequence, key=_order)
@@ -105,6 +107,7 @@ class Scheduler:
     def schedule(self) -> Batch:
         batch = Batch()
         budget = self.max_batch_tokens
+        self.blocks.keep_claim(max(map(self._most, self.running), default=0))
         ordered = sorted(self.running, key=_order)
         for sequence in ordered:
             if sequence in self.running and sequence.decoding:
@@ -139,13 +142,20 @@ class Scheduler:
 
     def _admit(self, budget: int, batch: Batch) -> int:
         rows = sum(len(sequence.members) for sequence in self.running)
+        crowded = False  # only what holds adapters already may still go before who waits for room
         for sequence in list(self.waiting):
             members = sequence.members
             if budget <= 0 or rows + len(members) > self.max_sequences:
                 break
             if not sequence.resident or self._overtakes(sequence):
                 continue
+            if crowded and not sequence.admitted:
+                continue
             if not self.begin(sequence):
+                continue
+            if not self.blocks.claim(self._most(sequence)):
+                self.withdraw(sequence)
+                crowded = True
                 continue
             for member in members:
                 member.adopt(self.blocks)
@@ -159,6 +169,10 @@ class Scheduler:
             rows += len(members)
             budget -= self._chunk(sequence, budget, batch)
         return budget
+
+    def _most(self, sequence: Sequence) -> int:
+        """Blocks that it may need."""
+        return sum(-(-m.most // self.blocks.block_size) for m in sequence.members)
 
     def _stop_waiting(self, sequence: Sequence) -> None:
         at = bisect.bisect_left(self.waiting, sequence.order, key=_order)

@@ -66,6 +66,7 @@ class Sequence:
     root: bytes = b""
     turns: Mapping[int, bytes] = field(default_factory=dict)
 
+    most: int = 0  # tokens that it may come to
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
