@@ -315,15 +315,17 @@ class FakeEngine:
         if last and self.break_with is not None:
             return failed(request, self.break_with)
         seconds = time.monotonic() - since
-        scored = p.score_from is not None
+        scored = p.max_tokens == 0
         token = token_id(request.prompt_ids, done)
         return Output(
             request.request_id,
             text="" if scored else FakeText().decode([token]),
             token_ids=() if scored else (token,),
             logprobs=(logprob(token, p.logprobs),) if p.logprobs is not None and not scored else (),
-            prompt_logprobs=tuple(logprob(t, 1) for t in request.prompt_ids[p.score_from :])
-            if scored
+            prompt_logprobs=tuple(
+                logprob(t, p.prompt_logprobs) for t in request.prompt_ids[p.score_from :]
+            )
+            if p.score_from is not None and not done
             else (),
             served_by=tuple(
                 ServedAdapter(r.name, self.adapters.get(r.name).digest, r.strength, r.modules)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -67,8 +67,8 @@ def _disagreements(
     return [types.TokenDisagreement(d.divergence, tuple(d.logprobs)) for d in found]
 
 
-def _chosen(logprobs: Iterable[generation_pb2.TokenLogprob]) -> list[float]:
-    return [entry.logprob for entry in logprobs]
+def _chosen(logprobs: Iterable[generation_pb2.TokenLogprob]) -> list[float | None]:
+    return [entry.logprob if entry.HasField("logprob") else None for entry in logprobs]
 
 
 def _top(logprobs: Iterable[generation_pb2.TokenLogprob]) -> list[list[tuple[int, float]]]:
@@ -105,6 +105,8 @@ def generation(m: generation_pb2.GenerateResponse, with_logprobs: bool) -> types
         request_id=m.request_id,
         choices=choices,
         disagreements=first.disagreements,
+        prompt_logprobs=_chosen(m.prompt_logprobs) if m.prompt_logprobs else None,
+        prompt_top_logprobs=_top(m.prompt_logprobs) if m.prompt_logprobs else None,
     )
 
 
@@ -113,6 +115,7 @@ def pieces(m: generation_pb2.GenerateStreamResponse, with_logprobs: bool) -> Ite
     ends = {f.index: f for f in m.finishes}
     deltas = {d.index: d for d in m.deltas}
     started = served_by(m.start.served_by) if m.HasField("start") else None
+    prompt: Sequence[generation_pb2.TokenLogprob] = m.start.prompt_logprobs
     for index in sorted(ends.keys() | deltas.keys()) or [0]:
         delta = deltas.get(index, generation_pb2.StreamDelta())
         end = ends.get(index)
@@ -131,8 +134,10 @@ def pieces(m: generation_pb2.GenerateStreamResponse, with_logprobs: bool) -> Ite
             request_id=m.start.request_id,
             disagreements=tuple(_disagreements(delta.disagreements)),
             weight_changes=tuple(_weight_changes(delta.weight_changes)),
+            prompt_logprobs=tuple(_chosen(prompt)) if prompt else None,
+            prompt_top_logprobs=tuple(map(tuple, _top(prompt))) if prompt else None,
         )
-        started = None
+        started, prompt = None, ()
 
 
 def scores(m: generation_pb2.ScoreResponse) -> list[types.ContinuationScore]:
@@ -141,7 +146,7 @@ def scores(m: generation_pb2.ScoreResponse) -> list[types.ContinuationScore]:
         types.ContinuationScore(
             s.logprob,
             [t.token_id for t in s.tokens],
-            _chosen(s.tokens),
+            [t.logprob for t in s.tokens],
             s.greedy,
             _disagreements(s.disagreements),
         )

@@ -94,6 +94,8 @@ def generate(
     ] = None,
     choice: Annotated[list[str] | None, typer.Option(help="One of these texts.")] = None,
     bad_word: Annotated[list[str] | None, typer.Option(help="Never generated.")] = None,
+    best_of: Annotated[int | None, typer.Option(help="Generate so many, print the best.")] = None,
+    echo: Annotated[bool, typer.Option(help="Print the prompt first.")] = False,
     draft_tokens: Annotated[
         int | None, typer.Option(help="Most tokens drafted by prompt lookup in a step; 0 is off.")
     ] = None,
@@ -114,6 +116,8 @@ def generate(
         "seed": seed,
         "stop": stop,
         "json_schema": json_schema and _content(json_schema, "{"),
+        "best_of": best_of,
+        "echo": echo or None,
         "regex": regex,
         "grammar": grammar and _content(grammar, "start:"),
         "choice": choice or None,
@@ -126,7 +130,7 @@ def generate(
     if member:
         options["combination"] = _combined(member, rule, plausibility)
     with _connected(address, ca) as client:
-        if as_json or not stream:
+        if as_json or not stream or best_of is not None:
             answer = client.generate(
                 asked,
                 model,

@@ -95,6 +95,9 @@ class Options(TypedDict, total=False):
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     n: int
+    best_of: int
+    echo: bool
+    prompt_logprobs: int
     user: str
     priority: int
     cache_salt: str
@@ -125,7 +128,17 @@ _SAMPLING = (
     "seed",
 )
 _CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
-_PLAIN = ("n", "user", "priority", "cache_salt", "keep_special_tokens", "request_id")
+_PLAIN = (
+    "n",
+    "best_of",
+    "echo",
+    "prompt_logprobs",
+    "user",
+    "priority",
+    "cache_salt",
+    "keep_special_tokens",
+    "request_id",
+)
 
 
 @contextmanager

@@ -79,14 +79,15 @@ class WeightChange:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One continuation. logprobs: one per token, None if they were not asked for. top_logprobs:
-    per token the best ones as (token id, log-probability). finish_reason: ``stop``, ``length``,
-    ``cancelled`` or ``dead_end``. disagreements: one per token, if the combination asked for
-    them. weight_changes: by `set_weights`, in order."""
+    """One continuation. logprobs: one per token, None if they were not asked for; the first token
+    of an echoed prompt has None. top_logprobs: per token the best ones as (token id,
+    log-probability). finish_reason: ``stop``, ``length``, ``cancelled`` or ``dead_end``.
+    disagreements: one per token, if the combination asked for them. weight_changes: by
+    `set_weights`, in order."""
 
     text: str
     token_ids: list[int]
-    logprobs: list[float] | None
+    logprobs: list[float | None] | None
     finish_reason: str
     stop_reason: str = ""
     top_logprobs: list[list[tuple[int, float]]] | None = None
@@ -97,11 +98,13 @@ class Choice:
 @dataclass(frozen=True, slots=True)
 class Generation:
     """The answer to a prompt. With n > 1 there are several choices; the other fields are those
-    of the first, and the usage is that of all."""
+    of the first, and the usage is that of all. prompt_logprobs: of the prompt's tokens, the first
+    of which has None; prompt_top_logprobs: the best ones at each of their places. None if they were
+    not asked for."""
 
     text: str
     token_ids: list[int]
-    logprobs: list[float] | None
+    logprobs: list[float | None] | None
     finish_reason: str
     usage: Usage
     served_by: ServedBy
@@ -111,6 +114,8 @@ class Generation:
     request_id: str = ""
     choices: tuple[Choice, ...] = ()
     disagreements: list[TokenDisagreement] = field(default_factory=list)
+    prompt_logprobs: list[float | None] | None = None
+    prompt_top_logprobs: list[list[tuple[int, float]]] | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -119,11 +124,11 @@ class Generation:
 @dataclass(frozen=True, slots=True)
 class Piece:
     """What is new in a stream, of the choice `index`. finish_reason, usage and timings come with
-    its last piece, served_by with the stream's first."""
+    its last piece, served_by and the prompt's log-probabilities with the stream's first."""
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
-    logprobs: tuple[float, ...] | None = None
+    logprobs: tuple[float | None, ...] | None = None
     index: int = 0
     finish_reason: str | None = None
     stop_reason: str = ""
@@ -134,6 +139,8 @@ class Piece:
     request_id: str = ""
     disagreements: tuple[TokenDisagreement, ...] = ()
     weight_changes: tuple[WeightChange, ...] = ()
+    prompt_logprobs: tuple[float | None, ...] | None = None
+    prompt_top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
 
     def __str__(self) -> str:
         return self.text

@@ -113,7 +113,8 @@ class Request:
     """One prompt to continue. deadline: `time.monotonic()` seconds, None for none. priority:
     higher goes first. salt: requests with different salts share no prefix cache. speculation: how
     fast, never what is answered. combination: instead of adapters. matcher: its constraint, for
-    this request alone."""
+    this request alone. sibling: id of a request with the same prompt, adapters and salt, submitted
+    before: this one waits until that one's prompt is computed, and takes up its blocks."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -125,6 +126,7 @@ class Request:
     speculation: Speculation = Speculation()
     combination: Combination | None = None
     matcher: Matcher | None = None
+    sibling: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -346,6 +346,7 @@ class Engine:
         with self._lock:
             if self._known.pop(sequence.id, None) is None:
                 return
+            self._woken = True  # others may have waited for it
             self._lock.notify_all()
         self._scheduler.remove(sequence)
         for member in sequence.members:
@@ -392,6 +393,11 @@ class Engine:
             for sequence in made:
                 self.adapters.release(sequence.adapters, running=False)
             raise
+        if (
+            request.combination is None
+            and len(request.prompt_ids) > self._scheduler.blocks.block_size
+        ):
+            made[0].sibling = self._known.get(request.sibling)
         speculator = self._scheduler.speculator
         if request.combination is not None:
             group = Group(request.combination, tuple(made))

@@ -229,6 +229,18 @@ class BlockManager:
         self.query_tokens += len(tokens)
         return blocks, hashes
 
+    def share(self, blocks: Iterable[int], tokens: int) -> list[int]:
+        """One more reference to blocks that another sequence holds, for one of so many tokens."""
+        shared = list(blocks)
+        for block in shared:
+            assert self._references[block] > 0
+            self._hold(block)
+            if block in self._uses:
+                self._uses[block] += 1
+        self.hit_tokens += len(shared) * self.block_size
+        self.query_tokens += tokens
+        return shared
+
     def publish(self, block: int, content: bytes) -> None:
         """`block` holds, for good, what `content` is the hash of."""
         if not self.prefix_cache or content in self._block_of or block in self._hash_of:

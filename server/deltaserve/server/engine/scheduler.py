@@ -71,9 +71,10 @@ class Scheduler:
 
     Each step first gives every decoding sequence its token, then spends what is left of
     `max_batch_tokens` on prompts in order of priority and arrival. A waiting sequence is passed
-    over while its adapters are not resident. When blocks run out, the running sequence that comes
-    last in that order is preempted: it gives back its blocks and waits to be computed anew. Of a
-    combination the first member waits and runs for all: they are admitted and preempted together.
+    over while its adapters are not resident, or the prompt that it shares with a sibling is not
+    computed. When blocks run out, the running sequence that comes last in that order is preempted:
+    it gives back its blocks and waits to be computed anew. Of a combination the first member waits
+    and runs for all: they are admitted and preempted together.
 
     begin: called before a sequence is admitted, to lay out its tokens; False if it cannot be.
     withdraw: undoes that for a combination which finds no room for all that it may need.
@@ -102,6 +103,7 @@ class Scheduler:
             del self.running[sequence]
         else:
             self._stop_waiting(sequence)
+        sequence.ended = True
         self._give_back(sequence)
 
     def schedule(self) -> Batch:
@@ -147,7 +149,7 @@ class Scheduler:
             members = sequence.members
             if budget <= 0 or rows + len(members) > self.max_sequences:
                 break
-            if not sequence.resident or self._overtakes(sequence):
+            if not sequence.resident or sequence.early or self._overtakes(sequence):
                 continue
             if crowded and not sequence.admitted:
                 continue

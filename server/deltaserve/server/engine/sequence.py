@@ -46,7 +46,8 @@ class Sequence:
     of them have their keys and values in `blocks`. The fields of the second group are set when the
     request's adapters are resident; spans: which of them act from which token on, ascending from 0.
     group: of which it is a member, if the request is a combination. Its first member, the lead,
-    stands for the request: it alone waits, runs, has scores and times, and ends.
+    stands for the request: it alone waits, runs, has scores and times, and ends. sibling: the one
+    whose prompt, the same, is computed for both.
     """
 
     request: Request
@@ -56,6 +57,7 @@ class Sequence:
     generator: torch.Generator | None = None
     drafter: Drafter | None = None
     group: Group | None = None
+    sibling: Sequence | None = None
     arrival: int = field(default_factory=lambda: next(_arrivals))
     submitted: float = field(default_factory=time.monotonic)
 
@@ -80,6 +82,7 @@ class Sequence:
     first_token: float = 0.0
     last_token: float = 0.0
     admitted: bool = False
+    ended: bool = False
     chosen: tuple[Chosen, ...] = ()  # modules of each adapter
     slots: tuple[int, ...] = ()  # of each adapter, as chosen
 
@@ -119,6 +122,11 @@ class Sequence:
     def resident(self) -> bool:
         """Whether all adapters of its request are in memory."""
         return all(a.ready for m in self.members for a in m.adapters)
+
+    @property
+    def early(self) -> bool:
+        """Its sibling has yet to compute the prompt."""
+        return self.sibling is not None and not (self.sibling.ended or self.sibling.outputs)
 
     @property
     def decoding(self) -> bool:
@@ -197,11 +205,22 @@ class Sequence:
         self.adapter_ready = self.adapter_ready or time.monotonic()
 
     def adopt(self, manager: BlockManager) -> None:
-        """Take up the cached prefix, leaving at least one token to compute."""
+        """Take up what the sibling holds, or the cached prefix, leaving at least one token to
+        compute."""
         limit = len(self.tokens) - 1
         if self.request.sampling.score_from is not None and self.outputs == 0:
             limit = min(limit, self.virtual + self.request.sampling.score_from - 1)
-        self.blocks, self.hashes = manager.match(self.root, self.tokens, limit, self.turns)
+        other = self.sibling
+        if (
+            other is not None
+            and other.blocks
+            and (other.root, other.turns) == (self.root, self.turns)
+        ):
+            most = min(limit, other.computed, self.prompt_end) // manager.block_size
+            self.blocks = manager.share(other.blocks[:most], len(self.tokens))
+            self.hashes = other.hashes[:most]
+        else:
+            self.blocks, self.hashes = manager.match(self.root, self.tokens, limit, self.turns)
         self.computed = len(self.blocks) * manager.block_size
         if self.outputs == 0:
             self.cached = max(0, self.computed - self.virtual)

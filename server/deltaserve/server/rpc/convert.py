@@ -163,14 +163,6 @@ def speculation(request: GenerateRequest) -> Speculation:
     return Speculation(**{field.name: value for field, value in given.ListFields()})
 
 
-def choices(request: GenerateRequest) -> int:
-    """n, checked."""
-    n = request.n if request.HasField("n") else 1
-    if not 1 <= n <= MAX_CHOICES:
-        refuse("n", str(n), f"from 1 to {MAX_CHOICES}")
-    return n
-
-
 def check_labels(request: Asked) -> None:
     """The fields that are only passed on."""
     for name in ("user", "cache_salt", "request_id"):

@@ -104,6 +104,10 @@ class Encoder:
         end = _shared(ids[start:][::-1], empty[start:][::-1])
         return ids[start : len(ids) - end]
 
+    def decode(self, ids: Sequence[int], *, keep_special_tokens: bool) -> str:
+        """The text of a prompt's token ids."""
+        return self._text.decode(ids, skip_special_tokens=not keep_special_tokens)
+
     def detokenize(self, ids: list[int]) -> str:
         """The text of token ids, special tokens included."""
         for i in ids:

@@ -18,6 +18,7 @@ from deltaserve.server.config import RpcConfig
 from deltaserve.server.engine.core import Output, Request, SamplingParams, ServedAdapter
 from deltaserve.server.errors import InvalidRequest, RequestUnknown, SlowReader
 from deltaserve.server.rpc import answer, combined, convert
+from deltaserve.server.rpc.asked import Asked, extras
 from deltaserve.server.rpc.constrain import Constrainer
 from deltaserve.server.rpc.encode import Encoder
 from deltaserve.server.rpc.outbox import LoopOutbox, Stream
@@ -51,38 +52,43 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self._config = config
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
-        requests = await self._requests(request, context)
-        outputs: dict[str, list[Output]] = defaultdict(list)
-        async with self._submitted(requests) as stream:
+        asked = await self._asked(request, context)
+        outputs: dict[str, list[Output]] = {r.request_id: [] for r in asked.requests}
+        async with self._submitted(asked.requests) as stream:
             while not stream.done:
-                for output in _checked(await stream.take()):
+                for output in asked.heard(_checked(await stream.take())):
                     outputs[output.request_id].append(output)
-        lasts = [outputs[r.request_id][-1] for r in requests]
-        name = _name(requests[0])
+        each = list(outputs.values())
+        lasts = [found[-1] for found in each]
+        name = _name(asked.requests[0])
         _log(name, lasts)
+        shown = [asked.shown(found) for found in asked.best(each)]
         return pb.GenerateResponse(
             request_id=name,
-            choices=[answer.choice(i, outputs[r.request_id]) for i, r in enumerate(requests)],
+            choices=[answer.choice(i, found) for i, found in enumerate(shown)],
             served_by=answer.served_by(lasts[0], self._info),
             usage=answer.usage((o.usage for o in lasts if o.usage), one_prompt=True),
             timings=answer.timings(o.timings for o in lasts if o.timings),
+            prompt_logprobs=map(answer.logprob, asked.prompt_logprobs),
         )
 
     async def GenerateStream(  # type: ignore[override]  # it writes instead of yielding
         self, request: pb.GenerateStreamRequest, context: Context
     ) -> None:
-        requests = await self._requests(request, context)
-        indices = {r.request_id: i for i, r in enumerate(requests)}
-        name = _name(requests[0])
+        asked = await self._asked(request, context)
+        indices = {r.request_id: i for i, r in enumerate(asked.requests)}
+        name = _name(asked.requests[0])
         started = False
-        async with self._submitted(requests) as stream:
+        async with self._submitted(asked.requests) as stream:
             while not stream.done:
-                outputs = _checked(await stream.take())
+                outputs = asked.shown(asked.heard(_checked(await stream.take())))
                 message = _message(outputs, indices)
                 if not started and outputs[0].served_by is not None:
                     started = True
                     message.start.request_id = name
                     message.start.served_by.CopyFrom(answer.served_by(outputs[0], self._info))
+                    prompt = map(answer.logprob, asked.prompt_logprobs)
+                    message.start.prompt_logprobs.extend(prompt)
                 await self._write(context, message)
                 _log(name, [o for o in outputs if o.finish_reason is not None])
 
@@ -147,23 +153,27 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> pb.DetokenizeResponse:
         return pb.DetokenizeResponse(text=self._encoder.detokenize(list(request.token_ids)))
 
-    async def _requests(self, request: convert.GenerateRequest, context: Context) -> list[Request]:
-        """One for each choice."""
+    async def _asked(self, request: convert.GenerateRequest, context: Context) -> Asked:
+        """One request for each choice."""
         convert.check_labels(request)
         base = self._info.base
         adapters = convert.adapters(request, base)
-        samplings = [convert.sampling(request, i) for i in range(convert.choices(request))]
+        wanted = extras(request)
+        samplings = [convert.sampling(request, i) for i in range(wanted.choices)]
         speculation = convert.speculation(request)
         prompt, combination = await combined.to_generate(request, base, self._encoder)
         if words := convert.bad_words(request):
             bad = await self._encoder.bad_tokens(words)
             samplings = [replace(s, bad_tokens=(*s.bad_tokens, *bad)) for s in samplings]
+        wanted.check(len(prompt), combination)
+        samplings = wanted.samplings(samplings, len(prompt))
         matchers = await self._constrainer.matchers(convert.constraint(request), len(samplings))
         name = request.request_id or uuid.uuid4().hex
         deadline = self._deadline(context)
-        return [
+        ids = [_engine_id(name, i) for i in range(wanted.choices)]
+        requests = [
             Request(
-                request_id=_engine_id(name, i),
+                request_id=ids[i],
                 prompt_ids=prompt,
                 sampling=sampling,
                 adapters=adapters,
@@ -173,9 +183,17 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 speculation=speculation,
                 combination=combination,
                 matcher=matcher,
+                sibling=ids[0] if i else "",
             )
             for i, (sampling, matcher) in enumerate(zip(samplings, matchers, strict=True))
         ]
+        return Asked(requests, wanted, self._echoed(request, prompt) if wanted.echo else None)
+
+    def _echoed(self, request: convert.GenerateRequest, prompt: Sequence[int]) -> str:
+        """The prompt's text, as it was given or as its tokens say."""
+        if request.WhichOneof("prompt") == "text":
+            return request.text
+        return self._encoder.decode(prompt, keep_special_tokens=request.keep_special_tokens)
 
     def _deadline(self, context: Context) -> float:
         """By the monotonic clock: the client's, or the server's maximum."""
