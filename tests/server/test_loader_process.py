@@ -30,7 +30,7 @@ from deltaserve.kernels.primitives import PrefixKV
 from deltaserve.kernels.table import places
 from deltaserve.server.engine.collector import generate
 from deltaserve.server.engine.loader_process import AVAILABLE, LoaderProcesses
-from deltaserve.server.engine.make import Line, MakeHere, Wanted
+from deltaserve.server.engine.make import Line, MakeHere, Source, Wanted
 from deltaserve.server.engine.transfer import receive, send
 from deltaserve.server.errors import AdapterUnavailable, ShuttingDown
 from deltaserve.server.model.adapted import PreparedAdapter
@@ -148,7 +148,7 @@ def read(uri: str, options: LoadOptions, parent: Adapter | None) -> Adapter:
 
 
 def line(*uris: str) -> Line:
-    return tuple((uri, DEFAULT) for uri in uris)
+    return tuple(Source(uri, DEFAULT) for uri in uris)
 
 
 @pytest.fixture

@@ -50,6 +50,8 @@ def full() -> Metrics:
     metrics = Metrics()
     metrics.registry.register(EngineCollector(FakeEngine()))  # type: ignore[arg-type]
     metrics.on_adapter_load("a", 0.3)
+    metrics.on_load_stage("pack", 0.25)
+    metrics.on_cache(True)
     metrics.on_adapter_evicted("a")
     exercise(metrics, "a")
     metrics.on_rpc("AdapterService/GetAdapter", "OK")
@@ -89,6 +91,8 @@ def test_what_is_counted() -> None:
     assert value(metrics, "deltaserve_queue_seconds_sum", adapter="a") == 0.02
     assert value(metrics, "deltaserve_adapter_load_seconds_count") == 1
     assert value(metrics, "deltaserve_adapter_evictions_total", adapter="a") == 1
+    assert value(metrics, "deltaserve_adapter_load_stage_seconds_sum", stage="pack") == 0.25
+    assert value(metrics, "deltaserve_adapter_cache_lookups_total", result="hit") == 1
     assert value(metrics, "vllm:kv_cache_usage_perc", model_name="fake-base") == 0.4
 
 

@@ -28,6 +28,7 @@ class AdapterTier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ADAPTER_TIER_DISK: _ClassVar[AdapterTier]
     ADAPTER_TIER_HOST: _ClassVar[AdapterTier]
     ADAPTER_TIER_DEVICE: _ClassVar[AdapterTier]
+    ADAPTER_TIER_CACHE: _ClassVar[AdapterTier]
 ADAPTER_STATE_UNSPECIFIED: AdapterState
 ADAPTER_STATE_REGISTERED: AdapterState
 ADAPTER_STATE_LOADING: AdapterState
@@ -40,6 +41,7 @@ ADAPTER_TIER_NONE: AdapterTier
 ADAPTER_TIER_DISK: AdapterTier
 ADAPTER_TIER_HOST: AdapterTier
 ADAPTER_TIER_DEVICE: AdapterTier
+ADAPTER_TIER_CACHE: AdapterTier
 
 class LoadAdapterRequest(_message.Message):
     __slots__ = ("name", "uri", "pinned", "return_early", "options", "register_only")

@@ -58,6 +58,12 @@ def serve(
         list[Path] | None,
         typer.Option(help="Folder that adapters may be loaded from over the wire; repeatable."),
     ] = None,
+    adapter_cache: Annotated[
+        str, typer.Option(help="Bytes on disk for adapters that are slow to lower; 0: none.")
+    ] = "2GiB",
+    adapter_cache_dir: Annotated[
+        Path | None, typer.Option(help="Where; in the user's cache folder if left out.")
+    ] = None,
     loaders: Annotated[int, typer.Option(help="Adapters that are loaded at once.")] = 2,
     loader_processes: Annotated[
         bool, typer.Option(help="Load in processes of idle priority (Linux).")
@@ -133,6 +139,8 @@ def serve(
                 parents=tuple(c.child_and_parent(item) for item in parent or ()),
                 tasks=tuple(c.task(item) for item in task or ()),
                 max_errors=tuple(c.max_error(item) for item in max_error or ()),
+                cache_bytes=c.size("--adapter-cache", adapter_cache) or 0,
+                cache_folder=adapter_cache_dir,
                 loaders=loaders,
                 loader_processes=loader_processes,
                 loader_cores=c.cores("--loader-cores", loader_cores),

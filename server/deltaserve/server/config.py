@@ -105,6 +105,8 @@ class AdapterConfig:
     tasks: tuple[tuple[str, int], ...] = ()
     max_errors: tuple[tuple[str, float], ...] = ()
     registered: tuple[tuple[str, Path], ...] = ()
+    cache_bytes: int = 0
+    cache_folder: Path | None = None
     loaders: int = 2
     loader_processes: bool = False
     loader_cores: tuple[int, ...] = ()
@@ -140,6 +142,10 @@ class AdapterConfig:
                 raise ConfigError(f"--adapter-root {root}: no such folder")
         if self.bytes is not None:
             _at_least("--adapter-bytes", self.bytes, 1)
+        _at_least("--adapter-cache", self.cache_bytes, 0)
+        folder = self.cache_folder
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise ConfigError(f"--adapter-cache-dir {folder}: is not a folder")
         _at_least("--loaders", self.loaders, 1)
         if self.loader_processes and sys.platform != "linux":
             raise ConfigError("--loader-processes: needs Linux; use --no-loader-processes")

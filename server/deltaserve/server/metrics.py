@@ -79,6 +79,10 @@ class Metrics:
         self._load_seconds = self._histogram(
             "adapter_load_seconds", "Reading, checking, lowering one adapter", _LOAD_SECONDS
         )
+        self._stage_seconds = self._histogram(
+            "adapter_load_stage_seconds", "Stages of loading an adapter", _LOAD_SECONDS, "stage"
+        )
+        self._cache = self._counter("adapter_cache_lookups", "Loads by adapter cache", "result")
         self._rpcs = self._counter("rpcs", "Calls ended", "method", "code")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -123,6 +127,14 @@ class Metrics:
         self._of(name)
         self._loads.labels(self._label(name)).inc()
         self._load_seconds.observe(seconds)
+
+    def on_load_stage(self, stage: str, seconds: float) -> None:
+        """stage: one of docs/metrics.md's."""
+        self._stage_seconds.labels(stage).observe(seconds)
+
+    def on_cache(self, hit: bool) -> None:
+        """A load found the adapter lowered on disk, or not."""
+        self._cache.labels("hit" if hit else "miss").inc()
 
     def on_adapter_evicted(self, name: str) -> None:
         self._evictions.labels(self._label(name)).inc()

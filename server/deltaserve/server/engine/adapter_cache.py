@@ -323,6 +323,7 @@ class AdapterCache:
             self._fail(residency, error)
             return True
         if prepared is None:
+            self._observe(arrival)
             self._checked(residency, adapter, arrival.nbytes)
             return True
         residency.nbytes = arrival.nbytes
@@ -341,6 +342,7 @@ class AdapterCache:
         self.loads += 1
         residency.loaded_at = time.time()
         residency.error, residency.loading = "", False
+        self._observe(arrival)
         if residency.state is not AdapterState.UNLOADING:
             self._registry.change(residency, AdapterState.READY)
         self._observer.on_adapter_load(residency.name, arrival.seconds)
@@ -357,6 +359,14 @@ class AdapterCache:
         residency.shrink()
         if residency.waiting_for_load:
             self._reload(residency, Urgency.ASKED)
+
+    def _observe(self, arrival: Arrival) -> None:
+        stages = {**arrival.stages, "publish": time.perf_counter() - arrival.at}
+        for stage, seconds in stages.items():
+            self._observer.on_load_stage(stage, seconds)
+        arrival.residency.cached = arrival.cached
+        if arrival.hit is not None:
+            self._observer.on_cache(arrival.hit)
 
     def _answer(self, residency: Residency, *waiting: Futures) -> None:
         for futures in waiting:

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Literal, cast
 
 import psutil
@@ -15,9 +16,11 @@ from tokenizers import Tokenizer
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.formats.detect import NAMES
 from deltaserve.adapters.load import load as load_adapter
+from deltaserve.adapters.lowered_cache import LoweredCache
 from deltaserve.adapters.options import LoadOptions
 from deltaserve.adapters.parent import load_on
 from deltaserve.adapters.source import resolve
+from deltaserve.kernels.cache import folder as cache_root
 from deltaserve.server.config import AdapterConfig, Config, EngineConfig
 from deltaserve.server.engine.adapter_cache import AdapterCache
 from deltaserve.server.engine.engine import Engine
@@ -154,12 +157,18 @@ def base_of(model: BaseModel) -> Base:
 
 
 def _make(config: AdapterConfig, model: BaseModel, budget: int) -> Make:
-    here = MakeHere(reader(config, model, budget), model)
+    cache = None
+    if config.cache_bytes:
+        folder = config.cache_folder or cache_root() / "adapters"
+        cache = LoweredCache(
+            folder, config.cache_bytes, model.spec, any_base=config.allow_base_mismatch
+        )
+    here = MakeHere(reader(config, model, budget, cache), model, cache)
     return LoaderProcesses(here, config.loader_cores) if config.loader_processes else here
 
 
 def reader(
-    config: AdapterConfig, model: BaseModel, budget: int
+    config: AdapterConfig, model: BaseModel, budget: int, cache: LoweredCache | None = None
 ) -> Callable[[str, LoadOptions, Adapter | None], Adapter]:
     """uri, options, parent -> Adapter lowered for this base; only from the folders given as roots
     and the paths given by name on the command line. budget: bytes for all adapters; files far
@@ -175,6 +184,7 @@ def reader(
             options = replace(options, allow_base_mismatch=True)
         if parent is not None:
             return load_on(path, model.spec, parent, options)
-        return load_adapter(path, model.spec, options)
+        known = None if cache is None else partial(cache.find_unread, options=options)
+        return load_adapter(path, model.spec, options, known)
 
     return read

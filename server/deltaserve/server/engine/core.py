@@ -232,6 +232,7 @@ class AdapterState(StrEnum):
 class Tier(StrEnum):
     NONE = "none"
     DISK = "disk"
+    CACHE = "cache"  # on disk as well, lowered
     HOST = "host"
     DEVICE = "device"
 

@@ -7,12 +7,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 
 from deltaserve.adapters.errors import AdapterError
 from deltaserve.adapters.options import LoadOptions
 from deltaserve.kernels.native.openmp import compute_alone
 from deltaserve.server.engine.core import AdapterInfo
-from deltaserve.server.engine.make import Made, Make, Wanted
+from deltaserve.server.engine.make import Made, Make, Source, Wanted
 from deltaserve.server.engine.registry import Registry
 from deltaserve.server.engine.residency import Arrival, Residency
 from deltaserve.server.engine.workers import Urgency, Workers
@@ -47,7 +48,7 @@ class Loader:
         residency.loading = True
         self._wanted += urgency is Urgency.WANTED
         self._registry.notify(residency)
-        self._workers.submit(urgency, lambda: self._load(residency, urgency))
+        self._workers.submit(urgency, partial(self._load, residency, urgency, time.perf_counter()))
 
     def digest(
         self, uri: str, options: LoadOptions, then: Callable[[str], None], done: Future[AdapterInfo]
@@ -61,6 +62,7 @@ class Loader:
             except Exception as error:
                 done.set_exception(error)
             self._on_arrival()
+            self._make.finish()
 
         self._workers.submit(Urgency.ASKED, read)
 
@@ -69,32 +71,36 @@ class Loader:
         self._make.close()
         self._workers.close()
 
-    def _load(self, residency: Residency, urgency: Urgency) -> None:
+    def _load(self, residency: Residency, urgency: Urgency, queued: float) -> None:
         began = time.perf_counter()
         arrival = Arrival(residency, 0.0)
         try:
             wanted = Wanted.CHECK if urgency is Urgency.WHENEVER else Wanted.ALL
-            made = self._made(residency.uri, residency.options, wanted)
+            made = self._made(residency.uri, residency.options, wanted, residency.digest)
             self._registry.check_digest(residency, made.digests[-1])
             arrival.adapter, arrival.prepared = made.adapter, made.prepared
-            arrival.nbytes = made.nbytes
+            arrival.nbytes, arrival.hit, arrival.cached = made.nbytes, made.hit, made.cached
+            arrival.stages = {**made.seconds, "queue": began - queued}
         except Exception as error:
             if not isinstance(error, AdapterError | RequestError):
                 log.exception("loading adapter %r from %s failed", residency.name, residency.uri)
             arrival.error = error
-        arrival.seconds = time.perf_counter() - began
+        arrival.at = time.perf_counter()
+        arrival.seconds = arrival.at - began
         with self._registry.lock:
             self._wanted -= urgency is Urgency.WANTED
             self.arrived.append(arrival)
         self._on_arrival()
+        self._make.finish()
 
-    def _made(self, uri: str, options: LoadOptions, wanted: Wanted) -> Made:
-        """AdapterConflict if a parent is not what it was when it was registered."""
-        line, parents = [(uri, options)], list[Residency]()
+    def _made(self, uri: str, options: LoadOptions, wanted: Wanted, digest: str = "") -> Made:
+        """digest: what it was registered with, if it was. AdapterConflict if a parent is not what
+        it was when that was registered."""
+        line, parents = [Source(uri, options, digest)], list[Residency]()
         with self._registry.lock:
-            while line[0][1].parent:
-                parent = self._registry.find(line[0][1].parent, "options.parent")
-                line.insert(0, (parent.uri, parent.options))
+            while line[0].options.parent:
+                parent = self._registry.find(line[0].options.parent, "options.parent")
+                line.insert(0, Source(parent.uri, parent.options, parent.digest))
                 parents.insert(0, parent)
         made = self._make(tuple(line), wanted)
         for parent, digest in zip(parents, made.digests, strict=False):

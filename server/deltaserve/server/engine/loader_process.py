@@ -68,7 +68,7 @@ class LoaderProcesses:
             if self._closed:
                 raise ShuttingDown("the server is shutting down") from error
             raise AdapterUnavailable(
-                f"the process that loaded {line[-1][0]} died: out of memory, or a fault in it",
+                f"the process that loaded {line[-1].uri} died: out of memory, or a fault in it",
                 field="uri",
             ) from error
         with self._lock:
@@ -82,6 +82,9 @@ class LoaderProcesses:
         if made.prepared is not None:
             made.nbytes = made.prepared.nbytes  # counted here, not on the engine thread
         return made
+
+    def finish(self) -> None:
+        """They do that of themselves."""
 
     def close(self) -> None:
         """End them, whatever they do."""
@@ -169,3 +172,4 @@ def _serve(connection: socket.socket, make: Make) -> None:
             answer = Failure(None, traceback.format_exc())
         send(connection, answer)
         del answer
+        make.finish()

@@ -72,6 +72,7 @@ class Residency:
     notes: tuple[str, ...] = ()
     source_bytes: int = 0
     loading: bool = False
+    cached: bool = False  # lowered, on disk, as far as is known
     crowded_since: float = 0.0  # `time.monotonic()`; 0 while there is room for it
     waiting_for_load: Futures = field(default_factory=list)
     waiting_for_check: Futures = field(default_factory=list)
@@ -112,7 +113,7 @@ class Residency:
             digest=self.digest,
             uri=self.uri,
             state=self.state,
-            tier=Tier.HOST if self.ready else Tier.DISK,
+            tier=Tier.HOST if self.ready else Tier.CACHE if self.cached else Tier.DISK,
             format=self.format,
             primitives=self.primitives,
             resident_bytes=self.nbytes if self.ready else 0,
@@ -156,11 +157,16 @@ class Prepared(Protocol):
 @dataclass(slots=True)
 class Arrival:
     """What a loader thread made of it: the adapter without content and packed, or an error.
-    nbytes: as packed; nothing packed is there if it was checked only. seconds: how long it took."""
+    nbytes: as packed; nothing packed is there if it was checked only. seconds: how long it took,
+    stages: of that, and before it. at: when it was made. hit, cached: as in `Made`."""
 
     residency: Residency
     seconds: float
     adapter: Adapter | None = None
     prepared: Prepared | None = None
     nbytes: int = 0
+    hit: bool | None = None
+    cached: bool = False
+    at: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)
     error: Exception | None = None
