@@ -366,5 +366,5 @@ def test_shares_book_what_every_set_of_holders_frees() -> None:
     assert shares.freed("abc", keep=[2, 7]) == 11 and shares.added({2: 5, 9: 2}) == 2
     shares.remove("b")
     shares.remove("c")
-    assert shares.alone("a") == 15
+    assert shares.alone("a") == shares.freed("a") == 15
     shares.check_integrity()

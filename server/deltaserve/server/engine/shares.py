@@ -96,6 +96,8 @@ class Shares(Generic[H]):
         pieces = {key: n for memory in self._memory.values() for key, n in memory.items()}
         if self.used != sum(pieces.values()):
             raise AssertionError(f"{sum(pieces.values())} bytes held, {self.used} counted")
+        if self._shared != {k: pieces[k] for k, h in self._holders.items() if len(h) > 1}:
+            raise AssertionError("what is shared is not what has several holders")
         for holder in self._memory:
             if self._alone[holder] != self.used - self._without(holder):
                 raise AssertionError(f"{holder}: wrong bytes of its own")
