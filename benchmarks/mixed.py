@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import resource
 import subprocess
 import sys
@@ -25,8 +24,8 @@ from typing import Any
 
 from common import busy_seconds, cores, machine, make_models, save
 from kinds import KINDS, make_kinds
+from workloads import NEW, PROMPT, Answers, adapter_folder, workload
 
-PROMPT, NEW = 64, 64
 WORKLOADS = ("W1", "W4", "W2", "W3", "W5")
 ADAPTED = ("W1", "W4", "W5")
 OURS = {
@@ -43,30 +42,13 @@ OTHERS = {  # script in mixed_peers/, and the forms that were fastest for at lea
     "openvino": ("with_openvino.py", ("int8", "int4")),
     "onnxruntime": ("with_onnxruntime.py", ("int4",)),
 }
-Answers = list[list[int]]
 
 
-def prompt(i: int) -> list[int]:
-    rng = random.Random(7000 + i)
-    return [rng.randrange(10, 30000) for _ in range(PROMPT)]
-
-
-def workload(name: str) -> list[tuple[list[int], int | None]]:
-    """(prompt, adapter number or None for the base) of each request."""
-    return {
-        "W1": [(prompt(i), i) for i in range(16)],
-        "W4": [(prompt(i), i % 4) for i in range(16)],
-        "W2": [(prompt(i), None) for i in range(16)],
-        "W3": [(prompt(0), None)],
-        "W5": [(prompt(i), i) for i in range(16)],
-    }[name]
-
-
-def adapter_folder(models: Path, model: str, i: int, name: str = "W1") -> Path:
+def folder_of(models: Path, model: str, i: int, name: str) -> Path:
     """Of adapter number i in a workload."""
     if name == "W5":
         return models / f"{model}-kinds" / KINDS[i]
-    return models / f"{model}-lora" / f"a{i:02d}"
+    return adapter_folder(models, model, i)
 
 
 # The two engines:
@@ -96,7 +78,7 @@ def ours(models: Path, model: str, form: str) -> Iterator[Callable[[str, int], A
 
     def loaded(name: str, i: int) -> str:
         """The name of adapter number i in the workload, loaded once."""
-        folder = adapter_folder(models, model, i, name)
+        folder = folder_of(models, model, i, name)
         if folder.name not in known:
             engine.adapters.load(folder.name, str(folder.resolve())).result()
             known.add(folder.name)

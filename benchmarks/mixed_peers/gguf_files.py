@@ -81,7 +81,8 @@ def _tokenizer(writer: Any, tokenizer: dict[str, Any], vocabulary: int) -> None:
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([names[i] for i in range(vocabulary)])
     writer.add_token_types([kinds[i] for i in range(vocabulary)])
-    writer.add_token_merges([])
+    # llama.cpp loads no tokenizer without any; no text is encoded
+    writer.add_token_merges([f"{names[4]} {names[5]}"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(3)

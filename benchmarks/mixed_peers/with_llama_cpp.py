@@ -14,7 +14,7 @@ from typing import Any
 import gguf_files
 import llama_cpp as lib
 import numpy as np
-from common import PROMPT, Answers, Requests, adapter_folder, arguments, by_adapter, measure
+from worker import PROMPT, Answers, Requests, adapter_folder, arguments, by_adapter, measure
 
 FORMS = {"Q4_0": 2, "Q8_0": 7, "BF16": 32}
 SEQUENCES, LENGTH, BATCH = 16, 256, 2048
@@ -27,6 +27,7 @@ class Server:
         self.model = lib.llama_model_load_from_file(
             os.fsencode(file), lib.llama_model_default_params()
         )
+        assert self.model, f"{file} was refused"
         vocabulary = lib.llama_model_get_vocab(self.model)
         self.vocabulary = lib.llama_vocab_n_tokens(vocabulary)
         how = lib.llama_context_default_params()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime_genai as genai
-from common import NEW, PROMPT, Answers, Requests, adapter_folder, arguments, by_adapter, measure
+from worker import NEW, PROMPT, Answers, Requests, adapter_folder, arguments, by_adapter, measure
 
 ADAPTERS = 16
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import openvino_genai as genai
-from common import PROMPT, Answers, Requests, adapter_folder, arguments, by_adapter, measure
+from worker import PROMPT, Answers, Requests, adapter_folder, arguments, by_adapter, measure
 
 EXPORT = {
     "fp16": [],

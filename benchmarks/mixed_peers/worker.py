@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from mixed import NEW, PROMPT, Answers, adapter_folder, busy_seconds, cores, workload
+from common import busy_seconds, cores
+from workloads import NEW, PROMPT, Answers, adapter_folder, workload
 
 __all__ = ["NEW", "PROMPT", "Answers", "adapter_folder", "arguments", "by_adapter", "measure"]
 
