@@ -238,7 +238,7 @@ class FakeEngine:
                 raise AdapterUnknown(f"{ref.name!r} is being unloaded", field="model")
         with self._lock:
             if len(self._running) >= self.max_queue:
-                raise Overloaded("the queue is full", retry_after=1.5)
+                raise Overloaded("the queue is full", reason="queue_full", retry_after=1.5)
             for ref in request.adapters:
                 self.adapters.in_flight[ref.name] += 1
             self.submitted.append(request)

@@ -27,9 +27,9 @@ from variants import COMMON, VARIANTS, VOCAB, linears, lora, make_base, open_bas
 from deltaserve.adapters.delta_file import write_delta
 from deltaserve.clients import Client, errors
 from deltaserve.kernels.primitives import LowRank
+from deltaserve.server.engine.batch import Batch
 from deltaserve.server.engine.collector import Collector, generate
 from deltaserve.server.engine.engine import Engine
-from deltaserve.server.engine.scheduler import Batch
 from deltaserve.server.errors import Cancelled, NonFiniteLogits
 from deltaserve.server.model import BaseModel
 

@@ -100,7 +100,7 @@ def check_empty(engine: Engine) -> None:
     stats = engine.stats()
     assert (stats.running, stats.waiting) == (0, 0)
     assert all(a.in_flight == 0 for a in engine.adapters.list())
-    engine._scheduler.blocks.check_integrity()
+    engine.check_integrity()
 
 
 def prompt(seed: int, length: int = 20) -> list[int]:

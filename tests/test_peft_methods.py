@@ -19,9 +19,9 @@ from peft_methods import CASES
 from rig import load_base, request, running
 from variants import logits_of, make_base, open_base
 
+from deltaserve.server.engine.batch import Batch
 from deltaserve.server.engine.collector import Answer, generate
 from deltaserve.server.engine.engine import Engine
-from deltaserve.server.engine.scheduler import Batch
 
 TOLERANCE = 1e-3
 ARCHS = ["llama", "qwen3"]

@@ -272,7 +272,7 @@ def settle(engine: Engine) -> None:
     stats = engine.stats()
     assert (stats.running, stats.waiting) == (0, 0)
     until(lambda: all(a.in_flight == 0 for a in engine.adapters.list()), "nothing in flight")
-    engine._scheduler.blocks.check_integrity()
+    engine.check_integrity()
 
 
 def resident() -> int:

@@ -54,6 +54,7 @@ def full() -> Metrics:
     metrics.on_cache(True)
     metrics.on_adapter_evicted("a")
     exercise(metrics, "a")
+    metrics.on_shed("queue_full")
     metrics.on_rpc("AdapterService/GetAdapter", "OK")
     return metrics
 

@@ -4,10 +4,11 @@ import random
 
 import pytest
 
+from deltaserve.server.engine.batch import Batch
 from deltaserve.server.engine.core import Request, SamplingParams
 from deltaserve.server.engine.detokenizer import Detokenizer
 from deltaserve.server.engine.kv_cache import BlockManager, chain_root
-from deltaserve.server.engine.scheduler import Batch, Scheduler
+from deltaserve.server.engine.scheduler import Scheduler
 from deltaserve.server.engine.sequence import Sequence, Span
 
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from hypothesis import given, settings, target
 from hypothesis import strategies as st
 
+from deltaserve.server.engine.batch import Batch
 from deltaserve.server.engine.core import Combination, Member, Request, SamplingParams
 from deltaserve.server.engine.detokenizer import Detokenizer
 from deltaserve.server.engine.group import Group, members
 from deltaserve.server.engine.kv_cache import BlockManager, chain_root
-from deltaserve.server.engine.scheduler import Batch, Scheduler
+from deltaserve.server.engine.scheduler import Scheduler
 from deltaserve.server.engine.sequence import Sequence, Span
 
 SIZE, SEQUENCES = 2, 6

@@ -9,13 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deltaserve.server.engine.batch import Batch, Scheduled
 from deltaserve.server.engine.core import Output, Request, SamplingParams, Speculation
 from deltaserve.server.engine.detokenizer import Detokenizer
 from deltaserve.server.engine.kv_cache import BlockManager, chain, chain_root
 from deltaserve.server.engine.outcome import StepOutputs
 from deltaserve.server.engine.prompt_lookup import Drafter
 from deltaserve.server.engine.runner import LogitRow
-from deltaserve.server.engine.scheduler import Batch, Scheduled, Scheduler
+from deltaserve.server.engine.scheduler import Scheduler
 from deltaserve.server.engine.sequence import Sequence, Span
 from deltaserve.server.engine.speculation import STEP_ROWS, Speculator
 

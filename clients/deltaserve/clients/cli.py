@@ -99,6 +99,11 @@ def generate(
     draft_tokens: Annotated[
         int | None, typer.Option(help="Most tokens drafted by prompt lookup in a step; 0 is off.")
     ] = None,
+    user: Annotated[str, typer.Option(help="On whose behalf; users share the machine.")] = "",
+    priority: Annotated[int, typer.Option(help="Higher goes first.")] = 0,
+    max_wait: Annotated[
+        float | None, typer.Option(help="Most seconds until the first token.")
+    ] = None,
     chat: Annotated[bool, typer.Option(help="The prompt is the user's turn of a chat.")] = False,
     stream: Annotated[bool, typer.Option(help="Print pieces as they come.")] = True,
     timeout: Timeout = None,
@@ -122,6 +127,9 @@ def generate(
         "grammar": grammar and _content(grammar, "start:"),
         "choice": choice or None,
         "bad_words": bad_word or None,
+        "user": user,
+        "priority": priority,
+        "max_wait_seconds": max_wait,
         "timeout": timeout,
     }
     if draft_tokens is not None:

@@ -146,7 +146,7 @@ class Client:
         **fields: Any,
     ) -> list[types.ContinuationScore]:
         """Log-probabilities of each continuation. fields: user, priority, cache_salt,
-        request_id, combination."""
+        request_id, combination, max_wait_seconds."""
         request = requests.score(prompt, continuations, model, adapters, fields)
         with _typed():
             return answers.scores(self._generation.Score(request, timeout=timeout or self._timeout))

@@ -100,6 +100,7 @@ class Options(TypedDict, total=False):
     prompt_logprobs: int
     user: str
     priority: int
+    max_wait_seconds: float
     cache_salt: str
     keep_special_tokens: bool
     request_id: str
@@ -135,6 +136,7 @@ _PLAIN = (
     "prompt_logprobs",
     "user",
     "priority",
+    "max_wait_seconds",
     "cache_salt",
     "keep_special_tokens",
     "request_id",

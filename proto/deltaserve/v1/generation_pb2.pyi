@@ -30,7 +30,7 @@ FINISH_REASON_CANCELLED: FinishReason
 FINISH_REASON_DEAD_END: FinishReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "adapters", "text", "token_ids", "chat", "sampling", "stop", "n", "logprobs", "user", "priority", "cache_salt", "keep_special_tokens", "request_id", "constraint", "best_of", "echo", "prompt_logprobs", "combination", "speculation")
+    __slots__ = ("model", "adapters", "text", "token_ids", "chat", "sampling", "stop", "n", "logprobs", "user", "priority", "cache_salt", "keep_special_tokens", "request_id", "constraint", "best_of", "echo", "prompt_logprobs", "combination", "speculation", "max_wait_seconds")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -51,6 +51,7 @@ class GenerateRequest(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     COMBINATION_FIELD_NUMBER: _ClassVar[int]
     SPECULATION_FIELD_NUMBER: _ClassVar[int]
+    MAX_WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     model: str
     adapters: _containers.RepeatedCompositeFieldContainer[WeightedAdapter]
     text: str
@@ -71,7 +72,8 @@ class GenerateRequest(_message.Message):
     prompt_logprobs: int
     combination: Combination
     speculation: Speculation
-    def __init__(self, model: _Optional[str] = ..., adapters: _Optional[_Iterable[_Union[WeightedAdapter, _Mapping]]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopParams, _Mapping]] = ..., n: _Optional[int] = ..., logprobs: _Optional[int] = ..., user: _Optional[str] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., keep_special_tokens: _Optional[bool] = ..., request_id: _Optional[str] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ..., best_of: _Optional[int] = ..., echo: _Optional[bool] = ..., prompt_logprobs: _Optional[int] = ..., combination: _Optional[_Union[Combination, _Mapping]] = ..., speculation: _Optional[_Union[Speculation, _Mapping]] = ...) -> None: ...
+    max_wait_seconds: float
+    def __init__(self, model: _Optional[str] = ..., adapters: _Optional[_Iterable[_Union[WeightedAdapter, _Mapping]]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopParams, _Mapping]] = ..., n: _Optional[int] = ..., logprobs: _Optional[int] = ..., user: _Optional[str] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., keep_special_tokens: _Optional[bool] = ..., request_id: _Optional[str] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ..., best_of: _Optional[int] = ..., echo: _Optional[bool] = ..., prompt_logprobs: _Optional[int] = ..., combination: _Optional[_Union[Combination, _Mapping]] = ..., speculation: _Optional[_Union[Speculation, _Mapping]] = ..., max_wait_seconds: _Optional[float] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "choices", "served_by", "usage", "timings", "prompt_logprobs")
@@ -90,7 +92,7 @@ class GenerateResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., choices: _Optional[_Iterable[_Union[Choice, _Mapping]]] = ..., served_by: _Optional[_Union[ServedBy, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ...) -> None: ...
 
 class GenerateStreamRequest(_message.Message):
-    __slots__ = ("model", "adapters", "text", "token_ids", "chat", "sampling", "stop", "n", "logprobs", "user", "priority", "cache_salt", "keep_special_tokens", "request_id", "constraint", "best_of", "echo", "prompt_logprobs", "combination", "speculation")
+    __slots__ = ("model", "adapters", "text", "token_ids", "chat", "sampling", "stop", "n", "logprobs", "user", "priority", "cache_salt", "keep_special_tokens", "request_id", "constraint", "best_of", "echo", "prompt_logprobs", "combination", "speculation", "max_wait_seconds")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +113,7 @@ class GenerateStreamRequest(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     COMBINATION_FIELD_NUMBER: _ClassVar[int]
     SPECULATION_FIELD_NUMBER: _ClassVar[int]
+    MAX_WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     model: str
     adapters: _containers.RepeatedCompositeFieldContainer[WeightedAdapter]
     text: str
@@ -131,7 +134,8 @@ class GenerateStreamRequest(_message.Message):
     prompt_logprobs: int
     combination: Combination
     speculation: Speculation
-    def __init__(self, model: _Optional[str] = ..., adapters: _Optional[_Iterable[_Union[WeightedAdapter, _Mapping]]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopParams, _Mapping]] = ..., n: _Optional[int] = ..., logprobs: _Optional[int] = ..., user: _Optional[str] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., keep_special_tokens: _Optional[bool] = ..., request_id: _Optional[str] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ..., best_of: _Optional[int] = ..., echo: _Optional[bool] = ..., prompt_logprobs: _Optional[int] = ..., combination: _Optional[_Union[Combination, _Mapping]] = ..., speculation: _Optional[_Union[Speculation, _Mapping]] = ...) -> None: ...
+    max_wait_seconds: float
+    def __init__(self, model: _Optional[str] = ..., adapters: _Optional[_Iterable[_Union[WeightedAdapter, _Mapping]]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopParams, _Mapping]] = ..., n: _Optional[int] = ..., logprobs: _Optional[int] = ..., user: _Optional[str] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., keep_special_tokens: _Optional[bool] = ..., request_id: _Optional[str] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ..., best_of: _Optional[int] = ..., echo: _Optional[bool] = ..., prompt_logprobs: _Optional[int] = ..., combination: _Optional[_Union[Combination, _Mapping]] = ..., speculation: _Optional[_Union[Speculation, _Mapping]] = ..., max_wait_seconds: _Optional[float] = ...) -> None: ...
 
 class GenerateStreamResponse(_message.Message):
     __slots__ = ("start", "deltas", "finishes")
@@ -184,7 +188,7 @@ class StreamFinish(_message.Message):
     def __init__(self, index: _Optional[int] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_reason: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("model", "adapters", "text", "token_ids", "chat", "continuations", "user", "priority", "cache_salt", "request_id", "combination")
+    __slots__ = ("model", "adapters", "text", "token_ids", "chat", "continuations", "user", "priority", "cache_salt", "request_id", "combination", "max_wait_seconds")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -196,6 +200,7 @@ class ScoreRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     COMBINATION_FIELD_NUMBER: _ClassVar[int]
+    MAX_WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     model: str
     adapters: _containers.RepeatedCompositeFieldContainer[WeightedAdapter]
     text: str
@@ -207,7 +212,8 @@ class ScoreRequest(_message.Message):
     cache_salt: str
     request_id: str
     combination: Combination
-    def __init__(self, model: _Optional[str] = ..., adapters: _Optional[_Iterable[_Union[WeightedAdapter, _Mapping]]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., continuations: _Optional[_Iterable[_Union[Continuation, _Mapping]]] = ..., user: _Optional[str] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., request_id: _Optional[str] = ..., combination: _Optional[_Union[Combination, _Mapping]] = ...) -> None: ...
+    max_wait_seconds: float
+    def __init__(self, model: _Optional[str] = ..., adapters: _Optional[_Iterable[_Union[WeightedAdapter, _Mapping]]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., continuations: _Optional[_Iterable[_Union[Continuation, _Mapping]]] = ..., user: _Optional[str] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., request_id: _Optional[str] = ..., combination: _Optional[_Union[Combination, _Mapping]] = ..., max_wait_seconds: _Optional[float] = ...) -> None: ...
 
 class Continuation(_message.Message):
     __slots__ = ("text", "token_ids")

@@ -100,7 +100,20 @@ def serve(
     max_length: Annotated[
         int | None, typer.Option(help="Tokens of a request; the model's limit if left out.")
     ] = None,
-    max_queue: Annotated[int, typer.Option(help="Requests in flight; more are refused.")] = 4096,
+    max_queue: Annotated[
+        int, typer.Option(help="Requests in flight; beyond it some are turned away.")
+    ] = 4096,
+    max_queue_per_flow: Annotated[
+        int | None, typer.Option(help="Requests that wait, of one user for one adapter.")
+    ] = None,
+    max_wait: Annotated[
+        float | None,
+        typer.Option(help="Seconds to the first token, of requests that do not say themselves."),
+    ] = None,
+    inter_token_target: Annotated[
+        float | None,
+        typer.Option(help="Seconds between tokens; prompts are cut shorter to keep to it."),
+    ] = None,
     speculate: Annotated[
         int, typer.Option(help="Most tokens drafted by prompt lookup in a step; 0 is off.")
     ] = 0,
@@ -156,6 +169,9 @@ def serve(
                 prefix_cache=prefix_cache,
                 max_length=max_length,
                 max_queue=max_queue,
+                max_queue_per_flow=max_queue_per_flow,
+                max_wait=max_wait,
+                inter_token_target=inter_token_target,
                 speculate=speculate,
                 memory=c.size("--memory", memory),
             ),

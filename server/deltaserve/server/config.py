@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -185,8 +186,11 @@ class EngineConfig:
     kv_cache_bytes: most of it that blocks may take; None for no such limit. block_size: tokens in a
     block.
     max_length: tokens of a request, prompt and answer; None for the model's own limit.
-    max_queue: requests that may wait or run before more are refused. speculate: most tokens drafted
-    in a step for a request that does not say; 0 is off.
+    max_queue: requests that may wait or run before some are turned away. max_queue_per_flow: that
+    may wait, of one user for one adapter; None for no limit of its own. max_wait: seconds to the
+    first token, of requests that do not say; None for no limit. inter_token_target: most seconds
+    that a step should take while somebody decodes; None for steps of any length. speculate: most
+    tokens drafted in a step for a request that does not say; 0 is off.
     """
 
     max_batch_tokens: int = 512
@@ -196,6 +200,9 @@ class EngineConfig:
     prefix_cache: bool = True
     max_length: int | None = None
     max_queue: int = 4096
+    max_queue_per_flow: int | None = None
+    max_wait: float | None = None
+    inter_token_target: float | None = None
     speculate: int = 0
     memory: int | None = None
 
@@ -204,6 +211,10 @@ class EngineConfig:
         _at_least("--max-sequences", self.max_sequences, 1)
         _at_least("--block-size", self.block_size, 1)
         _at_least("--max-queue", self.max_queue, 1)
+        if self.max_queue_per_flow is not None:
+            _at_least("--max-queue-per-flow", self.max_queue_per_flow, 1)
+        _positive("--max-wait", self.max_wait)
+        _positive("--inter-token-target", self.inter_token_target)
         if not 0 <= self.speculate <= MAX_DRAFT:
             raise ConfigError(f"--speculate {self.speculate}: must be from 0 to {MAX_DRAFT}")
         if self.memory is not None:
@@ -359,6 +370,11 @@ def _one_of(flag: str, value: str, known: tuple[str, ...]) -> None:
 def _at_least(flag: str, value: int, least: int) -> None:
     if value < least:
         raise ConfigError(f"{flag} {value}: must be at least {least}")
+
+
+def _positive(flag: str, seconds: float | None) -> None:
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise ConfigError(f"{flag} {seconds}: must be a number of seconds above 0")
 
 
 def _port(flag: str, value: int) -> None:

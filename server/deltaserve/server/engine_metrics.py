@@ -56,6 +56,7 @@ def _ours(stats: EngineStats, adapters: list[AdapterInfo]) -> Iterator[Metric]:
     for name, text, value in (
         ("running_requests", "Requests in the batch", stats.running),
         ("waiting_requests", "Requests that wait", stats.waiting),
+        ("virtual_lag_seconds", "Service between the waiting tenants", stats.virtual_lag),
         ("kv_blocks", "Blocks of the key-value cache", stats.kv_blocks_total),
         ("kv_blocks_used", "Blocks in use", stats.kv_blocks_used),
         ("kv_block_tokens", "Tokens in a block", stats.kv_block_size),

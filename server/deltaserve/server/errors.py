@@ -62,7 +62,18 @@ class NonFiniteLogits(RequestError):
 
 
 class Overloaded(RequestError):
-    """The queue or a budget is full; `retry_after` is in seconds."""
+    """The queue or a budget is full; `retry_after` is in seconds. reason: for the metrics."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str = "",
+        reason: str = "queue_full",
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message, field=field, retry_after=retry_after)
+        self.reason = reason
 
 
 class Cancelled(RequestError):

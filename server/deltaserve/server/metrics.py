@@ -43,7 +43,7 @@ class _Children:
 
 class Metrics:
     """The engine's observer. Its methods are called on the engine thread, once or more per step;
-    `on_rpc` on the event loop's."""
+    `on_rpc` on the event loop's, `on_shed` on any."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry or CollectorRegistry()
@@ -83,6 +83,7 @@ class Metrics:
             "adapter_load_stage_seconds", "Stages of loading an adapter", _LOAD_SECONDS, "stage"
         )
         self._cache = self._counter("adapter_cache_lookups", "Loads by adapter cache", "result")
+        self._shed = self._counter("shed_requests", "Requests turned away", "reason")
         self._rpcs = self._counter("rpcs", "Calls ended", "method", "code")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -122,6 +123,9 @@ class Metrics:
         children.accepted.inc(usage.accepted_tokens)
         children.queue.observe(timings.queue)
         children.total.observe(timings.total)
+
+    def on_shed(self, reason: str) -> None:
+        self._shed.labels(reason).inc()
 
     def on_adapter_load(self, name: str, seconds: float) -> None:
         self._of(name)

@@ -251,6 +251,20 @@ class AdapterCache:
         """InvalidRequest if they and so many bytes of keys and values are never there at once."""
         self._residents.check_beside(wanted, kv)
 
+    def check_integrity(self) -> None:
+        """Raise if a slot, a byte or a request is counted wrongly."""
+        with self._lock:
+            self._residents.check_integrity()
+            for r in self._registry.all():
+                if r.ready != (r.prepared is not None) or (r.views and not r.ready):
+                    raise AssertionError(f"{r.name!r} is half in memory")
+                if (r.state is AdapterState.READY) > r.ready:
+                    raise AssertionError(f"{r.name!r} is said to be in memory, but is not")
+                if not 0 <= r.running <= r.in_flight or (r.running and not r.ready):
+                    raise AssertionError(f"{r.name!r}: {r.running} of {r.in_flight} run")
+                if (r.unloading is not None) != (r in self._leaving):
+                    raise AssertionError(f"{r.name!r} is forgotten by its unload")
+
     # Inside:
 
     def _reload(self, residency: Residency, urgency: Urgency) -> None:

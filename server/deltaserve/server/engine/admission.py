@@ -3,7 +3,7 @@ served, and what is known once the adapters are resident: modules, slots, spans 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from deltaserve.server.engine.activation import (
@@ -36,6 +36,7 @@ class Admission:
         limits: Limits,
         held_fingerprint: str,
         blocks: BlockManager,
+        clock: Callable[[], float],
     ) -> None:
         self.failed: list[tuple[Sequence, RequestError]] = []
         self._model = model
@@ -43,6 +44,7 @@ class Admission:
         self._limits = limits
         self._held_fingerprint = held_fingerprint
         self._blocks = blocks
+        self._clock = clock
         self._patches: tuple[AdapterRef, ...] = ()
 
     def set_patches(self, patches: Iterable[AdapterRef]) -> None:
@@ -119,6 +121,7 @@ class Admission:
         root, turns = cache_keys(
             active, self._blocks.block_size, self._held_fingerprint, request.salt
         )
+        sequence.adapter_ready = sequence.adapter_ready or self._clock()
         sequence.begin(prefix, spans(active), root, turns)
         most = len(request.prompt_ids) + virtual + request.sampling.max_tokens
         sequence.most = min(most, self._limits.max_length)

@@ -23,6 +23,8 @@ from deltaserve.adapters.source import resolve
 from deltaserve.kernels.cache import folder as cache_root
 from deltaserve.server.config import AdapterConfig, Config, EngineConfig
 from deltaserve.server.engine.adapter_cache import AdapterCache
+from deltaserve.server.engine.backlog import Backlog
+from deltaserve.server.engine.cost import CostModel
 from deltaserve.server.engine.engine import Engine
 from deltaserve.server.engine.kv_cache import BlockManager
 from deltaserve.server.engine.kv_pool import KVPool
@@ -120,7 +122,13 @@ def make_engine(
         formats=NAMES,
         memory=plan,
     )
-    scheduler = Scheduler(manager, config.max_batch_tokens, config.max_sequences)
+    scheduler = Scheduler(
+        manager,
+        config.max_batch_tokens,
+        config.max_sequences,
+        cost=CostModel(model.nbytes),
+        inter_token_target=config.inter_token_target,
+    )
     scheduler.speculator = Speculator(manager, model.max_length, config.speculate)
     made.append(
         Engine(
@@ -131,7 +139,8 @@ def make_engine(
             observer,
             info,
             tokenizer=tokenizer,
-            max_queue=config.max_queue,
+            backlog=Backlog(config.max_queue, config.max_queue_per_flow),
+            max_wait=config.max_wait,
         )
     )
     return made[0]

@@ -114,7 +114,9 @@ class Request:
     higher goes first. salt: requests with different salts share no prefix cache. speculation: how
     fast, never what is answered. combination: instead of adapters. matcher: its constraint, for
     this request alone. sibling: id of a request with the same prompt, adapters and salt, submitted
-    before: this one waits until that one's prompt is computed, and takes up its blocks."""
+    before: this one waits until that one's prompt is computed, and takes up its blocks. tenant:
+    on whose behalf; tenants share the machine equally. max_wait: most seconds until the first
+    token."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -127,6 +129,8 @@ class Request:
     combination: Combination | None = None
     matcher: Matcher | None = None
     sibling: str = ""
+    tenant: str = ""
+    max_wait: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,17 @@ import threading
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
-import torch
 from tokenizers import Tokenizer
 
 from deltaserve.kernels.native.openmp import release_workers
 from deltaserve.server.engine.adapter_cache import AdapterCache
 from deltaserve.server.engine.admission import Admission
+from deltaserve.server.engine.alarms import Alarms
+from deltaserve.server.engine.backlog import Backlog
+from deltaserve.server.engine.batch import Batch
 from deltaserve.server.engine.core import (
     AdapterRef,
     AdapterState,
@@ -23,26 +26,18 @@ from deltaserve.server.engine.core import (
     Output,
     Request,
 )
-from deltaserve.server.engine.detokenizer import Detokenizer
-from deltaserve.server.engine.group import (
-    Group,
-    Reweighting,
-    check_members,
-    check_reweighting,
-    located,
-    members,
-)
+from deltaserve.server.engine.group import Reweighting, check_members, check_reweighting
+from deltaserve.server.engine.intake import Intake, make_sequence
 from deltaserve.server.engine.observer import Observer
 from deltaserve.server.engine.outcome import StepOutputs, error_output
 from deltaserve.server.engine.runner import ModelRunner
-from deltaserve.server.engine.scheduler import Batch, Scheduler
+from deltaserve.server.engine.scheduler import Scheduler
 from deltaserve.server.engine.sequence import Sequence
 from deltaserve.server.engine.stats import EngineInfo, EngineStats
 from deltaserve.server.engine.validate import Limits
 from deltaserve.server.errors import (
     AdapterUnavailable,
     Cancelled,
-    DeadlineExceeded,
     EngineFailure,
     InvalidRequest,
     Overloaded,
@@ -53,15 +48,13 @@ from deltaserve.server.model.base_model import BaseModel
 
 log = logging.getLogger(__name__)
 
-ROOM_SECONDS = 1.0
-"""So long requests whose adapters are in memory may overtake one whose adapter finds no room."""
-
 
 class Engine:
     """The loop is `step`: take in what came, schedule, run, hand out. Everything that blocks
     (reading adapters, tokenizing, the network) happens on other threads.
 
-    tokenizer: None gives outputs without text. max_queue: requests that may wait or run.
+    tokenizer: None gives outputs without text. max_wait: of requests that do not say themselves.
+    clock: seconds, `time.monotonic` but in tests.
     """
 
     def __init__(
@@ -74,7 +67,9 @@ class Engine:
         info: EngineInfo,
         *,
         tokenizer: Tokenizer | None,
-        max_queue: int = 4096,
+        backlog: Backlog,
+        max_wait: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.adapters = adapters
         self._runner = runner
@@ -82,7 +77,7 @@ class Engine:
         self._observer = observer
         self._info = info
         self._tokenizer = tokenizer
-        self._max_queue = max_queue
+        self._clock = clock
         self._eos = frozenset(model.eos_token_ids)
         blocks = scheduler.blocks
         self._limits = Limits(
@@ -92,9 +87,15 @@ class Engine:
             blocks.block_size,
             scheduler.max_sequences,
         )
-        self._admission = Admission(model, adapters, self._limits, info.held_fingerprint, blocks)
+        self._admission = Admission(
+            model, adapters, self._limits, info.held_fingerprint, blocks, clock
+        )
         self._lock = threading.Condition()
+        self._max_wait = max_wait
+        self._intake = Intake(backlog, scheduler)
         self._inbox: deque[Sequence | str | Reweighting] = deque()
+        self._turned_away: dict[Sequence, Overloaded] = {}
+        self._alarms = Alarms(lambda s: self._known.get(s.id) is s)
         self._known: dict[str, Sequence] = {}
         self._steps = 0
         self._draining = False
@@ -115,13 +116,26 @@ class Engine:
     def submit(self, request: Request, outbox: Outbox) -> None:
         """Take in a request; what is wrong with it at once is raised, everything later comes as
         an `Output`."""
+        if request.max_wait is None:
+            request = replace(request, max_wait=self._max_wait)
         check_members(request, self._limits)
-        sequence = self._sequence(self._admission.patched(request), outbox)
+        sequence = make_sequence(
+            self._admission.patched(request),
+            outbox,
+            self.adapters,
+            self._tokenizer,
+            self._scheduler.speculator,
+            self._clock(),
+        )
+        if request.combination is None and len(request.prompt_ids) > self._limits.block_size:
+            sequence.sibling = self._known.get(request.sibling)
         try:
             self._enqueue(sequence)
-        except RequestError:
+        except RequestError as error:
             for member in sequence.members:
                 self.adapters.release(member.adapters, running=False)
+            if isinstance(error, Overloaded):
+                self._observer.on_shed(error.reason)
             raise
 
     def set_patches(self, patches: Iterable[AdapterRef]) -> None:
@@ -134,16 +148,15 @@ class Engine:
         with self._lock:
             if self._draining:
                 raise ShuttingDown("the server is shutting down and takes no new requests")
-            if len(self._known) >= self._max_queue:
-                raise Overloaded(
-                    f"{len(self._known)} requests wait or run, the limit is {self._max_queue}: "
-                    "try again later",
-                    retry_after=1.0,
-                )
             if request_id in self._known:
                 raise InvalidRequest(
                     f"request_id: {request_id!r} is in flight; it must be new", field="request_id"
                 )
+            gone = self._intake.enter(sequence, len(self._known) - len(self._turned_away))
+            if gone is not None:
+                victim, error = gone
+                self._turned_away[victim] = error
+                self._inbox.append(victim.id)
             self._known[request_id] = sequence
             self._inbox.append(sequence)
             self._wake_locked()
@@ -170,6 +183,7 @@ class Engine:
         return EngineStats(
             running=len(running),
             waiting=len(waiting) + len(self._inbox),
+            virtual_lag=s.virtual_lag,
             kv_blocks_total=blocks.total,
             kv_blocks_used=blocks.used,
             kv_block_size=blocks.block_size,
@@ -225,7 +239,7 @@ class Engine:
             with self._lock:
                 while not (self._woken or self._stopping):
                     self._lock.wait(self._patience())
-                    if self._scheduler.running or self._scheduler.waiting:
+                    if self._scheduler.running or self._scheduler.queue:
                         break
                 self._woken = bool(self._scheduler.running)
                 stopping = self._stopping
@@ -246,31 +260,33 @@ class Engine:
 
     def _patience(self) -> float | None:
         """Seconds to wait for news: deadlines of waiting requests are looked at now and then."""
-        return 0.05 if self._scheduler.waiting else None
+        return 0.05 if self._scheduler.queue else None
 
     def step(self) -> None:
         """One turn of the loop."""
-        out = StepOutputs()
+        now = self._clock()
+        out = StepOutputs(self._clock)
         self._take_in(out)
-        self.adapters.step([held for s in self._scheduler.waiting if (held := s.held)])
-        self._scheduler.first = self._overdue()
-        batch = self._scheduler.schedule()
+        for sequence, error in self._alarms.due(now):
+            if sequence.request.max_wait is not None and not sequence.first_token:
+                self._observer.on_shed("late")
+            self._fail(sequence, error, out)
+        self._load_adapters(now, out)
+        batch = self._scheduler.schedule(now)
         for sequence, error in self._admission.failed:
-            self._end(sequence, error_output(sequence, error), out)
+            self._fail(sequence, error, out)
         self._admission.failed.clear()
         if batch:
-            self._run(batch, out)
+            self._run(batch, now, out)
             self._steps += 1
-        elif not self._scheduler.running and not self._scheduler.waiting:
-            self._scheduler.blocks.check_integrity()
+        elif not self._scheduler.running and not self._scheduler.queue:
+            self.check_integrity()
         out.deliver()
 
-    def _overdue(self) -> Sequence | None:
-        """The request that has waited too long for others' adapters to leave it room."""
-        head = next((s for s in self._scheduler.waiting if not s.resident), None)
-        if head is None or time.monotonic() - head.submitted < ROOM_SECONDS:
-            return None
-        return head if any(a.crowded for a in head.held) else None
+    def check_integrity(self) -> None:
+        """Raise if something is lost or held twice. On the engine thread, between two steps."""
+        self._scheduler.check_integrity()
+        self.adapters.check_integrity()
 
     def _take_in(self, out: StepOutputs) -> None:
         while self._inbox:
@@ -278,26 +294,31 @@ class Engine:
             if isinstance(item, Sequence):
                 if self._known.get(item.id) is item:  # it may have ended in the inbox
                     self._scheduler.add(item)
+                    self._alarms.add(item)
             elif isinstance(item, Reweighting):
                 changed = self._known.get(item.request_id)
                 if changed is not None and changed.group is not None:
                     changed.group.set_weights(item.weights)
             elif (known := self._known.get(item)) is not None:
-                self._end(known, error_output(known, Cancelled("cancelled by the client")), out)
-        now = time.monotonic()
-        for sequence in [*self._scheduler.waiting, *self._scheduler.running]:
-            try:
-                self._check_hope(sequence, now)
-            except RequestError as error:
-                self._end(sequence, error_output(sequence, error), out)
+                error = self._turned_away.get(known)
+                if error is not None:
+                    self._observer.on_shed(error.reason)
+                self._fail(known, error or Cancelled("cancelled by the client"), out)
 
-    def _check_hope(self, sequence: Sequence, now: float) -> None:
-        """Raise what keeps the request from ever being answered."""
-        deadline = sequence.request.deadline
-        if deadline is not None and now > deadline:
-            raise DeadlineExceeded("the request's deadline has passed")
-        if sequence.resident:
-            return
+    def _load_adapters(self, now: float, out: StepOutputs) -> None:
+        """Publish what was loaded, and have loaded what is waited for; end what can never be."""
+        wanting = self._scheduler.wanting(now)
+        for head in wanting:
+            try:
+                self._check_hope(head)
+            except RequestError as error:
+                for sequence in self._scheduler.waiting:
+                    if sequence.held == head.held:
+                        self._fail(sequence, error, out)
+        self.adapters.step([s.held for s in wanting if s in self._scheduler.queue])
+
+    def _check_hope(self, sequence: Sequence) -> None:
+        """Raise what keeps its adapters from ever being resident."""
         for residency in sequence.held:
             if residency.state is AdapterState.FAILED:
                 raise AdapterUnavailable(
@@ -306,11 +327,15 @@ class Engine:
                 )
         self.adapters.check_room(sequence.held)
 
-    def _run(self, batch: Batch, out: StepOutputs) -> None:
-        now = time.monotonic()
-        for part in batch.parts:
-            lead = part.sequence.lead
-            lead.started = lead.started or now
+    def _run(self, batch: Batch, now: float, out: StepOutputs) -> None:
+        with self._lock:
+            for part in batch.parts:
+                lead = part.sequence.lead
+                if not lead.started:
+                    lead.started = now
+                    self._intake.leave(lead)
+        load = self._scheduler.charge(batch)
+        adapter_bytes, began = load.adapter_bytes, self._clock()
         try:
             rows, logits = self._runner.run(batch)
             if batch.chunks:
@@ -324,8 +349,9 @@ class Engine:
             computed = list(dict.fromkeys(part.sequence for part in batch.parts))
             self._discard(computed)
             for lead in dict.fromkeys(sequence.lead for sequence in computed):
-                self._end(lead, error_output(lead, failure), out)
+                self._fail(lead, failure, out)
             return
+        self._scheduler.cost.observe(load.tokens, adapter_bytes, self._clock() - began)
         self._discard(out.poisoned)
         for sequence, output in out.finished:
             self._end(sequence, output, out)
@@ -341,71 +367,36 @@ class Engine:
         if own:
             self._runner.scrub(own)
 
+    def _fail(self, sequence: Sequence, error: RequestError, out: StepOutputs) -> None:
+        self._end(sequence, error_output(sequence, error, self._clock()), out)
+
     def _end(self, sequence: Sequence, output: Output, out: StepOutputs) -> None:
         """The request is over: give back what it held and say so."""
+        reason = output.finish_reason or FinishReason.ERROR
         with self._lock:
             if self._known.pop(sequence.id, None) is None:
                 return
             self._woken = True  # others may have waited for it
+            self._turned_away.pop(sequence, None)
+            self._intake.ended(sequence, reason)
             self._lock.notify_all()
         self._scheduler.remove(sequence)
         for member in sequence.members:
             chosen = member.chosen if member.admitted else ()
             self.adapters.release(member.adapters, running=member.admitted, chosen=chosen)
         out.add(sequence, output)
-        reason = output.finish_reason or FinishReason.ERROR
         if output.usage is not None and output.timings is not None:
             self._observer.on_finished(sequence.label, reason, output.usage, output.timings)
 
     def _abandon(self, error: RequestError | None = None) -> None:
         """Fail everything that is in flight."""
-        out = StepOutputs()
+        out = StepOutputs(self._clock)
         cause = error or ShuttingDown("the server is shutting down")
         for sequence in list(self._known.values()):
-            self._end(sequence, error_output(sequence, cause), out)
+            self._fail(sequence, cause, out)
         out.deliver()
 
     # Inside:
-
-    def _sequence(self, request: Request, outbox: Outbox) -> Sequence:
-        """The sequence of a request; the first member's, with its group, of a combination."""
-        each, p = members(request), request.sampling
-        generator = None
-        if p.temperature > 0:
-            generator = torch.Generator()
-            if p.seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(p.seed)
-        detokenizer = Detokenizer(
-            self._tokenizer,
-            each[0].prompt_ids,
-            p.stop,
-            skip_special_tokens=p.skip_special_tokens,
-        )
-        made: list[Sequence] = []
-        try:
-            for i, one in enumerate(each):
-                with located(i, request):
-                    held = self.adapters.acquire(one.adapters)
-                made.append(Sequence(one, outbox, held, detokenizer, generator))
-        except RequestError:
-            for sequence in made:
-                self.adapters.release(sequence.adapters, running=False)
-            raise
-        if (
-            request.combination is None
-            and len(request.prompt_ids) > self._scheduler.blocks.block_size
-        ):
-            made[0].sibling = self._known.get(request.sibling)
-        speculator = self._scheduler.speculator
-        if request.combination is not None:
-            group = Group(request.combination, tuple(made))
-            for sequence in made:
-                sequence.group = group
-        elif speculator is not None:
-            made[0].drafter = speculator.drafter(request)
-        return made[0]
 
     def _wake_locked(self) -> None:
         self._woken = True

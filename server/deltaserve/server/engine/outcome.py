@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
+from collections.abc import Callable
 
 from torch import Tensor
 
+from deltaserve.server.engine.batch import Batch, Scheduled
 from deltaserve.server.engine.constraint import Failed
 from deltaserve.server.engine.core import (
     FinishReason,
@@ -22,7 +24,7 @@ from deltaserve.server.engine.group import gather
 from deltaserve.server.engine.observer import Observer
 from deltaserve.server.engine.runner import LogitRow
 from deltaserve.server.engine.sampler import Choice, Row, logprob_of, sample
-from deltaserve.server.engine.scheduler import Batch, Scheduled, Scheduler
+from deltaserve.server.engine.scheduler import Scheduler
 from deltaserve.server.engine.sequence import Sequence
 from deltaserve.server.errors import Cancelled, InvalidRequest, NonFiniteLogits, RequestError
 
@@ -31,7 +33,8 @@ class StepOutputs:
     """Gathers one step's outputs. finished: sequences that end, with their last output; poisoned:
     those whose keys and values may hold values that are not finite."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self.finished: list[tuple[Sequence, Output]] = []
         self.poisoned: list[Sequence] = []
         self._outputs: dict[Outbox, list[Output]] = defaultdict(list)
@@ -62,7 +65,7 @@ class StepOutputs:
         picked = logits if len(sampled) == len(rows) else logits[sampled]
         choices = sample(picked, _rows([rows[i].part for i in sampled], eos)) if sampled else []
         scheduler.advance(batch)
-        now = time.monotonic()
+        now = self._clock()
         chosen: dict[Sequence, list[Choice]] = defaultdict(list)
         for i, choice in zip(sampled, choices, strict=True):
             if choice is not None:
@@ -109,7 +112,7 @@ class StepOutputs:
             f"{whose} weights too large to compute with, or damaged",
             field="model" if sequence.held else "",
         )
-        self.finished.append((sequence, error_output(sequence, error)))
+        self.finished.append((sequence, error_output(sequence, error, self._clock())))
 
     def _fail(self, sequence: Sequence, reason: str) -> None:
         """Its constraint cannot be followed."""
@@ -117,7 +120,7 @@ class StepOutputs:
             f"constraint: it cannot be followed after {sequence.outputs} tokens: {reason}",
             field="constraint",
         )
-        self.finished.append((sequence, error_output(sequence, error)))
+        self.finished.append((sequence, error_output(sequence, error, self._clock())))
 
     def _next(
         self,
@@ -265,9 +268,9 @@ def final_output(
     )
 
 
-def error_output(sequence: Sequence, error: RequestError) -> Output:
+def error_output(sequence: Sequence, error: RequestError, now: float) -> Output:
     reason = FinishReason.CANCELLED if isinstance(error, Cancelled) else FinishReason.ERROR
-    return final_output(sequence, reason, time.monotonic(), error=error)
+    return final_output(sequence, reason, now, error=error)
 
 
 def _prompt_tokens(sequence: Sequence) -> int:

@@ -57,6 +57,7 @@ class Residents:
         self._offers: Sequence[Offer] | None = None
         self._free_slots: Sequence[int] = ()
         self._next_slot = 1
+        self._spoilt: list[int] = []  # the host failed to fill them
         ledger.idle_adapters = self._idle_offers
         ledger.unused_adapters = lambda: self._offered(self._evictable(frozenset()))
 
@@ -208,7 +209,9 @@ class Residents:
     def _install(self, prepared: Any) -> int:
         slot, *self._free_slots = self._free_slots or [self._next_slot]
         self._next_slot = max(self._next_slot, slot + 1)
+        self._spoilt.append(slot)
         self._host.install(slot, prepared)
+        self._spoilt.pop()
         return slot
 
     def _remove(self, slot: int) -> None:
@@ -225,7 +228,7 @@ class Residents:
         if any(r.slot != slot for slot, r in self._in_slot.items()):
             raise AssertionError("an adapter is in a slot that is not its own")
         views = [v.slot for r in held for v in r.views.values()]
-        taken = [*self._in_slot, *views, *self._free_slots]
+        taken = [*self._in_slot, *views, *self._free_slots, *self._spoilt]
         if sorted(taken) != list(range(1, self._next_slot)):
             raise AssertionError(f"slots {sorted(taken)} of {self._next_slot - 1}")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deltaserve.kernels.primitives import PrefixKV, PromptEmbeddings
 from deltaserve.kernels.segments import Mix, Segments
-from deltaserve.server.engine.scheduler import Batch, Scheduled
+from deltaserve.server.engine.batch import Batch, Scheduled
 from deltaserve.server.engine.sequence import Sequence
 from deltaserve.server.model.context import AttentionStep, ForwardContext, KVStore, PrefillChunk
 

@@ -2,127 +2,162 @@
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import itertools
+from collections import Counter
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from deltaserve.kernels.segments import Mix
+from deltaserve.server.engine.batch import Batch, Scheduled, placement
+from deltaserve.server.engine.cost import CostModel, StepLoad
+from deltaserve.server.engine.fair_queue import FairQueue, Turns
 from deltaserve.server.engine.kv_cache import BlockManager, OutOfBlocks
+from deltaserve.server.engine.room import claim, give_way, prompt_shares
 from deltaserve.server.engine.sequence import Sequence
 
 if TYPE_CHECKING:
     from deltaserve.server.engine.speculation import Speculator
 
-
-@dataclass(slots=True)
-class Scheduled:
-    """One sequence's part of a step: its tokens [start, start + count) are computed; with
-    `sample`, they reach the newest token and the next one is chosen. draft: the part is this one
-    token, which the sequence does not have yet: it is verified by what is chosen before it."""
-
-    sequence: Sequence
-    start: int
-    count: int
-    draft: int | None = None
-
-    @property
-    def mix(self) -> Mix:
-        """The adapters that act on these tokens; the same on all of them."""
-        return self.sequence.span_at(self.start).mix
-
-    @property
-    def tokens(self) -> list[int]:
-        if self.draft is not None:
-            return [self.draft]
-        return self.sequence.tokens[self.start : self.start + self.count]
-
-    @property
-    def sample(self) -> bool:
-        return self.start + self.count >= len(self.sequence.tokens)
-
-
-@dataclass(slots=True)
-class Batch:
-    """One step. decodes: single tokens, ordered by adapters, a sequence's drafts behind its own;
-    chunks: parts of prompts, likewise, a sequence having one for each of its spans that the step
-    computes.
-    fills: (sequence, start, count): virtual tokens whose given keys and values are to be written.
-    """
-
-    decodes: list[Scheduled] = field(default_factory=list)
-    chunks: list[Scheduled] = field(default_factory=list)
-    fills: list[tuple[Sequence, int, int]] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.decodes or self.chunks)
-
-    @property
-    def parts(self) -> list[Scheduled]:
-        return [*self.decodes, *self.chunks]
-
-    @property
-    def tokens(self) -> int:
-        return len(self.decodes) + sum(c.count for c in self.chunks)
+PATIENCE = 5.0
+"""Seconds after which priorities alone do not make a request wait any more."""
+FAIR_TURN = 4
+"""One admission in so many is by virtual time alone, for those who have waited so long."""
+TOP_LEVEL = 1 << 20
+"""Above every priority: the level of those admitted in such a turn."""
+ROOM_SECONDS = 1.0
+"""So long requests whose adapters are in memory may overtake one whose adapter finds no room."""
 
 
 class Scheduler:
     """Continuous batching with chunked prefill.
 
     Each step first gives every decoding sequence its token, then spends what is left of
-    `max_batch_tokens` on prompts in order of priority and arrival. A waiting sequence is passed
-    over while its adapters are not resident, or the prompt that it shares with a sibling is not
-    computed. When blocks run out, the running sequence that comes last in that order is preempted:
-    it gives back its blocks and waits to be computed anew. Of a combination the first member waits
-    and runs for all: they are admitted and preempted together.
+    `max_batch_tokens` on prompts: of the running sequences in order of their places, then of
+    waiting ones in order of level, virtual time and arrival (`FairQueue`). A waiting sequence is
+    passed over while its adapters are not resident, or the prompt that it shares with a sibling is
+    not computed. `Room` says who gives way when blocks or
+    sequences run out.
 
+    Nobody waits for ever. The running sequence whose place is first always advances: it is never
+    preempted, and its prompt gets a token even in a step that is full. Places are never changed,
+    so each sequence is the first in the end. One that was preempted comes back before new ones of
+    its level, and takes nothing from others when it does. One admission in `FAIR_TURN` goes to who
+    has waited `PATIENCE`, in order of virtual time whatever their priorities, and the level of who
+    enters so is above all others from then on.
+
+    cost: charged to the flows, and fitted to the steps. inter_token_target: most seconds that a
+    step should take while somebody decodes; prompts are cut shorter for it.
     begin: called before a sequence is admitted, to lay out its tokens; False if it cannot be.
     withdraw: undoes that for a combination which finds no room for all that it may need.
     first: a waiting request that is not to be overtaken by any that keeps adapters in memory which
     it does not use itself.
     """
 
-    def __init__(self, blocks: BlockManager, max_batch_tokens: int, max_sequences: int) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        max_batch_tokens: int,
+        max_sequences: int,
+        *,
+        cost: CostModel | None = None,
+        inter_token_target: float | None = None,
+    ) -> None:
         self.blocks = blocks
         self.max_batch_tokens = max_batch_tokens
         self.max_sequences = max_sequences
-        self.waiting: list[Sequence] = []  # in order
+        self.queue = FairQueue()
+        self.cost = cost or CostModel(0)
+        self.inter_token_target = inter_token_target
         self.running: dict[Sequence, None] = {}
         self.preemptions = 0
         self.first: Sequence | None = None
         self.speculator: Speculator | None = None
         self.begin: Callable[[Sequence], bool] = lambda sequence: True
         self.withdraw: Callable[[Sequence], None] = lambda sequence: None
+        self._tickets = itertools.count()
+        self._lag = 0.0
+        self._crowded = False  # what holds no adapters waits for one that waits for room
+        self._turn = 0  # admissions since one by age
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        """In no order; from any thread."""
+        return self.queue.snapshot()
+
+    @property
+    def virtual_lag(self) -> float:
+        """As `FairQueue.lag` at the last step."""
+        return self._lag
+
+    def check_integrity(self) -> None:
+        """Raise if a block or a request is lost or counted twice."""
+        self.blocks.check_integrity()
+        self.queue.check_integrity()
+        held = Counter(b for s in self.running for m in s.members for b in m.blocks)
+        if any(self.blocks.references(b) != n for b, n in held.items()):
+            raise AssertionError("a block is held by more or fewer than its references say")
+        if self.blocks.used != len(held):
+            raise AssertionError("a block is used by nobody that runs")
+        if any(s in self.queue for s in self.running):
+            raise AssertionError("a request runs and waits")
 
     def add(self, sequence: Sequence) -> None:
-        bisect.insort(self.waiting, sequence, key=_order)
+        self.queue.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a finished, failed or cancelled sequence and give back its blocks."""
-        if sequence in self.running:
-            del self.running[sequence]
-        else:
-            self._stop_waiting(sequence)
+        self.running.pop(sequence, None)
+        self.queue.remove(sequence)
         sequence.ended = True
         self._give_back(sequence)
 
-    def schedule(self) -> Batch:
+    def wanting(self, now: float) -> list[Sequence]:
+        """Waiting requests whose adapters are not resident, one of each kind, in the order in which
+        they are to be loaded: those that have waited too long first."""
+        queue = self.queue
+        heads = [*queue.returning, *queue.aged(now - PATIENCE), *queue.heads()]
+        found = list(dict.fromkeys(s for s in heads if not s.resident))
+        self.first = found[0] if found and _crowded_out(found[0], now) else None
+        return found
+
+    def schedule(self, now: float = 0.0) -> Batch:
+        """The next step. now: seconds, as in `Sequence.submitted`."""
         batch = Batch()
-        budget = self.max_batch_tokens
+        self._lag = self.queue.lag()
         self.blocks.keep_claim(max(map(self._most, self.running), default=0))
-        ordered = sorted(self.running, key=_order)
+        self.queue.quantum = self.cost.seconds(self.max_batch_tokens, 0)
+        ordered = sorted(self.running, key=lambda s: s.place)
         for sequence in ordered:
             if sequence in self.running and sequence.decoding:
-                budget -= self._decode(sequence, batch)
-        for sequence in ordered:
-            if budget > 0 and sequence in self.running and not sequence.decoding:
-                budget -= self._chunk(sequence, budget, batch)
-        budget = self._admit(budget, batch)
+                self._decode(sequence, batch)
+        budget = self._prompt_budget(batch)
+        turns = self.queue.turns({s.label for s in self.running} if self.queue else ())
+        prompts = [s for s in ordered if s in self.running and not s.decoding]
+        for sequence, share in self._shares(prompts, turns, budget):
+            if sequence in self.running:
+                least = 1 if sequence is ordered[0] else 0
+                budget -= self._chunk(sequence, max(share, least), batch)
+        budget = self._admit(budget, batch, turns, now)
         if self.speculator is not None:
             self.speculator.extend(batch, budget)
-        batch.decodes.sort(key=_placement)
-        batch.chunks.sort(key=_placement)
+        batch.decodes.sort(key=placement)
+        batch.chunks.sort(key=placement)
         return batch
+
+    def charge(self, batch: Batch) -> StepLoad:
+        """The batch is about to run: charge the flows for it."""
+        load = StepLoad()
+        fresh: dict[Sequence, int] = {}
+        for part in batch.parts:
+            s, end = part.sequence, part.start + part.count
+            load.add(s, part.count)
+            if part.draft is not None:
+                fresh[s] = fresh.get(s, 0) + 1  # whether it is accepted or not
+            elif end > s.reached:  # not computed again after a preemption
+                fresh[s] = fresh.get(s, 0) + max(0, end - max(s.charged, part.start))
+                s.reached, s.charged = end, max(s.charged, end)
+        for sequence, seconds in self.cost.charges(load, fresh).items():
+            self.queue.charge(sequence.lead, seconds)
+        return load
 
     def advance(self, batch: Batch) -> None:
         """The step ran: its tokens are in the cache."""
@@ -142,65 +177,158 @@ class Scheduler:
         self.blocks.release(sequence.blocks[held:])
         del sequence.blocks[held:]
 
-    def _admit(self, budget: int, batch: Batch) -> int:
-        rows = sum(len(sequence.members) for sequence in self.running)
-        crowded = False  # only what holds adapters already may still go before who waits for room
-        for sequence in list(self.waiting):
-            members = sequence.members
-            if budget <= 0 or rows + len(members) > self.max_sequences:
+    def _prompt_budget(self, batch: Batch) -> int:
+        """Prompt tokens that the step takes beside its decodes; some in any case."""
+        budget = self.max_batch_tokens - len(batch.decodes)
+        if self.inter_token_target is None or not batch.decodes or budget <= 0:
+            return budget
+        load = StepLoad()
+        for sequence in self.running:
+            for member in sequence.members:
+                load.add(member, 0)
+        within = self.cost.tokens_within(self.inter_token_target, load.adapter_bytes)
+        return min(budget, max(within - len(batch.decodes), self.blocks.block_size))
+
+    def _shares(
+        self, prompts: list[Sequence], turns: Turns, budget: int
+    ) -> list[tuple[Sequence, int]]:
+        """The step's prompt tokens for each running prompt, as `prompt_shares`; the one whose turn
+        to be admitted is next takes part if there is room for it."""
+        head = self._next(turns) if prompts and self._rows() < self.max_sequences else None
+        room = self.blocks.available * self.blocks.block_size
+        if head is not None and head.prompt_tokens > room:
+            head = None
+        return prompt_shares(prompts, head, budget)
+
+    def _admit(self, budget: int, batch: Batch, turns: Turns, now: float) -> int:
+        """-> what is left of the budget."""
+        self._crowded = False
+        while budget > 0:
+            new = None if self._crowded else self._next(turns)
+            old = self._overdue(new, now)
+            sequence = old or self._returning(new) or new
+            if sequence is None:
                 break
-            if not sequence.resident or sequence.early or self._overtakes(sequence):
+            crowded, entered = self._crowded, self._enter(sequence, batch)
+            if entered and sequence is old:
+                sequence.level, self._turn = TOP_LEVEL, 0
+            elif not entered and new is not None and sequence is not new:
+                sequence, entered = new, self._enter(new, batch)  # it may drive others out
+            if self._crowded and not crowded:
                 continue
-            if crowded and not sequence.admitted:
-                continue
-            if not self.begin(sequence):
-                continue
-            if not self.blocks.claim(self._most(sequence)):
-                self.withdraw(sequence)
-                crowded = True
-                continue
-            for member in members:
-                member.adopt(self.blocks)
-            size = self.blocks.block_size
-            missing = sum(-(-len(m.tokens) // size) - len(m.blocks) for m in members)
-            if missing > self.blocks.available:
-                self._give_back(sequence)
+            if entered:
+                self._turn += 1
+                budget -= self._chunk(sequence, budget, batch)
+            elif sequence in self.queue:
                 break  # what comes after it must not overtake it for ever
-            self._stop_waiting(sequence)
-            self.running[sequence] = None
-            rows += len(members)
-            budget -= self._chunk(sequence, budget, batch)
         return budget
+
+    def _next(self, turns: Turns) -> Sequence | None:
+        """The next one that has never been admitted and can be."""
+        while (sequence := turns.peek()) is not None:
+            if sequence.resident and not sequence.early and not self._overtakes(sequence):
+                return sequence
+            turns.skip()
+        return None
+
+    def _returning(self, new: Sequence | None) -> Sequence | None:
+        """The first of the preempted ones, unless a new one is of a higher level."""
+        for back in self.queue.returning:
+            if back.resident and (back.admitted or not self._crowded):
+                return back if new is None or back.level >= new.level else None
+        return None
+
+    def _overdue(self, new: Sequence | None, now: float) -> Sequence | None:
+        """Who has waited too long while higher levels went before, once in `FAIR_TURN`."""
+        if new is None or self._turn < FAIR_TURN - 1:
+            return None
+        since = now - PATIENCE
+        back = (s for s in self.queue.returning if s.submitted <= since)
+        for sequence in [*back, *self.queue.aged(since)]:
+            if sequence.resident and not sequence.early and not self._overtakes(sequence):
+                return sequence if sequence.level < new.level else None
+        return None
+
+    def _overtakes(self, sequence: Sequence) -> bool:
+        first = self.first
+        if first is None or sequence.admitted or sequence is first:
+            return False
+        return any(not a.pinned and a not in first.held for a in sequence.held)
+
+    def _enter(self, sequence: Sequence, batch: Batch) -> bool:
+        """Admit it, if there is room or it has a right to what others hold. One that cannot begin
+        is taken out of the queue."""
+        members = sequence.members
+        places = self._rows() + len(members) - self.max_sequences
+        leaving = self._claim(sequence, self.running, places, len(members), _rows, _rows)
+        if leaving is None:
+            return False
+        if not self.begin(sequence):
+            self.queue.remove(sequence)
+            return False
+        if not self.blocks.claim(self._most(sequence)):
+            self.withdraw(sequence)
+            self._crowded = True
+            return False
+        for member in members:
+            member.adopt(self.blocks)
+        size = self.blocks.block_size
+        total = sum(-(-len(m.tokens) // size) for m in members)
+        lacking = total - _blocks(sequence) - self.blocks.available
+        lacking -= sum(self._unshared(s) for s in leaving)
+        stay = [s for s in self.running if s not in leaving]
+        more = self._claim(sequence, stay, lacking, total, _blocks, self._unshared)
+        if more is None:
+            self._give_back(sequence)
+            return False
+        for victim in [*leaving, *more]:
+            self._preempt(victim, batch)
+        self.queue.take(sequence)
+        if not sequence.ticketed:
+            sequence.ticket = next(self._tickets)
+        self._prepay(sequence)
+        self.running[sequence] = None
+        return True
+
+    def _claim(
+        self,
+        newcomer: Sequence,
+        among: Collection[Sequence],
+        lacking: int,
+        need: int,
+        measure: Callable[[Sequence], int],
+        freed: Callable[[Sequence], int],
+    ) -> list[Sequence] | None:
+        if lacking <= 0:
+            return []
+        if newcomer.ticketed:
+            return None
+        return claim(newcomer, among, lacking, need, measure, freed)
 
     def _most(self, sequence: Sequence) -> int:
         """Blocks that it may need."""
         return sum(-(-m.most // self.blocks.block_size) for m in sequence.members)
 
-    def _stop_waiting(self, sequence: Sequence) -> None:
-        at = bisect.bisect_left(self.waiting, sequence.order, key=_order)
-        if at < len(self.waiting) and self.waiting[at] is sequence:
-            del self.waiting[at]
+    def _rows(self) -> int:
+        return sum(_rows(s) for s in self.running)
 
-    def _overtakes(self, sequence: Sequence) -> bool:
-        first = self.first
-        if first is None or sequence.admitted or sequence.order <= first.order:
-            return False
-        return any(not a.pinned and a not in first.held for a in sequence.held)
+    def _unshared(self, sequence: Sequence) -> int:
+        return sum(self.blocks.references(b) == 1 for m in sequence.members for b in m.blocks)
 
-    def _decode(self, sequence: Sequence, batch: Batch) -> int:
-        """Schedule the newest token, of each member; the number of tokens that it takes."""
-        for member in sequence.members:
-            if not self._grow(member, member.uncomputed_prefix + 1, batch):
-                return 0
-        for member in sequence.members:
-            self._fill(member, batch)
-            batch.decodes.append(Scheduled(member, member.computed, 1))
-        return len(sequence.members)
+    def _prepay(self, sequence: Sequence) -> None:
+        """Charge what it is to compute of its prompt, so that the next turn takes note of it."""
+        for m in sequence.members:
+            tokens = len(m.tokens) - max(m.charged, m.computed)
+            if tokens > 0:
+                self.queue.charge(sequence, self.cost.per_token * tokens)
+                m.charged = len(m.tokens)
 
     def _chunk(self, sequence: Sequence, budget: int, batch: Batch) -> int:
         """Schedule the next part of a prompt; the number of tokens it takes. Members compute theirs
         up to their tails, then these in lockstep, so that the rows that belong together are in one
         step; all at once where that fits."""
+        if budget <= 0:
+            return 0
         members = sequence.members
         whole = sum(m.pending for m in members) <= budget
         taken = 0
@@ -235,6 +363,16 @@ class Scheduler:
             batch.fills.append((sequence, sequence.computed, fill))
             sequence.computed += fill
 
+    def _decode(self, sequence: Sequence, batch: Batch) -> int:
+        """Schedule the newest token, of each member; the number of tokens that it takes."""
+        for member in sequence.members:
+            if not self._grow(member, member.uncomputed_prefix + 1, batch):
+                return 0
+        for member in sequence.members:
+            self._fill(member, batch)
+            batch.decodes.append(Scheduled(member, member.computed, 1))
+        return len(sequence.members)
+
     def _grow(self, sequence: Sequence, count: int, batch: Batch) -> bool:
         """Give the sequence blocks for `count` more tokens, preempting others if need be. False if
         its own request was the one to go."""
@@ -243,7 +381,7 @@ class Scheduler:
             try:
                 sequence.blocks.append(self.blocks.take())
             except OutOfBlocks:
-                victim = max(self.running, key=_order)
+                victim = give_way(self.running)
                 self._preempt(victim, batch)
                 if victim is sequence.lead:
                     return False
@@ -256,7 +394,7 @@ class Scheduler:
         batch.decodes = [p for p in batch.decodes if p.sequence.lead is not sequence]
         batch.chunks = [p for p in batch.chunks if p.sequence.lead is not sequence]
         batch.fills = [f for f in batch.fills if f[0].lead is not sequence]
-        self.add(sequence)
+        self.queue.put_back(sequence)
 
     def _give_back(self, sequence: Sequence) -> None:
         for member in sequence.members:
@@ -264,11 +402,14 @@ class Scheduler:
             member.blocks, member.hashes, member.computed = [], [], 0
 
 
-def _order(sequence: Sequence) -> tuple[int, int]:
-    return sequence.order
+def _rows(sequence: Sequence) -> int:
+    return len(sequence.members)
 
 
-def _placement(part: Scheduled) -> tuple[object, ...]:
-    """Equal mixes side by side, the base first; stable, so a batch is laid out the same way
-    whatever was served before."""
-    return (part.mix, part.sequence.arrival, part.start)
+def _blocks(sequence: Sequence) -> int:
+    return sum(len(m.blocks) for m in sequence.members)
+
+
+def _crowded_out(sequence: Sequence, now: float) -> bool:
+    """Others' adapters have left it no room for too long."""
+    return now - sequence.submitted >= ROOM_SECONDS and any(a.crowded for a in sequence.held)

@@ -60,6 +60,10 @@ class Sequence:
     sibling: Sequence | None = None
     arrival: int = field(default_factory=lambda: next(_arrivals))
     submitted: float = field(default_factory=time.monotonic)
+    level: int = 0  # its priority, until it has waited too long
+    ticket: int = -1  # number of its first admission
+    charged: int = 0  # tokens that its flow has been charged for
+    reached: int = 0  # the most of them that have been computed
 
     tokens: list[int] = field(default_factory=list)
     virtual: int = 0
@@ -86,14 +90,23 @@ class Sequence:
     chosen: tuple[Chosen, ...] = ()  # modules of each adapter
     slots: tuple[int, ...] = ()  # of each adapter, as chosen
 
+    def __post_init__(self) -> None:
+        self.level = self.request.priority
+
     @property
     def id(self) -> str:
         return self.request.request_id
 
     @property
-    def order(self) -> tuple[int, int]:
-        """Who goes first: higher priority, then earlier arrival."""
-        return (-self.request.priority, self.arrival)
+    def place(self) -> tuple[int, int]:
+        """The order of those that run: higher level, then earlier admission. It stays theirs when
+        they are preempted."""
+        return (-self.level, self.ticket)
+
+    @property
+    def ticketed(self) -> bool:
+        """It has been admitted before; if it waits, then to return."""
+        return self.ticket >= 0
 
     @property
     def lead(self) -> Sequence:
@@ -151,6 +164,11 @@ class Sequence:
         return len(self.tokens) - self.computed - self.uncomputed_prefix
 
     @property
+    def prompt_tokens(self) -> int:
+        """Of its request, all members' together."""
+        return sum(len(m.request.prompt_ids) for m in self.members)
+
+    @property
     def prompt_end(self) -> int:
         """Index in `tokens` behind the prompt."""
         return self.virtual + len(self.request.prompt_ids)
@@ -202,7 +220,6 @@ class Sequence:
         if not self.tokens:
             self.virtual = len(prefix) if prefix is not None else 0
             self.tokens = [-1 - i for i in range(self.virtual)] + list(self.request.prompt_ids)
-        self.adapter_ready = self.adapter_ready or time.monotonic()
 
     def adopt(self, manager: BlockManager) -> None:
         """Take up what the sibling holds, or the cached prefix, leaving at least one token to

@@ -8,10 +8,10 @@ part thus leaves room only for drafts that are nearly certain, or for none.
 
 from __future__ import annotations
 
+from deltaserve.server.engine.batch import Batch, Scheduled
 from deltaserve.server.engine.core import Request
 from deltaserve.server.engine.kv_cache import BlockManager
 from deltaserve.server.engine.prompt_lookup import Drafter
-from deltaserve.server.engine.scheduler import Batch, Scheduled
 from deltaserve.server.engine.sequence import Sequence
 
 MIN_NGRAM, MAX_NGRAM = 2, 4

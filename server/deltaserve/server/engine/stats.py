@@ -16,11 +16,13 @@ class EngineStats:
     kv_blocks_idle: used by no sequence, kept in case their content is wanted again; with memory
     now are kv_blocks_there, `kv_bytes` of it. memory_budget: bytes of blocks and adapters together.
     Counters (prefix_*, preemptions, steps, adapter_loads, adapter_evictions) run since the start.
+    virtual_lag: seconds of service between the most and the least served tenant that waits.
     adapter_bytes_device is 0 where the device computes in host memory.
     """
 
     running: int = 0
     waiting: int = 0
+    virtual_lag: float = 0.0
     kv_blocks_total: int = 0
     kv_blocks_used: int = 0
     kv_block_size: int = 0

@@ -26,6 +26,7 @@ MAX_BAD_LENGTH = 64
 MAX_ADAPTERS = 16
 MAX_PATTERNS = 16
 MAX_PATTERN_LENGTH = 256
+MIN_WAIT, MAX_WAIT = 0.001, 86400.0
 MAX_NGRAM = 16
 MAX_MEMBERS = 8
 MAX_WEIGHT = 1000.0
@@ -50,6 +51,8 @@ def check(request: Request, limits: Limits) -> None:
     _check_prompt(request, limits)
     _check_sampling(request.sampling, limits, len(request.prompt_ids))
     _check_speculation(request.speculation)
+    if request.max_wait is not None:
+        _range("max_wait_seconds", request.max_wait, MIN_WAIT, MAX_WAIT)
     _check_adapters(request.adapters)
 
 

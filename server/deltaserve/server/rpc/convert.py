@@ -163,6 +163,11 @@ def speculation(request: GenerateRequest) -> Speculation:
     return Speculation(**{field.name: value for field, value in given.ListFields()})
 
 
+def max_wait(request: Asked) -> float | None:
+    """Seconds until the first token; None for the server's default."""
+    return request.max_wait_seconds if request.HasField("max_wait_seconds") else None
+
+
 def check_labels(request: Asked) -> None:
     """The fields that are only passed on."""
     for name in ("user", "cache_salt", "request_id"):
