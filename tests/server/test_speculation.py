@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from deltaserve.server.engine.batch import Batch, Scheduled
 from deltaserve.server.engine.core import Output, Request, SamplingParams, Speculation
+from deltaserve.server.engine.cost import FIXED_TOKENS, CostModel
 from deltaserve.server.engine.detokenizer import Detokenizer
 from deltaserve.server.engine.kv_cache import BlockManager, chain, chain_root
 from deltaserve.server.engine.outcome import StepOutputs
@@ -18,7 +19,7 @@ from deltaserve.server.engine.prompt_lookup import Drafter
 from deltaserve.server.engine.runner import LogitRow
 from deltaserve.server.engine.scheduler import Scheduler
 from deltaserve.server.engine.sequence import Sequence, Span
-from deltaserve.server.engine.speculation import STEP_ROWS, Speculator
+from deltaserve.server.engine.speculation import FEWEST_ROWS, MOST_ROWS, Speculator
 
 VOCAB = 8
 ROOT = chain_root("model")
@@ -116,7 +117,7 @@ def world(blocks: int, size: int, tokens: int, sequences: int, prefix_cache: boo
         return True
 
     made.begin = begin
-    made.speculator = Speculator(manager, 1000)
+    made.speculator = Speculator(manager, CostModel(0), 1000)
     return World(made, {})
 
 
@@ -202,7 +203,11 @@ def decoding(manager: BlockManager, drafter: Drafter | None, tokens: int = 5) ->
 
 
 def extended(
-    probabilities: list[list[float]], budget: int = 100, others: int = 0, chunk: int = 0
+    probabilities: list[list[float]],
+    budget: int = 100,
+    others: int = 0,
+    chunk: int = 0,
+    cost: CostModel | None = None,
 ) -> list[int]:
     """How many drafts each of these sequences gets, beside others that draft nothing."""
     manager = BlockManager(1000, 4)
@@ -211,7 +216,7 @@ def extended(
     batch = Batch([Scheduled(s, s.computed, 1) for s in all_of])
     if chunk:
         batch.chunks.append(Scheduled(decoding(manager, None, 2 * chunk), 0, chunk))
-    Speculator(manager, 1000).extend(batch, budget)
+    Speculator(manager, cost or CostModel(0), 1000).extend(batch, budget)
     drafts = [p for p in batch.decodes if p.draft is not None]
     for s in drafting:
         places = [p.start for p in drafts if p.sequence is s]
@@ -226,19 +231,40 @@ def test_policy_likely_drafts_go_first_and_within_the_budget() -> None:
 
 
 def test_policy_a_draft_must_be_worth_its_row() -> None:
-    """One sequence alone: about 1 token in 1 + STEP_ROWS rows' time."""
-    worth = 1 / (1 + STEP_ROWS)
+    """One sequence alone: 1 token in the time of its row and of the fixed ones."""
+    worth = 1 / (1 + FIXED_TOKENS)
     assert extended([[worth * 1.01]]) == [1]
     assert extended([[worth * 0.99]]) == [0]
     # a full batch makes about as many tokens as rows: only what is certain is worth more
-    assert extended([[0.9] * 8], others=255) == [0]
+    assert extended([[0.93] * 8], others=255) == [0]
     assert extended([[0.99] * 8], others=255) == [8]
     # beside a long prompt a decode is slow, and a draft costs little of it
     assert extended([[0.1] * 3], chunk=200) == [3]
 
 
+def test_policy_the_rows_worth_is_measured() -> None:
+    """A step of n rows takes 1 + n / fixed seconds."""
+    for fixed in (4.0, 40.0):
+        cost = CostModel(1 << 30)
+        for n in [1, 30, 2, 60, 8] * 40:
+            cost.observe(n, 0, 1 + n / fixed)
+        worth = 1 / (1 + fixed)
+        assert extended([[worth * 1.05]], cost=cost) == [1]
+        assert extended([[worth * 0.95]], cost=cost) == [0]
+
+
+def test_policy_nonsense_that_is_measured_is_bounded() -> None:
+    for seconds, rows in ((lambda n: 1.0, MOST_ROWS), (lambda n: float(n), FEWEST_ROWS)):
+        cost = CostModel(1 << 30)
+        for n in [1, 30, 2, 60, 8] * 40:
+            cost.observe(n, 0, seconds(n))
+        worth = 1 / (1 + rows)
+        assert extended([[worth * 1.01]], cost=cost) == [1]
+        assert extended([[worth * 0.99]], cost=cost) == [0]
+
+
 def test_policy_drafts_at_most_double_a_step() -> None:
-    assert extended([[0.999] * 32]) == [int(1 + STEP_ROWS)]
+    assert extended([[0.999] * 32]) == [1 + FIXED_TOKENS]
 
 
 def test_policy_drafts_take_no_block_that_is_missing() -> None:
@@ -246,7 +272,7 @@ def test_policy_drafts_take_no_block_that_is_missing() -> None:
     s = decoding(manager, Sure([0.99] * 8))  # 6 tokens in 2 of 3 blocks
     batch = Batch([Scheduled(s, s.computed, 1)])
     manager.take()
-    Speculator(manager, 1000).extend(batch, 100)
+    Speculator(manager, CostModel(0), 1000).extend(batch, 100)
     assert [p.start for p in batch.decodes] == [5, 6, 7]
     assert manager.available == 0
 
@@ -257,5 +283,5 @@ def test_policy_the_answers_end_is_the_drafts_end() -> None:
         s = decoding(manager, Sure([0.99] * 8))  # one output so far
         s.request = Request("r", s.request.prompt_ids, SamplingParams(max_tokens=most))
         batch = Batch([Scheduled(s, s.computed, 1)])
-        Speculator(manager, limit).extend(batch, 100)
+        Speculator(manager, CostModel(0), limit).extend(batch, 100)
         assert len(batch.decodes) == 1 + expected

@@ -122,14 +122,15 @@ def make_engine(
         formats=NAMES,
         memory=plan,
     )
+    cost = CostModel(model.nbytes)
     scheduler = Scheduler(
         manager,
         config.max_batch_tokens,
         config.max_sequences,
-        cost=CostModel(model.nbytes),
+        cost=cost,
         inter_token_target=config.inter_token_target,
     )
-    scheduler.speculator = Speculator(manager, model.max_length, config.speculate)
+    scheduler.speculator = Speculator(manager, cost, model.max_length, config.speculate)
     made.append(
         Engine(
             model,

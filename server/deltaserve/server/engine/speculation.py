@@ -1,25 +1,24 @@
 """Which drafts a step verifies: those that are likely enough for what another row costs.
 
-A step takes about `STEP_ROWS + rows` times what one row adds to it: reading the weights is shared
-by all rows. So a draft raises the tokens per second if the probability that it is taken is above
-the step's expected tokens per row, the fixed part counted as rows. A full batch or a long prompt
-part thus leaves room only for drafts that are nearly certain, or for none.
+Reading the weights is shared by all rows of a step. Counted in rows by the measured costs of steps
+(`cost`), a step takes these fixed rows and its own. So a draft raises the tokens per second if the
+probability that it is taken is above the step's expected tokens per row, the fixed ones included. A
+full batch thus leaves room only for drafts that are nearly certain, or for none.
 """
 
 from __future__ import annotations
 
 from deltaserve.server.engine.batch import Batch, Scheduled
 from deltaserve.server.engine.core import Request
+from deltaserve.server.engine.cost import CostModel, StepLoad
 from deltaserve.server.engine.kv_cache import BlockManager
 from deltaserve.server.engine.prompt_lookup import Drafter
 from deltaserve.server.engine.sequence import Sequence
 
 MIN_NGRAM, MAX_NGRAM = 2, 4
 
-STEP_ROWS = 8.0
-"""Rows that take as long as a step's fixed part: 3.5 (int4 weights) to 14 (int8 activations) for
-160 M parameters on two cores; by docs/performance.md, from steps of 1 and of 16 rows."""
-
+FEWEST_ROWS, MOST_ROWS = 2.0, 256.0
+"""Bounds of the rows that a step's fixed part takes as long as, whatever has been measured."""
 
 CATCH_UP = 2048
 """Most tokens that are indexed in one step: long prompts do not hold it up."""
@@ -29,8 +28,11 @@ class Speculator:
     """draft_tokens: most for a sequence and step, if its request does not say; 0 is none.
     max_length: tokens of one sequence."""
 
-    def __init__(self, blocks: BlockManager, max_length: int, draft_tokens: int = 0) -> None:
+    def __init__(
+        self, blocks: BlockManager, cost: CostModel, max_length: int, draft_tokens: int = 0
+    ) -> None:
         self._blocks = blocks
+        self._cost = cost
         self._max_length = max_length
         self._draft_tokens = draft_tokens
 
@@ -50,11 +52,14 @@ class Speculator:
     def extend(self, batch: Batch, budget: int) -> None:
         """Add drafts to the step's decodes. They take nothing from anyone: tokens that the step
         has left (`budget`), and blocks that nobody uses, until the step is over."""
-        fixed = STEP_ROWS + batch.tokens
+        candidates = self._candidates(batch)
+        if not candidates:
+            return
+        rows = self._fixed_rows(batch) + batch.tokens
         expected = float(sum(part.sample for part in batch.parts))
-        left = min(budget, int(fixed))  # at most twice the step: others wait for it too
-        for probability, sequence, at, token in self._candidates(batch):
-            if left <= 0 or probability * fixed < expected:
+        left = min(budget, int(rows))  # at most twice the step: others wait for it too
+        for probability, sequence, at, token in candidates:
+            if left <= 0 or probability * rows < expected:
                 break
             if at >= len(sequence.blocks) * self._blocks.block_size:
                 if not self._blocks.available:
@@ -64,8 +69,16 @@ class Speculator:
             assert sequence.drafter is not None
             sequence.drafter.drafted += 1
             expected += probability
-            fixed += 1
+            rows += 1
             left -= 1
+
+    def _fixed_rows(self, batch: Batch) -> float:
+        """Rows that take as long as what the step takes anyway."""
+        load, cost = StepLoad(), self._cost
+        for part in batch.parts:
+            load.add(part.sequence, part.count)
+        rows = cost.seconds(0, load.adapter_bytes) / cost.per_token
+        return min(max(rows, FEWEST_ROWS), MOST_ROWS)
 
     def _candidates(self, batch: Batch) -> list[tuple[float, Sequence, int, int]]:
         """(probability, sequence, place, token), most likely first; each sequence's in order."""
