@@ -15,7 +15,6 @@ import argparse
 import itertools
 import json
 import os
-import shutil
 import sys
 import tempfile
 import threading
@@ -25,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import busy_seconds, cores, machine, make_models, pin, save
+from common import busy_seconds, cores, machine, make_adapters, make_models, pin, save
 
 PROMPT = 32
 RESIDENT = 4
@@ -103,21 +102,6 @@ def forget(folder: Path) -> None:
         fd = os.open(file, os.O_RDONLY)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(fd)
-
-
-def make_adapters(source: Path, folder: Path, count: int) -> list[Path]:
-    """As many as asked for, of the shapes of one: each with its own weights."""
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(source / "adapter_model.safetensors")
-    made = []
-    for i in range(count):
-        made.append(folder / f"a{i}")
-        made[-1].mkdir(parents=True)
-        shutil.copy(source / "adapter_config.json", made[-1])
-        changed = {name: value * (1 + (i + 1) / 64) for name, value in tensors.items()}
-        save_file(changed, made[-1] / "adapter_model.safetensors")
-    return made
 
 
 def phase(engine: Any, folders: Sequence[Path], rate: float, args: Any) -> dict[str, Any]:

@@ -63,6 +63,29 @@ def make_models(folder: Path, names: Sequence[str]) -> None:
         subprocess.run([*making, "--only", ",".join(missing)], check=True)
 
 
+def make_adapters(source: Path, folder: Path, count: int, rank: int | None = None) -> list[Path]:
+    """As many as asked for, of the shapes of one LoRA in bfloat16, each with its own weights. rank:
+    cut to it."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((source / "adapter_config.json").read_text())
+    config["r"] = rank = rank or config["r"]
+    tensors = {
+        name: (t[:rank] if "lora_A" in name else t[:, :rank]).to(torch.bfloat16).contiguous()
+        for name, t in load_file(source / "adapter_model.safetensors").items()
+    }
+    made = []
+    for i in range(count):
+        made.append(folder / f"a{i:05}")
+        made[-1].mkdir(parents=True)
+        (made[-1] / "adapter_config.json").write_text(json.dumps(config))
+        shift = i * 131 + 1
+        changed = {name: t.view(-1).roll(shift).view_as(t) for name, t in tensors.items()}
+        save_file(changed, made[-1] / "adapter_model.safetensors")
+    return made
+
+
 def save(rows: Iterable[dict[str, Any]], file: str) -> None:
     """Append to results/, with the machine."""
     path = HERE / "results" / file
