@@ -39,6 +39,7 @@ ALWAYS f32x16 column(const int8_t *q, int kind) {
 }
 
 #ifdef HAVE_AVX512_BF16
+/* Without both, the second weight is 0, whatever input is beside it. */
 ALWAYS __m512i pair(const int8_t *q, int kind, int both) {
     __m512i low = _mm512_srli_epi32((__m512i)column(q, kind), 16);
     if (!both) return low;
@@ -63,7 +64,6 @@ ALWAYS void group_tile(const bytes_t *m, int64_t block, int64_t g, int64_t t, f3
                 for (int i = 0; i < T; i++) {
                     int32_t two;
                     memcpy(&two, x + i * m->padded + k, 4);
-                    if (k + 1 == to) two &= 0xffff;
                     acc[b][i] = (f32x16)_mm512_dpbf16_ps((__m512)acc[b][i], (__m512bh)w,
                                                          (__m512bh)_mm512_set1_epi32(two));
                 }
