@@ -100,7 +100,7 @@ class Simulation:
             self.now = max(self.now, self.later[0].submitted)
         while self.later and self.later[0].submitted <= self.now:
             self.scheduler.add(self.later.pop(0))
-        self.scheduler.wanting(self.now)
+        self.scheduler.order.wanting(self.now)
         batch = self.scheduler.schedule(self.now)
         load = self.scheduler.charge(batch)
         self.now += self.cost.seconds(load.tokens, load.adapter_bytes) if batch else 0.0

@@ -10,7 +10,7 @@ from simulation import Simulation
 
 from deltaserve.server.engine import fair_queue
 from deltaserve.server.engine.batch import Scheduled
-from deltaserve.server.engine.scheduler import FAIR_TURN, PATIENCE
+from deltaserve.server.engine.order import FAIR_TURN, PATIENCE
 from deltaserve.server.engine.sequence import Sequence
 
 
@@ -244,7 +244,6 @@ def test_what_is_computed_again_is_not_paid_again() -> None:
 def test_flows_without_requests_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fair_queue, "MAX_FLOWS", 20)
     sim = Simulation()
-    sim.scheduler.queue = fair_queue.FairQueue()
     sim.submit("long", answer=1000)
     for i in range(50):
         sim.submit("", tenant=f"t{i}", answer=1, prompt=1)

@@ -33,7 +33,7 @@ from deltaserve.server.engine.outcome import StepOutputs, error_output
 from deltaserve.server.engine.runner import ModelRunner
 from deltaserve.server.engine.scheduler import Scheduler
 from deltaserve.server.engine.sequence import Sequence
-from deltaserve.server.engine.stats import EngineInfo, EngineStats
+from deltaserve.server.engine.stats import EngineInfo, EngineStats, engine_stats
 from deltaserve.server.engine.validate import Limits
 from deltaserve.server.errors import (
     AdapterUnavailable,
@@ -178,30 +178,7 @@ class Engine:
             self._wake_locked()
 
     def stats(self) -> EngineStats:
-        s, blocks = self._scheduler, self._scheduler.blocks
-        running, waiting = list(s.running), list(s.waiting)
-        return EngineStats(
-            running=len(running),
-            waiting=len(waiting) + len(self._inbox),
-            virtual_lag=s.virtual_lag,
-            kv_blocks_total=blocks.total,
-            kv_blocks_used=blocks.used,
-            kv_block_size=blocks.block_size,
-            kv_blocks_idle=blocks.idle,
-            kv_blocks_there=blocks.there,
-            kv_bytes=blocks.memory.ledger.kv,
-            memory_budget=blocks.memory.ledger.budget,
-            adapter_bytes_host=self.adapters.used_bytes,
-            adapter_bytes_budget=self.adapters.budget,
-            running_adapters=_names(running),
-            waiting_adapters=_names(waiting),
-            prefix_hits=blocks.hit_tokens,
-            prefix_queries=blocks.query_tokens,
-            preemptions=s.preemptions,
-            steps=self._steps,
-            adapter_loads=self.adapters.loads,
-            adapter_evictions=self.adapters.evictions,
-        )
+        return engine_stats(self._scheduler, self.adapters, len(self._inbox), self._steps)
 
     def info(self) -> EngineInfo:
         return self._info
@@ -307,7 +284,7 @@ class Engine:
 
     def _load_adapters(self, now: float, out: StepOutputs) -> None:
         """Publish what was loaded, and have loaded what is waited for; end what can never be."""
-        wanting = self._scheduler.wanting(now)
+        wanting = self._scheduler.order.wanting(now)
         for head in wanting:
             try:
                 self._check_hope(head)
@@ -401,7 +378,3 @@ class Engine:
     def _wake_locked(self) -> None:
         self._woken = True
         self._lock.notify_all()
-
-
-def _names(sequences: list[Sequence]) -> tuple[str, ...]:
-    return tuple(sorted({a.name for s in sequences for a in s.held}))

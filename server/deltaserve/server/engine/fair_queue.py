@@ -126,12 +126,16 @@ class FairQueue:
         the batch."""
         return Turns(self._entries(mixes), self._entry, mixes)
 
-    def heads(self) -> list[Sequence]:
-        """The first of each flow and level, in the order of their turns as it is now."""
-        return [entry.head for entry in sorted(self._entries(), key=_key)]
+    def absent(self, since: float) -> list[Sequence]:
+        """The first of each flow and level whose adapters are not in memory, in the order of their
+        turns; before them those that wait since `since`, as if all levels were equal."""
+        found = [e for e in self._entries() if not e.head.resident]
+        old = sorted((e for e in found if e.head.submitted <= since), key=lambda e: e.key[1:])
+        return [entry.head for entry in (*old, *sorted(found, key=_key))]
 
     def aged(self, since: float) -> list[Sequence]:
-        """Those of the heads that wait since `since`, as if all levels were equal."""
+        """The first of each flow and level, of those that wait since `since`, in the order of their
+        turns as if all levels were equal."""
         old = (e for e in self._entries() if e.head.submitted <= since)
         return [entry.head for entry in sorted(old, key=lambda e: e.key[1:])]
 

@@ -9,22 +9,14 @@ from typing import TYPE_CHECKING
 
 from deltaserve.server.engine.batch import Batch, Scheduled, placement
 from deltaserve.server.engine.cost import CostModel, StepLoad
-from deltaserve.server.engine.fair_queue import FairQueue, Turns
+from deltaserve.server.engine.fair_queue import FairQueue
 from deltaserve.server.engine.kv_cache import BlockManager, OutOfBlocks
+from deltaserve.server.engine.order import Order
 from deltaserve.server.engine.room import claim, give_way, prompt_shares
 from deltaserve.server.engine.sequence import Sequence
 
 if TYPE_CHECKING:
     from deltaserve.server.engine.speculation import Speculator
-
-PATIENCE = 5.0
-"""Seconds after which priorities alone do not make a request wait any more."""
-FAIR_TURN = 4
-"""One admission in so many is by virtual time alone, for those who have waited so long."""
-TOP_LEVEL = 1 << 20
-"""Above every priority: the level of those admitted in such a turn."""
-ROOM_SECONDS = 1.0
-"""So long requests whose adapters are in memory may overtake one whose adapter finds no room."""
 
 
 class Scheduler:
@@ -48,8 +40,6 @@ class Scheduler:
     step should take while somebody decodes; prompts are cut shorter for it.
     begin: called before a sequence is admitted, to lay out its tokens; False if it cannot be.
     withdraw: undoes that for a combination which finds no room for all that it may need.
-    first: a waiting request that is not to be overtaken by any that keeps adapters in memory which
-    it does not use itself.
     """
 
     def __init__(
@@ -65,18 +55,16 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens
         self.max_sequences = max_sequences
         self.queue = FairQueue()
+        self.order = Order(self.queue)
         self.cost = cost or CostModel(0)
         self.inter_token_target = inter_token_target
         self.running: dict[Sequence, None] = {}
         self.preemptions = 0
-        self.first: Sequence | None = None
         self.speculator: Speculator | None = None
         self.begin: Callable[[Sequence], bool] = lambda sequence: True
         self.withdraw: Callable[[Sequence], None] = lambda sequence: None
         self._tickets = itertools.count()
         self._lag = 0.0
-        self._crowded = False  # what holds no adapters waits for one that waits for room
-        self._turn = 0  # admissions since one by age
 
     @property
     def waiting(self) -> list[Sequence]:
@@ -110,15 +98,6 @@ class Scheduler:
         sequence.ended = True
         self._give_back(sequence)
 
-    def wanting(self, now: float) -> list[Sequence]:
-        """Waiting requests whose adapters are not resident, one of each kind, in the order in which
-        they are to be loaded: those that have waited too long first."""
-        queue = self.queue
-        heads = [*queue.returning, *queue.aged(now - PATIENCE), *queue.heads()]
-        found = list(dict.fromkeys(s for s in heads if not s.resident))
-        self.first = found[0] if found and _crowded_out(found[0], now) else None
-        return found
-
     def schedule(self, now: float = 0.0) -> Batch:
         """The next step. now: seconds, as in `Sequence.submitted`."""
         batch = Batch()
@@ -130,13 +109,13 @@ class Scheduler:
             if sequence in self.running and sequence.decoding:
                 self._decode(sequence, batch)
         budget = self._prompt_budget(batch)
-        turns = self.queue.turns({s.label for s in self.running} if self.queue else ())
+        self.order.begin_step({s.label for s in self.running}, now)
         prompts = [s for s in ordered if s in self.running and not s.decoding]
-        for sequence, share in self._shares(prompts, turns, budget):
+        for sequence, share in self._shares(prompts, budget):
             if sequence in self.running:
                 least = 1 if sequence is ordered[0] else 0
                 budget -= self._chunk(sequence, max(share, least), batch)
-        budget = self._admit(budget, batch, turns, now)
+        budget = self._admit(budget, batch)
         if self.speculator is not None:
             self.speculator.extend(batch, budget)
         batch.decodes.sort(key=placement)
@@ -189,71 +168,35 @@ class Scheduler:
         within = self.cost.tokens_within(self.inter_token_target, load.adapter_bytes)
         return min(budget, max(within - len(batch.decodes), self.blocks.block_size))
 
-    def _shares(
-        self, prompts: list[Sequence], turns: Turns, budget: int
-    ) -> list[tuple[Sequence, int]]:
+    def _shares(self, prompts: list[Sequence], budget: int) -> list[tuple[Sequence, int]]:
         """The step's prompt tokens for each running prompt, as `prompt_shares`; the one whose turn
         to be admitted is next takes part if there is room for it."""
-        head = self._next(turns) if prompts and self._rows() < self.max_sequences else None
+        head = self.order.next() if prompts and self._rows() < self.max_sequences else None
         room = self.blocks.available * self.blocks.block_size
         if head is not None and head.prompt_tokens > room:
             head = None
         return prompt_shares(prompts, head, budget)
 
-    def _admit(self, budget: int, batch: Batch, turns: Turns, now: float) -> int:
+    def _admit(self, budget: int, batch: Batch) -> int:
         """-> what is left of the budget."""
-        self._crowded = False
+        order = self.order
         while budget > 0:
-            new = None if self._crowded else self._next(turns)
-            old = self._overdue(new, now)
-            sequence = old or self._returning(new) or new
+            new = order.next()
+            overdue = order.overdue(new)
+            sequence = overdue or order.returning(new) or new
             if sequence is None:
                 break
-            crowded, entered = self._crowded, self._enter(sequence, batch)
-            if entered and sequence is old:
-                sequence.level, self._turn = TOP_LEVEL, 0
-            elif not entered and new is not None and sequence is not new:
+            crowded, entered = order.crowded, self._enter(sequence, batch)
+            if not entered and new is not None and sequence is not new:
                 sequence, entered = new, self._enter(new, batch)  # it may drive others out
-            if self._crowded and not crowded:
+            if order.crowded and not crowded:
                 continue
             if entered:
-                self._turn += 1
+                order.entered(sequence, by_age=sequence is overdue)
                 budget -= self._chunk(sequence, budget, batch)
             elif sequence in self.queue:
                 break  # what comes after it must not overtake it for ever
         return budget
-
-    def _next(self, turns: Turns) -> Sequence | None:
-        """The next one that has never been admitted and can be."""
-        while (sequence := turns.peek()) is not None:
-            if sequence.resident and not sequence.early and not self._overtakes(sequence):
-                return sequence
-            turns.skip()
-        return None
-
-    def _returning(self, new: Sequence | None) -> Sequence | None:
-        """The first of the preempted ones, unless a new one is of a higher level."""
-        for back in self.queue.returning:
-            if back.resident and (back.admitted or not self._crowded):
-                return back if new is None or back.level >= new.level else None
-        return None
-
-    def _overdue(self, new: Sequence | None, now: float) -> Sequence | None:
-        """Who has waited too long while higher levels went before, once in `FAIR_TURN`."""
-        if new is None or self._turn < FAIR_TURN - 1:
-            return None
-        since = now - PATIENCE
-        back = (s for s in self.queue.returning if s.submitted <= since)
-        for sequence in [*back, *self.queue.aged(since)]:
-            if sequence.resident and not sequence.early and not self._overtakes(sequence):
-                return sequence if sequence.level < new.level else None
-        return None
-
-    def _overtakes(self, sequence: Sequence) -> bool:
-        first = self.first
-        if first is None or sequence.admitted or sequence is first:
-            return False
-        return any(not a.pinned and a not in first.held for a in sequence.held)
 
     def _enter(self, sequence: Sequence, batch: Batch) -> bool:
         """Admit it, if there is room or it has a right to what others hold. One that cannot begin
@@ -268,7 +211,7 @@ class Scheduler:
             return False
         if not self.blocks.claim(self._most(sequence)):
             self.withdraw(sequence)
-            self._crowded = True
+            self.order.crowded = True
             return False
         for member in members:
             member.adopt(self.blocks)
@@ -408,8 +351,3 @@ def _rows(sequence: Sequence) -> int:
 
 def _blocks(sequence: Sequence) -> int:
     return sum(len(m.blocks) for m in sequence.members)
-
-
-def _crowded_out(sequence: Sequence, now: float) -> bool:
-    """Others' adapters have left it no room for too long."""
-    return now - sequence.submitted >= ROOM_SECONDS and any(a.crowded for a in sequence.held)

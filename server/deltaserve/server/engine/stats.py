@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from deltaserve.server.engine.adapter_cache import AdapterCache
 from deltaserve.server.engine.plan import MemoryPlan
+from deltaserve.server.engine.scheduler import Scheduler
+from deltaserve.server.engine.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,3 +82,37 @@ class EngineInfo:
     memory: MemoryPlan
     eos_token_ids: tuple[int, ...] = ()
     formats: tuple[str, ...] = ()
+
+
+def engine_stats(
+    scheduler: Scheduler, adapters: AdapterCache, inbox: int, steps: int
+) -> EngineStats:
+    """As it is now; from any thread. inbox: requests that the scheduler does not know yet."""
+    s, blocks = scheduler, scheduler.blocks
+    running, waiting = list(s.running), list(s.waiting)
+    return EngineStats(
+        running=len(running),
+        waiting=len(waiting) + inbox,
+        virtual_lag=s.virtual_lag,
+        kv_blocks_total=blocks.total,
+        kv_blocks_used=blocks.used,
+        kv_block_size=blocks.block_size,
+        kv_blocks_idle=blocks.idle,
+        kv_blocks_there=blocks.there,
+        kv_bytes=blocks.memory.ledger.kv,
+        memory_budget=blocks.memory.ledger.budget,
+        adapter_bytes_host=adapters.used_bytes,
+        adapter_bytes_budget=adapters.budget,
+        running_adapters=_names(running),
+        waiting_adapters=_names(waiting),
+        prefix_hits=blocks.hit_tokens,
+        prefix_queries=blocks.query_tokens,
+        preemptions=s.preemptions,
+        steps=steps,
+        adapter_loads=adapters.loads,
+        adapter_evictions=adapters.evictions,
+    )
+
+
+def _names(sequences: list[Sequence]) -> tuple[str, ...]:
+    return tuple(sorted({a.name for s in sequences for a in s.held}))
