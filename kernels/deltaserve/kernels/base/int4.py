@@ -13,6 +13,7 @@ from deltaserve.kernels.base.linear import BaseLinear, compute_bias, tensor_byte
 from deltaserve.kernels.base.quantize import INT4_GROUP, check_group_size, dequantize
 from deltaserve.kernels.base.w8a8 import round_tokens
 from deltaserve.kernels.native import library
+from deltaserve.kernels.native.stack import KINDS, NativeLinear, pointer
 
 # Rows dequantized at a time where there are no native kernels: bounds the temporary to 2 MiB at
 # 2048 inputs.
@@ -80,6 +81,21 @@ class Int4Linear(BaseLinear):
         if failed:
             raise MemoryError("no memory for the inputs of an int4 linear")
         return y
+
+    def native(self) -> NativeLinear | None:
+        if library() is None:
+            return None
+        return NativeLinear(
+            KINDS["int4", self.activations],
+            self._scale.dtype == torch.bfloat16,
+            self.in_features,
+            self.out_features,
+            self.group_size,
+            pointer(self._words),
+            pointer(self._scale),
+            pointer(self._zero),
+            pointer(self.bias),
+        )
 
     def weight(self) -> Tensor:
         return self._rows(slice(None), self.out_features)

@@ -11,6 +11,7 @@ from torch import Tensor
 from deltaserve.kernels.base.linear import BaseLinear, compute_bias, tensor_bytes
 from deltaserve.kernels.base.w8a8 import W8A8
 from deltaserve.kernels.native import library
+from deltaserve.kernels.native.stack import KINDS, NativeLinear, pointer
 
 LANES = 16
 
@@ -61,6 +62,22 @@ class Int8Linear(BaseLinear):
         if self._blocked:
             return self._native(x.contiguous())
         return self._torch(x)
+
+    def native(self) -> NativeLinear | None:
+        held = self._q if self._w8a8 is None else self._w8a8.native()
+        if library() is None or held is None:
+            return None
+        return NativeLinear(
+            KINDS["int8", self.activations],
+            False,
+            self.in_features,
+            self.out_features,
+            0,
+            pointer(held),
+            pointer(self._scale),
+            None,
+            pointer(self.bias),
+        )
 
     def weight(self) -> Tensor:
         return self._canonical().float() * self._scale[:, None]

@@ -8,6 +8,8 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
+from deltaserve.kernels.native.stack import NativeLinear
+
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -31,6 +33,10 @@ class BaseLinear(ABC):
         """Gives a linear that has none a bias [out]."""
         self.bias = compute_bias(bias, self.out_features, self.dtype)
         self.nbytes += tensor_bytes(self.bias)
+
+    def native(self) -> NativeLinear | None:
+        """Itself as native code calls it, until its bias is set anew; None if that cannot be."""
+        return None
 
     @abstractmethod
     def weight(self) -> Tensor:

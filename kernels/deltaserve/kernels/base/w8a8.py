@@ -60,6 +60,10 @@ class W8A8:
             raise MemoryError("no memory for the inputs of an int8 linear")
         return y
 
+    def native(self) -> Tensor | None:
+        """The weights as native/w8a8.c reads them."""
+        return self._packed if self._native else None
+
     def weight(self) -> Tensor:
         """q [out, in] again, bit for bit."""
         if self._native:

@@ -53,6 +53,12 @@ SIGNATURES = {
         POINTER,
         INT,
     ),
+    # x, kind, tokens, layers, count, cosine, sine, turned, cells, tables, width, block size,
+    # lengths, threads
+    "ds_layers": (
+        *(POINTER, INT, LONG, POINTER, INT, POINTER, POINTER, LONG),
+        *(POINTER, POINTER, LONG, LONG, POINTER, INT),
+    ),
     "ds_lowrank": DELTAS,
     "ds_bit": DELTAS,
     "ds_csr": DELTAS,

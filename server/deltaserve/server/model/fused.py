@@ -14,19 +14,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deltaserve.kernels.layer import add_norm, rotate_write, silu_mul
 from deltaserve.kernels.native import library
 from deltaserve.server.model.adapted import Modules
-from deltaserve.server.model.attention import How, attend
 from deltaserve.server.model.context import AttentionStep, ForwardContext, KVStore, PrefillChunk
-from deltaserve.server.model.linear import LinearGroup
-from deltaserve.server.model.norm import DeltaNorm
+from deltaserve.server.model.fused_layer import FusedLayer
 from deltaserve.server.model.probe import ArchReport, LayerAttention
+from deltaserve.server.model.stack import FusedStack, StackedLayer
 
 logger = logging.getLogger(__name__)
 
@@ -34,55 +33,6 @@ MAGNITUDES = (0.03, 1.0, 20.0)
 TOKENS = 5
 # Of what the layer adds, in the 2-norm. bfloat16 rounds once here and several times there.
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
-
-
-class FusedLayer:
-    """norms: before attention, before the MLP. linears: q k v, o, gate up, down."""
-
-    def __init__(
-        self,
-        ctx: ForwardContext,
-        attention: LayerAttention,
-        norms: tuple[DeltaNorm, DeltaNorm],
-        linears: tuple[LinearGroup, LinearGroup, LinearGroup, LinearGroup],
-    ) -> None:
-        self.ctx = ctx
-        self.layer_idx = attention.layer_idx
-        self.heads, self.kv_heads = attention.q_heads, attention.kv_heads
-        self.dim = attention.key_dim
-        self.how = How(attention.scale, attention.window, attention.softcap, None)
-        self.first, self.second = norms
-        self.qkv, self.o, self.up, self.down = linears
-
-    def __call__(
-        self,
-        x: Tensor,
-        *_: Any,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **__: Any,
-    ) -> Tensor:
-        """x: [1, T, hidden] -> the same; arguments as the modeling code gives them to the layer."""
-        assert position_embeddings is not None
-        mixed = self.o(self._attend(self.qkv(self.first(x)), *position_embeddings))
-        residual = x.view(mixed.shape)
-        if self.second.slots:
-            mixed.add_(residual)
-            normed = self.second(mixed.unsqueeze(0))
-        else:
-            normed = add_norm(mixed, residual, self.second.gain, self.second.eps)
-        return self.down(silu_mul(self.up(normed))).add_(mixed).view(x.shape)
-
-    def _attend(self, qkv: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        """[T, q k v] -> [T, heads * dim]."""
-        ctx, heads, kv_heads = self.ctx, self.heads, self.kv_heads
-        step, kv, layer = ctx.attention, ctx.kv, self.layer_idx
-        assert step is not None and kv is not None
-        keys, values = kv.keys[layer], kv.values[layer]
-        cosine, sine = cosine[0], sine[0]
-        rotate_write(qkv, heads, cosine, sine, keys, values, step.cells)
-        parts = qkv.view(1, len(qkv), -1, self.dim).transpose(1, 2)
-        query, key, value = parts.split_with_sizes([heads, kv_heads, kv_heads], 1)
-        return attend(query, key, value, ctx, layer, self.how).view(len(qkv), -1)
 
 
 def fuse(
@@ -107,6 +57,11 @@ def fuse(
     if provers:
         _run_once(model, report, modules, ctx, dtype)
     fused = sum(p.settle() for p in provers)
+    if fused == len(report.attention) and _one_after_another(provers):
+        stack = FusedStack.of(ctx, [p.fused for p in provers])
+        if stack is not None:
+            for i, prover in enumerate(provers):
+                prover.layer.forward = StackedLayer(stack, i)
     logger.info("%d of %d layers are run fused", fused, len(report.attention))
     return fused
 
@@ -144,6 +99,14 @@ def _of(
     return FusedLayer(ctx, attention, (norms[0], norms[1]), tuple(groups))  # type: ignore[arg-type]
 
 
+def _one_after_another(provers: list[_Prover]) -> bool:
+    """Whether each layer was given what the one before it returned, and all the same rotation."""
+    first = provers[0]
+    return all(p.rotation is first.rotation for p in provers) and all(
+        b.given is a.returned for a, b in pairwise(provers)
+    )
+
+
 class _Prover:
     """Stands for a layer's forward while the model runs once, and runs it both ways."""
 
@@ -152,15 +115,18 @@ class _Prover:
         self.original = layer.forward
         self.same: bool | None = None
         self.given: Tensor | None = None
+        self.returned: Tensor | None = None
+        self.rotation: Any = None
         layer.forward = self.forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(x.shape, generator=generator)
-        self.given = x
+        self.given, self.rotation = x, kwargs.get("position_embeddings")
         inputs = [x, *((noise * m).to(self.dtype) for m in MAGNITUDES)]
         self.same = all(self._same(i, args, kwargs) for i in inputs)
         found: Tensor = self.original(x, *args, **kwargs)
+        self.returned = found
         return found
 
     def _same(self, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
