@@ -199,11 +199,14 @@ class AdapterCache:
             self._wake()
 
     def close(self) -> None:
-        """Take no more loads; fail the loads and unloads that are not done."""
+        """Take no more loads; fail the loads and unloads that are not done. No request runs any
+        more: the adapters leave the model, which another engine may use next."""
         with self._lock:
             self._registry.closed = True
         self._loader.close()
         self._registry.close()
+        with self._lock:
+            self._residents.clear()
 
     # On the engine thread:
 
