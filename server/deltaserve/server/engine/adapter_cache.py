@@ -147,9 +147,13 @@ class AdapterCache:
             return self._registry.find(name).info()
 
     def list(self) -> Infos:
-        """All registered adapters, by name."""
-        with self._lock:
-            return [r.info() for r in self._registry.all()]
+        """All registered adapters, by name. The lock is taken for each of them alone: they may be
+        thousands, and a step waits for it."""
+        found = []
+        for residency in self._registry.all():
+            with self._lock:
+                found.append(residency.info())
+        return found
 
     def pin(self, name: str, pinned: bool) -> AdapterInfo:
         """A pinned adapter is never evicted."""
