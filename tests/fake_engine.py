@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from deltaserve.adapters import errors as adapter_errors
 from deltaserve.adapters.options import DEFAULT, LoadOptions
+from deltaserve.server.engine.chat import Chat
 from deltaserve.server.engine.core import (
     AdapterInfo,
     AdapterState,
@@ -63,11 +64,16 @@ PLAN = MemoryPlan(
 )
 
 
+class NoGrammars:
+    def close(self) -> None: ...
+
+
 class FakeText:
     """Bytes shifted by 3; "ab" is one token; begins with BOS."""
 
     vocab_size = VOCAB
     backend = None
+    trusted = True
     has_chat_template = True
 
     def encode(self, text: str) -> list[int]:
@@ -79,11 +85,12 @@ class FakeText:
             i += 2 if pair else 1
         return out
 
-    def chat(
-        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True
-    ) -> list[int]:
-        text = "".join(f"<{m['role']}>{m['content']}" for m in messages)
-        return self.encode(text + "<assistant>" * add_generation_prompt)
+    def grammars(self, vocabulary: int, eos: tuple[int, ...]) -> NoGrammars:
+        return NoGrammars()
+
+    def chat(self, chat: Chat) -> list[int]:
+        text = "".join(f"<{m['role']}>{m['content']}" for m in chat.messages)
+        return self.encode(text + "<assistant>" * chat.add_generation_prompt)
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
         parts = {BOS: b"" if skip_special_tokens else b"<s>", AB: b"ab", 0: b""}
@@ -138,6 +145,12 @@ class FakeAdapters:
         with self._lock:
             self._put(replace(self._infos[name], state=AdapterState.READY, resident_bytes=1000))
         future.set_result(self._infos[name])
+
+    def own_text(self, called: str) -> Future[None]:
+        done: Future[None] = Future()
+        self.get(called.partition("@")[0])
+        done.set_result(None)
+        return done
 
     def unload(self, name: str) -> Future[int]:
         future: Future[int] = Future()

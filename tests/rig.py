@@ -47,7 +47,7 @@ def running(
         model,
         EngineConfig(**given),  # type: ignore[arg-type]
         AdapterConfig(roots=tuple(roots), bytes=adapter_bytes, **(adapters or {})),
-        tokenizer=Text(model.folder).backend if text else None,
+        text=Text(model.folder) if text else None,
     )
     engine.start()
     try:

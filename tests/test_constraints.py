@@ -18,8 +18,9 @@ from tokenizers import Tokenizer
 
 from deltaserve.clients import errors
 from deltaserve.server.engine.collector import generate
-from deltaserve.server.engine.constraint import Constraint, Grammars
+from deltaserve.server.engine.constraint import Constraint
 from deltaserve.server.engine.core import Request
+from deltaserve.server.engine.matcher import Grammars
 from deltaserve.server.errors import InvalidRequest
 
 ZOO = Path(__file__).parents[1] / "demo" / "zoo"

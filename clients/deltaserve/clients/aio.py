@@ -163,19 +163,24 @@ class AsyncClient:
         with _typed():
             await self._generation.SetWeights(request, timeout=timeout or self._timeout)
 
-    async def tokenize(self, prompt: Prompt, *, timeout: float | None = None) -> list[int]:
-        """The token ids that `generate` would see, special tokens included."""
+    async def tokenize(
+        self, prompt: Prompt, model: str = "", *, timeout: float | None = None
+    ) -> list[int]:
+        """The token ids that `generate` would see, special tokens included. model: an adapter,
+        which may bring its own tokenizer."""
         with _typed():
             response = await self._generation.Tokenize(
-                requests.tokenize(prompt), timeout=timeout or self._timeout
+                requests.tokenize(prompt, model), timeout=timeout or self._timeout
             )
         return list(response.token_ids)
 
-    async def detokenize(self, token_ids: Sequence[int], *, timeout: float | None = None) -> str:
+    async def detokenize(
+        self, token_ids: Sequence[int], model: str = "", *, timeout: float | None = None
+    ) -> str:
         """The text of token ids, special tokens included."""
         with _typed():
             response = await self._generation.Detokenize(
-                requests.detokenize(token_ids), timeout=timeout or self._timeout
+                requests.detokenize(token_ids, model), timeout=timeout or self._timeout
             )
         return response.text
 

@@ -176,6 +176,7 @@ def adapter(m: adapter_pb2.Adapter) -> types.Adapter:
         notes=tuple(m.notes),
         parent=m.parent,
         patch=m.patch,
+        own_tokenizer=m.own_tokenizer,
     )
 
 

@@ -13,9 +13,10 @@ from deltaserve.clients.errors import InvalidArgument
 from deltaserve.v1 import adapter_pb2
 from deltaserve.v1 import generation_pb2 as pb
 
-Message: TypeAlias = Mapping[str, str]
+Message: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
-"""Text, token ids, or a conversation of ``{"role": ..., "content": ...}``."""
+"""Text, token ids, or a conversation of ``{"role": ..., "content": ...}``, with ``name``,
+``tool_calls`` (a list of mappings) and ``tool_call_id`` where the model's template reads them."""
 
 
 class Weighted(TypedDict, total=False):
@@ -71,9 +72,9 @@ class Speculation(TypedDict, total=False):
 
 class Options(TypedDict, total=False):
     """What else a generation takes; `generation.proto` explains each field. stop: one or several
-    texts that end it. json_schema (as text or as what `json` makes of it), json_object, regex,
-    grammar (Lark), choice: what the text must be; one of them. timeout: seconds until
-    DeadlineExceeded."""
+    texts that end it. tools, template_variables: for the chat template of a conversation.
+    json_schema (as text or as what `json` makes of it), json_object, regex, grammar (Lark), choice:
+    what the text must be; one of them. timeout: seconds until DeadlineExceeded."""
 
     top_p: float
     top_k: int
@@ -84,6 +85,8 @@ class Options(TypedDict, total=False):
     eos_ramp: float
     seed: int
     logit_bias: Mapping[int, float]
+    tools: Sequence[Mapping[str, Any]]
+    template_variables: Mapping[str, Any]
     json_schema: str | Mapping[str, Any] | bool
     json_object: bool
     regex: str
@@ -164,13 +167,19 @@ def put_prompt(request: Prompted, prompt: Prompt | None) -> Prompted:
     if items and isinstance(items[0], Mapping):
         request.chat.SetInParent()
         for turn in items:
-            request.chat.messages.add(**turn)  # type: ignore[arg-type]
+            request.chat.messages.add(**_message(turn))  # type: ignore[arg-type]
     elif isinstance(request, pb.TokenizeRequest):
         raise TypeError("prompt: token ids are tokens already; give text or a conversation")
     else:
         request.token_ids.SetInParent()
         request.token_ids.ids.extend(items)  # type: ignore[arg-type]
     return request
+
+
+def _message(turn: Message) -> dict[str, Any]:
+    given = dict(turn)
+    calls = given.pop("tool_calls", None)
+    return given if calls is None else {**given, "tool_calls_json": json.dumps(calls)}
 
 
 def weighted(adapters: Adapters | None) -> list[pb.WeightedAdapter]:
@@ -296,6 +305,13 @@ def generate(
         for name in _PLAIN:
             if given.get(name) is not None:
                 setattr(request, name, given[name])
+        for name in ("tools", "template_variables"):
+            if given.get(name) is None:
+                continue
+            if request.WhichOneof("prompt") != "chat":
+                raise TypeError(f"{name}: give it with a conversation")
+            field = "tools_json" if name == "tools" else "variables_json"
+            setattr(request.chat, field, json.dumps(given[name]))
         _constrain(request, given)
         if options.get("speculation") is not None:
             request.speculation.CopyFrom(_speculation(options["speculation"]))
@@ -360,13 +376,13 @@ def set_weights(request_id: str, weights: Sequence[float]) -> pb.SetWeightsReque
         return pb.SetWeightsRequest(request_id=request_id, weights=weights)
 
 
-def tokenize(prompt: Prompt) -> pb.TokenizeRequest:
+def tokenize(prompt: Prompt, model: str) -> pb.TokenizeRequest:
     """A TokenizeRequest."""
     with _refused("tokenize"):
-        return put_prompt(pb.TokenizeRequest(), prompt)
+        return put_prompt(pb.TokenizeRequest(model=model), prompt)
 
 
-def detokenize(token_ids: Sequence[int]) -> pb.DetokenizeRequest:
+def detokenize(token_ids: Sequence[int], model: str) -> pb.DetokenizeRequest:
     """A DetokenizeRequest."""
     with _refused("detokenize"):
-        return pb.DetokenizeRequest(token_ids=token_ids)
+        return pb.DetokenizeRequest(token_ids=token_ids, model=model)

@@ -161,7 +161,8 @@ class ContinuationScore:
 class Adapter:
     """A variant of the base that the server knows. state: ``registered``, ``loading``, ``ready``,
     ``unloading``, ``failed`` or ``unloaded``. tier: ``none``, ``disk``, ``host`` or ``device``.
-    parent: the adapter that its files are relative to. patch: it is part of every request. Times
+    parent: the adapter that its files are relative to. patch: it is part of every request.
+    own_tokenizer: it brings a tokenizer or chat template, which requests that name it use. Times
     are 0 for never."""
 
     name: str
@@ -183,6 +184,7 @@ class Adapter:
     notes: tuple[str, ...] = ()
     parent: str = ""
     patch: bool = False
+    own_tokenizer: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,7 +144,7 @@ class PinAdapterResponse(_message.Message):
     def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ...) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "digest", "uri", "state", "tier", "format", "primitives", "resident_bytes", "source_bytes", "pinned", "in_flight", "loads", "last_used_time", "loaded_time", "load_duration", "error", "notes", "parent", "patch")
+    __slots__ = ("name", "digest", "uri", "state", "tier", "format", "primitives", "resident_bytes", "source_bytes", "pinned", "in_flight", "loads", "last_used_time", "loaded_time", "load_duration", "error", "notes", "parent", "patch", "own_tokenizer")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     URI_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +164,7 @@ class Adapter(_message.Message):
     NOTES_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
     PATCH_FIELD_NUMBER: _ClassVar[int]
+    OWN_TOKENIZER_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     uri: str
@@ -183,4 +184,5 @@ class Adapter(_message.Message):
     notes: _containers.RepeatedScalarFieldContainer[str]
     parent: str
     patch: bool
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., uri: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., tier: _Optional[_Union[AdapterTier, str]] = ..., format: _Optional[str] = ..., primitives: _Optional[_Iterable[str]] = ..., resident_bytes: _Optional[int] = ..., source_bytes: _Optional[int] = ..., pinned: _Optional[bool] = ..., in_flight: _Optional[int] = ..., loads: _Optional[int] = ..., last_used_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., loaded_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., error: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ..., parent: _Optional[str] = ..., patch: _Optional[bool] = ...) -> None: ...
+    own_tokenizer: bool
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., uri: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., tier: _Optional[_Union[AdapterTier, str]] = ..., format: _Optional[str] = ..., primitives: _Optional[_Iterable[str]] = ..., resident_bytes: _Optional[int] = ..., source_bytes: _Optional[int] = ..., pinned: _Optional[bool] = ..., in_flight: _Optional[int] = ..., loads: _Optional[int] = ..., last_used_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., loaded_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., error: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ..., parent: _Optional[str] = ..., patch: _Optional[bool] = ..., own_tokenizer: _Optional[bool] = ...) -> None: ...

@@ -49,9 +49,8 @@ def run(config: Config) -> int:
     engine.start()
     try:
         _preload(engine, config)
-        if config.adapters.registered:
-            with Bar() as bar:
-                register(engine, config.adapters.registered, bar)
+        with Bar() as bar:
+            register(engine, config.adapters.registered, bar)
         _expose(metrics, engine, config)
         with settled():
             return _run_loop(_serve(engine, text, config, metrics))

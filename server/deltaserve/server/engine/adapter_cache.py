@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.options import DEFAULT, LoadOptions
@@ -34,6 +35,10 @@ from deltaserve.server.errors import (
     InvalidRequest,
     ShuttingDown,
 )
+
+if TYPE_CHECKING:
+    from deltaserve.server.engine.own_text import OwnTexts
+    from deltaserve.server.engine.text import Text
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +68,22 @@ class AdapterCache:
         self._loader = Loader(self._registry, make, wake, loaders)
 
     # From any thread:
+
+    def read_texts(self, texts: OwnTexts) -> None:
+        """Read the tokenizers that adapters bring, from the first load on."""
+        self._loader.texts = texts
+
+    def own_text(self, called: str) -> Future[Text | None]:
+        """The tokenizer that a registered adapter brings, if it does: known once it was loaded or
+        checked for the first time. called: as in `acquire`."""
+        with self._lock:
+            residency = self._registry.resolve(called)
+            done: Future[Text | None] = self._registry.promise()
+            if residency.text_read or self._loader.texts is None:
+                done.set_result(residency.own_text)
+            else:
+                self._loader.text(residency, done)
+        return done
 
     @property
     def budget(self) -> int:
@@ -147,13 +168,9 @@ class AdapterCache:
             return self._registry.find(name).info()
 
     def list(self) -> Infos:
-        """All registered adapters, by name. The lock is taken for each of them alone: they may be
-        thousands, and a step waits for it."""
-        found = []
-        for residency in self._registry.all():
-            with self._lock:
-                found.append(residency.info())
-        return found
+        """All registered adapters, by name."""
+        with self._lock:
+            return [r.info() for r in self._registry.all()]
 
     def pin(self, name: str, pinned: bool) -> AdapterInfo:
         """A pinned adapter is never evicted."""
@@ -203,14 +220,11 @@ class AdapterCache:
             self._wake()
 
     def close(self) -> None:
-        """Take no more loads; fail the loads and unloads that are not done. No request runs any
-        more: the adapters leave the model, which another engine may use next."""
+        """Take no more loads; fail the loads and unloads that are not done."""
         with self._lock:
             self._registry.closed = True
         self._loader.close()
         self._registry.close()
-        with self._lock:
-            self._residents.clear()
 
     # On the engine thread:
 
@@ -414,6 +428,7 @@ class AdapterCache:
     def _finish_unload(self, residency: Residency) -> None:
         freed = self._residents.take_out(residency) if residency.ready else 0
         self._leaving.remove(residency)
+        residency.own_text = None
         self._registry.forget(residency.name)
         self._observer.on_adapter_unloaded(residency.name)
         self._registry.change(residency, AdapterState.UNLOADED)

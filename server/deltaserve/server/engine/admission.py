@@ -53,6 +53,13 @@ class Admission:
         held = self._adapters.acquire(found)
         try:
             self._check_mix(held, found)
+            for residency in held:
+                if residency.own_text is not None:
+                    raise InvalidRequest(
+                        f"adapters: {residency.name!r} brings a tokenizer or chat template of its "
+                        "own, which cannot be part of every request",
+                        field="adapters",
+                    )
         finally:
             self._adapters.release(held, running=False)
         self._patches = found

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Literal, cast
 
 import psutil
 import torch
-from tokenizers import Tokenizer
 
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.formats.detect import NAMES
@@ -32,6 +32,7 @@ from deltaserve.server.engine.loader_process import LoaderProcesses
 from deltaserve.server.engine.make import Make, MakeHere
 from deltaserve.server.engine.memory import Ledger
 from deltaserve.server.engine.observer import NullObserver, Observer
+from deltaserve.server.engine.own_text import OwnTexts
 from deltaserve.server.engine.plan import Base, plan_memory
 from deltaserve.server.engine.runner import ModelRunner
 from deltaserve.server.engine.scheduler import Scheduler
@@ -73,7 +74,7 @@ def build_engine(
         config.engine,
         config.adapters,
         observer=observer,
-        tokenizer=text.backend,
+        text=text,
         device=m.device,
     )
     return engine, text
@@ -85,10 +86,10 @@ def make_engine(
     adapters: AdapterConfig,
     *,
     observer: Observer | None = None,
-    tokenizer: Tokenizer | None = None,
+    text: Text | None = None,
     device: str = "cpu",
 ) -> Engine:
-    """An engine over a loaded base, not started yet."""
+    """An engine over a loaded base, not started yet. text: None gives outputs without text."""
     observer = observer if observer is not None else NullObserver()
     if config.max_length is not None:
         model.max_length = min(model.max_length, config.max_length)
@@ -107,6 +108,8 @@ def make_engine(
         observer=observer,
         loaders=adapters.loaders,
     )
+    if text is not None:
+        cache.read_texts(OwnTexts(text, locator(adapters, plan.adapter_most), model.vocab_size))
     spec = model.spec
     info = EngineInfo(
         base=spec.name,
@@ -139,7 +142,7 @@ def make_engine(
             cache,
             observer,
             info,
-            tokenizer=tokenizer,
+            tokenizer=text.backend if text is not None else None,
             backlog=Backlog(config.max_queue, config.max_queue_per_flow),
             max_wait=config.max_wait,
         )
@@ -174,26 +177,31 @@ def _make(config: AdapterConfig, model: BaseModel, budget: int) -> Make:
             folder, config.cache_bytes, model.spec, any_base=config.allow_base_mismatch
         )
     here = MakeHere(reader(config, model, budget, cache), model, cache)
-    return (
-        LoaderProcesses(here, config.loader_cores, config.loader_nice)
-        if config.loader_processes
-        else here
-    )
+    return LoaderProcesses(here, config.loader_cores) if config.loader_processes else here
 
 
-def reader(
-    config: AdapterConfig, model: BaseModel, budget: int, cache: LoweredCache | None = None
-) -> Callable[[str, LoadOptions, Adapter | None], Adapter]:
-    """uri, options, parent -> Adapter lowered for this base; only from the folders given as roots
-    and the paths given by name on the command line. budget: bytes for all adapters; files far
-    beyond it are refused unread."""
+def locator(config: AdapterConfig, budget: int) -> Callable[[str], Path]:
+    """uri -> where it is; only in the folders given as roots and at the paths given by name on the
+    command line. budget: bytes for all adapters; files far beyond it are refused unread."""
     named = {str(path): path for _, path in config.preload}
     named |= {str(patch.path): patch.path for patch in config.patches}
     named |= {str(path): path for _, path in config.registered}
     most = 4 * budget + FOLDER_EXTRAS
 
+    def locate(uri: str) -> Path:
+        return named[uri] if uri in named else resolve(uri, config.roots, max_bytes=most)
+
+    return locate
+
+
+def reader(
+    config: AdapterConfig, model: BaseModel, budget: int, cache: LoweredCache | None = None
+) -> Callable[[str, LoadOptions, Adapter | None], Adapter]:
+    """uri, options, parent -> Adapter lowered for this base."""
+    locate = locator(config, budget)
+
     def read(uri: str, options: LoadOptions, parent: Adapter | None) -> Adapter:
-        path = named[uri] if uri in named else resolve(uri, config.roots, max_bytes=most)
+        path = locate(uri)
         if config.allow_base_mismatch:
             options = replace(options, allow_base_mismatch=True)
         if parent is not None:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Protocol
 from deltaserve.server.errors import RequestError
 
 if TYPE_CHECKING:
-    from deltaserve.server.engine.constraint import Matcher
+    from tokenizers import Tokenizer
+
+    from deltaserve.server.engine.matcher import Matcher
 
 
 class FinishReason(StrEnum):
@@ -116,7 +118,7 @@ class Request:
     this request alone. sibling: id of a request with the same prompt, adapters and salt, submitted
     before: this one waits until that one's prompt is computed, and takes up its blocks. tenant:
     on whose behalf; tenants share the machine equally. max_wait: most seconds until the first
-    token."""
+    token. tokenizer: of its adapters, in place of the engine's."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -131,6 +133,7 @@ class Request:
     sibling: str = ""
     tenant: str = ""
     max_wait: float | None = None
+    tokenizer: Tokenizer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,3 +268,4 @@ class AdapterInfo:
     notes: tuple[str, ...] = ()
     parent: str = ""  # name of the adapter that it is relative to
     patch: bool = False  # it is part of every request
+    own_tokenizer: bool = False  # or chat template

@@ -88,7 +88,7 @@ def make_sequence(
         else:
             generator.manual_seed(p.seed)
     detokenizer = Detokenizer(
-        tokenizer,
+        request.tokenizer or tokenizer,
         each[0].prompt_ids,
         p.stop,
         skip_special_tokens=p.skip_special_tokens,

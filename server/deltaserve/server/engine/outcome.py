@@ -10,7 +10,6 @@ from collections.abc import Callable
 from torch import Tensor
 
 from deltaserve.server.engine.batch import Batch, Scheduled
-from deltaserve.server.engine.constraint import Failed
 from deltaserve.server.engine.core import (
     FinishReason,
     Outbox,
@@ -21,6 +20,7 @@ from deltaserve.server.engine.core import (
     Usage,
 )
 from deltaserve.server.engine.group import gather
+from deltaserve.server.engine.matcher import Failed
 from deltaserve.server.engine.observer import Observer
 from deltaserve.server.engine.runner import LogitRow
 from deltaserve.server.engine.sampler import Choice, Row, logprob_of, sample

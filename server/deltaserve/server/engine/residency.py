@@ -7,7 +7,7 @@ import time
 from collections.abc import Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.options import DEFAULT, LoadOptions
@@ -15,6 +15,9 @@ from deltaserve.kernels.primitives import Prefix
 from deltaserve.server.engine.core import AdapterInfo, AdapterState, Tier
 from deltaserve.server.engine.masks import Chosen
 from deltaserve.server.engine.shares import Memory
+
+if TYPE_CHECKING:
+    from deltaserve.server.engine.text import Text
 
 
 @dataclass(slots=True)
@@ -72,6 +75,8 @@ class Residency:
     notes: tuple[str, ...] = ()
     source_bytes: int = 0
     loading: bool = False
+    own_text: Text | None = None  # the tokenizer that it brings
+    text_read: bool = False  # what it brings is known
     cached: bool = False  # lowered, on disk, as far as is known
     crowded_since: float = 0.0  # `time.monotonic()`; 0 while there is room for it
     waiting_for_load: Futures = field(default_factory=list)
@@ -128,6 +133,7 @@ class Residency:
             notes=self.notes,
             parent=self.options.parent,
             patch=self.patch,
+            own_tokenizer=self.own_text is not None,
         )
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltaserve.server.engine.constraint import Failed, Matcher
 from deltaserve.server.engine.core import SamplingParams, TokenDisagreement, TokenLogprob
+from deltaserve.server.engine.matcher import Failed, Matcher
 
 
 @dataclass(slots=True)

@@ -1,22 +1,47 @@
-"""Text: the base model's tokenizer, as the server uses it."""
+"""Text: a tokenizer and its chat template, as the server uses them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from deltaserve.server.engine.chat import Chat
+from deltaserve.server.engine.matcher import Grammars
 from deltaserve.server.errors import InvalidRequest
+
+RESERVED = (
+    inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys()
+    | inspect.signature(render_jinja_template).parameters.keys()
+    | {"messages"}
+) - {"documents"}
+"""Names that no variable of a template may have: they are parameters of transformers."""
+
+Render: TypeAlias = Callable[[str, Chat, Mapping[str, Any], int], str]
+"""template, conversation, variables, most characters -> text."""
+
+MOST_CHARACTERS = 1 << 26
 
 
 class Text:
-    """Encoding, chat templates, decoding. Safe to call from any thread."""
+    """Encoding, chat templates, decoding. Safe to call from any thread.
 
-    def __init__(self, path: str | Path) -> None:
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    folder: with the tokenizer's files. render: renders templates that are not to be trusted; None
+    renders here, in transformers' sandbox.
+    """
+
+    def __init__(self, folder: str | Path, render: Render | None = None) -> None:
+        self.folder = Path(folder)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self._render = render
         self.backend: Tokenizer | None = getattr(self._tokenizer, "backend_tokenizer", None)
         self.vocab_size = len(self._tokenizer)
         self.eos_token_id: int | None = self._tokenizer.eos_token_id
@@ -25,30 +50,73 @@ class Text:
     def has_chat_template(self) -> bool:
         return self._tokenizer.chat_template is not None
 
+    @property
+    def trusted(self) -> bool:
+        """It is the base's, not one that an adapter brings."""
+        return self._render is None
+
+    @cached_property
+    def description(self) -> str:
+        """Digest of what it does: equal for tokenizers that do the same. What training sets in a
+        tokenizer's files changes nothing here: padding, truncation."""
+        whole = json.loads(self.backend.to_str()) if self.backend is not None else {}
+        whole["padding"] = whole["truncation"] = None
+        special = {k: str(v) for k, v in self._tokenizer.special_tokens_map.items()}
+        special.pop("pad_token", None)
+        told = [whole, self._tokenizer.chat_template, sorted(special.items())]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+    def take_template(self, other: Text) -> None:
+        """Use the other's chat template."""
+        self._tokenizer.chat_template = other._tokenizer.chat_template
+
     def encode(self, text: str) -> list[int]:
         """Token ids, with the special tokens that the tokenizer adds by itself."""
         ids: list[int] = self._tokenizer(text).input_ids
         return ids
 
-    def chat(
-        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
-    ) -> list[int]:
-        """Token ids of a conversation ({"role", "content"} each) by the model's chat template."""
+    def grammars(self, vocabulary: int, eos: Iterable[int]) -> Grammars:
+        """What compiles constraints for it. vocabulary, eos: of the model. Slow."""
+        return Grammars(self.backend, vocabulary, eos)
+
+    def chat(self, chat: Chat) -> list[int]:
+        """Token ids of a conversation by the chat template."""
+        for name in chat.variables:
+            if not name.isidentifier() or name in RESERVED or name.startswith("_"):
+                raise InvalidRequest(
+                    f"variables_json: {name[:64]!r} is not possible; it must be the name of one of "
+                    "the template's own variables",
+                    field="variables_json",
+                )
         if self._tokenizer.chat_template is None:
             raise InvalidRequest(
                 "messages: this model has no chat template; send prompt text or token ids",
                 field="messages",
             )
         try:
-            ids: list[int] = self._tokenizer.apply_chat_template(
-                list(messages),
-                add_generation_prompt=add_generation_prompt,
-                tokenize=True,
-                return_dict=False,
-            )
+            rendered = self._rendered(chat)
+            ids: list[int] = self._tokenizer(rendered, add_special_tokens=False).input_ids
+        except InvalidRequest:
+            raise
         except Exception as error:  # a template may raise anything; it is the client's messages
-            raise InvalidRequest(f"messages: the chat template refuses them: {error}") from error
+            raise InvalidRequest(
+                f"messages: the chat template refuses them: {error}", field="messages"
+            ) from error
         return ids
+
+    def _rendered(self, chat: Chat) -> str:
+        if self._render is None:
+            text: str = self._tokenizer.apply_chat_template(
+                list(chat.messages),
+                tools=chat.tools,
+                add_generation_prompt=chat.add_generation_prompt,
+                tokenize=False,
+                **chat.variables,
+            )
+            return text
+        template: str = self._tokenizer.get_chat_template(None, chat.tools)
+        variables = {**self._tokenizer.special_tokens_map, **chat.variables}
+        return self._render(template, chat, variables, MOST_CHARACTERS)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)

@@ -184,6 +184,7 @@ def adapter(info: AdapterInfo) -> adapter_pb2.Adapter:
         notes=info.notes,
         parent=info.parent,
         patch=info.patch,
+        own_tokenizer=info.own_tokenizer,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NoReturn, TypeAlias, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from google.protobuf.message import Message
 
@@ -26,7 +26,6 @@ MAX_CHOICES = 64
 MAX_CONTINUATIONS = 256
 MAX_PRIORITY = 1000
 MAX_LABEL = 256
-MAX_MESSAGES = 4096
 MAX_STOPS = 64
 MAX_STOP_TOKENS = 1024
 MAX_LOGIT_BIAS = 16384
@@ -43,6 +42,7 @@ _PATHS = {
     "stop_token_ids": "stop.token_ids",
     "bad_tokens": "sampling.bad_token_sequences",
     "messages": "chat.messages",
+    "variables_json": "chat.variables_json",
     **{name: f"speculation.{name}" for name in pb.Speculation.DESCRIPTOR.fields_by_name},
 }
 """The engine's names of fields -> paths in the request."""
@@ -168,6 +168,13 @@ def max_wait(request: Asked) -> float | None:
     return request.max_wait_seconds if request.HasField("max_wait_seconds") else None
 
 
+def named(request: Asked, base: str) -> list[str]:
+    """What the request calls its adapters, those of a combination's members as well."""
+    of: list[Any] = [request, *request.combination.members]
+    names = [name for m in of for name in (m.model, *(a.name for a in m.adapters))]
+    return [name for name in names if name and name != base]
+
+
 def check_labels(request: Asked) -> None:
     """The fields that are only passed on."""
     for name in ("user", "cache_salt", "request_id"):
@@ -183,20 +190,6 @@ def prompt_text(text: str, field: str = "text") -> str:
     if "\0" in text:
         refuse(field, f"NUL at character {text.index(chr(0))}", "text without NUL")
     return text
-
-
-def messages(chat: pb.ChatPrompt) -> list[dict[str, str]]:
-    """The turns of a conversation."""
-    if not 1 <= len(chat.messages) <= MAX_MESSAGES:
-        refuse("chat.messages", f"{len(chat.messages)} messages", f"1 to {MAX_MESSAGES}")
-    found = []
-    for turn in chat.messages:
-        if not turn.role:
-            refuse("chat.messages.role", "''", "a role, e.g. 'user'")
-        _text("chat.messages.role", turn.role, MAX_LABEL)
-        content = turn.content and prompt_text(turn.content, "chat.messages.content")
-        found.append({"role": turn.role, "content": content})
-    return found
 
 
 def continuations(request: pb.ScoreRequest) -> Sequence[pb.Continuation]:
@@ -239,6 +232,11 @@ def load_options(given: adapter_pb2.LoadOptions) -> LoadOptions:
         max_error=given.max_error,
         parent=_text("options.parent", given.parent, MAX_LABEL),
     )
+
+
+def label(field: str, text: str) -> str:
+    """A short text of one line."""
+    return _text(field, text, MAX_LABEL)
 
 
 def _set(message: Message, field: str, default: Number) -> Number:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
-from deltaserve.server.errors import InvalidRequest
-from deltaserve.server.rpc import convert
+from deltaserve.adapters.errors import AdapterError
+from deltaserve.server.errors import InvalidRequest, RequestError
+from deltaserve.server.rpc import converse, convert
 from deltaserve.v1 import generation_pb2 as pb
 
 if TYPE_CHECKING:
@@ -22,16 +23,59 @@ CHARACTERS_PER_TOKEN = 256
 """Text with more characters than this times the model's limit cannot fit: it is not encoded."""
 
 
-class Encoder:
-    """Encodes prompts. max_length: tokens that the model takes."""
+class Encoders:
+    """The base's encoder, and those of adapters that bring their own. max_length: tokens that the
+    model takes. own: the tokenizer that an adapter brings, by what requests call it."""
 
-    def __init__(self, text: Text, max_length: int, threads: int = 2) -> None:
-        self._text = text
+    def __init__(
+        self, text: Text, max_length: int, own: Callable[[str], Future[Text | None]]
+    ) -> None:
+        self._own = own
         self._max_length = max_length
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="deltaserve-encode")
+        self._threads = _threads("deltaserve-encode")
+        self._strange = _threads("deltaserve-encode-own")
+        self.base = Encoder(text, max_length, self._threads)
+
+    async def of(self, adapters: Iterable[str], *, known: bool = False) -> Encoder:
+        """For a request with these adapters: the one tokenizer that they bring, or the base's.
+        known: raise what is wrong with them; else their request will say it."""
+        found: dict[Text, str] = {}
+        for name in adapters:
+            try:
+                text = await asyncio.wrap_future(self._own(name))
+            except (RequestError, AdapterError):
+                if known:
+                    raise
+                continue
+            if text is not None:
+                found.setdefault(text, name)
+        if len(found) > 1:
+            names = " and ".join(map(repr, list(found.values())[:2]))
+            right = "adapters that bring no tokenizers of their own, or the same"
+            convert.refuse("adapters", f"{names}, which bring different tokenizers,", right)
+        for text in found:
+            return Encoder(text, self._max_length, self._strange)
+        return self.base
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """End the threads."""
+        for threads in (self._threads, self._strange):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _threads(name: str) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(2, thread_name_prefix=name)
+
+
+class Encoder:
+    """Encodes prompts with one tokenizer. What adapters bring is encoded on threads of their own:
+    its expressions may take long."""
+
+    def __init__(self, text: Text, max_length: int, threads: ThreadPoolExecutor) -> None:
+        self.tokenizer = text
+        self._text = text
+        self._max_length = max_length
+        self._threads = threads
 
     async def prompt(self, request: convert.Targeted | pb.TokenizeRequest) -> list[int]:
         """The token ids of the request's prompt."""
@@ -51,14 +95,10 @@ class Encoder:
         return await self._run(len(text), lambda: self._text.encode(text))
 
     async def _chat(self, chat: pb.ChatPrompt) -> list[int]:
-        turns = convert.messages(chat)
-        opened = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
-        size = sum(len(turn["content"]) for turn in turns)
+        conversation, size = converse.conversation(chat)
         self._check_size("chat.messages", size)
         try:
-            return await self._run(
-                size, lambda: self._text.chat(turns, add_generation_prompt=opened)
-            )
+            return await self._run(size, lambda: self._text.chat(conversation))
         except InvalidRequest as error:
             raise convert.in_request(error) from None
 
@@ -96,7 +136,8 @@ class Encoder:
 
     async def _plain(self, text: str) -> list[int]:
         """Token ids without the special tokens that begin and end every text."""
-        return self._stripped(await self.text(text))
+        self._check_size("text", len(text))
+        return await self._run(len(text), lambda: self._stripped(self._text.encode(text)))
 
     def _stripped(self, ids: list[int]) -> list[int]:
         empty = self._text.encode("")
@@ -104,17 +145,19 @@ class Encoder:
         end = _shared(ids[start:][::-1], empty[start:][::-1])
         return ids[start : len(ids) - end]
 
-    def decode(self, ids: Sequence[int], *, keep_special_tokens: bool) -> str:
+    async def decode(self, ids: Sequence[int], *, keep_special_tokens: bool) -> str:
         """The text of a prompt's token ids."""
-        return self._text.decode(ids, skip_special_tokens=not keep_special_tokens)
+        return await self._run(
+            len(ids), lambda: self._text.decode(ids, skip_special_tokens=not keep_special_tokens)
+        )
 
-    def detokenize(self, ids: list[int]) -> str:
+    async def detokenize(self, ids: list[int]) -> str:
         """The text of token ids, special tokens included."""
         for i in ids:
             if i >= self._text.vocab_size:
                 right = f"ids from 0 to {self._text.vocab_size - 1}"
                 convert.refuse("token_ids", f"token id {i}", right)
-        return self._text.decode(ids, skip_special_tokens=False)
+        return await self.decode(ids, keep_special_tokens=True)
 
     def _ids(self, field: str, ids: Sequence[int]) -> list[int]:
         """Token ids as given: some, and not so many that they cannot fit."""
@@ -129,7 +172,7 @@ class Encoder:
             convert.refuse(field, f"text of {characters} characters", right)
 
     async def _run(self, size: int, work: Callable[[], T]) -> T:
-        if size <= SHORT:
+        if size <= SHORT and self._text.trusted:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 

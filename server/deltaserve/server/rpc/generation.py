@@ -20,7 +20,7 @@ from deltaserve.server.errors import InvalidRequest, RequestUnknown, SlowReader
 from deltaserve.server.rpc import answer, combined, convert
 from deltaserve.server.rpc.asked import Asked, extras
 from deltaserve.server.rpc.constrain import Constrainer
-from deltaserve.server.rpc.encode import Encoder
+from deltaserve.server.rpc.encode import Encoders
 from deltaserve.server.rpc.outbox import LoopOutbox, Stream
 from deltaserve.v1 import generation_pb2 as pb
 from deltaserve.v1 import generation_pb2_grpc
@@ -39,14 +39,14 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     def __init__(
         self,
         engine: Engine,
-        encoder: Encoder,
+        encoders: Encoders,
         constrainer: Constrainer,
         outbox: LoopOutbox,
         config: RpcConfig,
     ) -> None:
         self._engine = engine
         self._info = engine.info()
-        self._encoder = encoder
+        self._encoders = encoders
         self._constrainer = constrainer
         self._outbox = outbox
         self._config = config
@@ -97,7 +97,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         name = request.request_id or uuid.uuid4().hex
         adapters = convert.adapters(request, self._info.base)
         deadline = self._deadline(context)
-        asked = await combined.to_score(request, self._info.base, self._encoder)
+        encoder = await self._encoders.of(convert.named(request, self._info.base))
+        asked = await combined.to_score(request, self._info.base, encoder)
         requests = [
             Request(
                 request_id=_engine_id(name, i),
@@ -147,13 +148,20 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         return pb.SetWeightsResponse()
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
-        ids = await self._encoder.prompt(request)
+        encoder = await self._encoders.of(self._model(request), known=True)
+        ids = await encoder.prompt(request)
         return pb.TokenizeResponse(token_ids=ids, max_length=self._info.max_length)
 
     async def Detokenize(
         self, request: pb.DetokenizeRequest, context: Context
     ) -> pb.DetokenizeResponse:
-        return pb.DetokenizeResponse(text=self._encoder.detokenize(list(request.token_ids)))
+        encoder = await self._encoders.of(self._model(request), known=True)
+        return pb.DetokenizeResponse(text=await encoder.detokenize(list(request.token_ids)))
+
+    def _model(self, request: pb.TokenizeRequest | pb.DetokenizeRequest) -> list[str]:
+        """The adapter that it names, if it does."""
+        name = convert.label("model", request.model)
+        return [name] if name and name != self._info.base else []
 
     async def _asked(self, request: convert.GenerateRequest, context: Context) -> Asked:
         """One request for each choice."""
@@ -163,13 +171,15 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         wanted = extras(request)
         samplings = [convert.sampling(request, i) for i in range(wanted.choices)]
         speculation = convert.speculation(request)
-        prompt, combination = await combined.to_generate(request, base, self._encoder)
+        encoder = await self._encoders.of(convert.named(request, base))
+        prompt, combination = await combined.to_generate(request, base, encoder)
         if words := convert.bad_words(request):
-            bad = await self._encoder.bad_tokens(words)
+            bad = await encoder.bad_tokens(words)
             samplings = [replace(s, bad_tokens=(*s.bad_tokens, *bad)) for s in samplings]
         wanted.check(len(prompt), combination)
         samplings = wanted.samplings(samplings, len(prompt))
-        matchers = await self._constrainer.matchers(convert.constraint(request), len(samplings))
+        constraint = convert.constraint(request)
+        matchers = await self._constrainer.matchers(constraint, len(samplings), encoder.tokenizer)
         name = request.request_id or uuid.uuid4().hex
         deadline = self._deadline(context)
         ids = [_engine_id(name, i) for i in range(wanted.choices)]
@@ -188,16 +198,16 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 combination=combination,
                 matcher=matcher,
                 sibling=ids[0] if i else "",
+                tokenizer=None if encoder.tokenizer.trusted else encoder.tokenizer.backend,
             )
             for i, (sampling, matcher) in enumerate(zip(samplings, matchers, strict=True))
         ]
-        return Asked(requests, wanted, self._echoed(request, prompt) if wanted.echo else None)
-
-    def _echoed(self, request: convert.GenerateRequest, prompt: Sequence[int]) -> str:
-        """The prompt's text, as it was given or as its tokens say."""
+        if not wanted.echo:
+            return Asked(requests, wanted, None)
         if request.WhichOneof("prompt") == "text":
-            return request.text
-        return self._encoder.decode(prompt, keep_special_tokens=request.keep_special_tokens)
+            return Asked(requests, wanted, request.text)
+        shown = await encoder.decode(prompt, keep_special_tokens=request.keep_special_tokens)
+        return Asked(requests, wanted, shown)
 
     def _deadline(self, context: Context) -> float:
         """By the monotonic clock: the client's, or the server's maximum."""

@@ -14,11 +14,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from deltaserve.server.config import ConfigError, RpcConfig
-from deltaserve.server.engine.constraint import Grammars
 from deltaserve.server.metrics import Metrics
 from deltaserve.server.rpc.adapter import AdapterService
 from deltaserve.server.rpc.constrain import Constrainer
-from deltaserve.server.rpc.encode import Encoder
+from deltaserve.server.rpc.encode import Encoders
 from deltaserve.server.rpc.gate import Gate
 from deltaserve.server.rpc.generation import GenerationService
 from deltaserve.server.rpc.info import ServerService
@@ -76,8 +75,8 @@ class Server:
         self._gate = Gate(metrics)
         self._outbox = LoopOutbox(asyncio.get_running_loop())
         info = engine.info()
-        self._encoder = Encoder(text, info.max_length)
-        self._constrainer = Constrainer(Grammars(text.backend, info.vocab_size, info.eos_token_ids))
+        self._encoders = Encoders(text, info.max_length, engine.adapters.own_text)
+        self._constrainer = Constrainer(text, info.vocab_size, info.eos_token_ids)
         self._adapters = AdapterService(engine, config)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
@@ -86,7 +85,7 @@ class Server:
             maximum_concurrent_rpcs=2 * max_queue + 1000,
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-            GenerationService(engine, self._encoder, self._constrainer, self._outbox, config),
+            GenerationService(engine, self._encoders, self._constrainer, self._outbox, config),
             self._server,
         )
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(self._adapters, self._server)
@@ -133,7 +132,7 @@ class Server:
     async def stop(self, grace: float = _LAST_WORDS_SECONDS) -> None:
         """Stop listening; calls that still run are cancelled after the grace."""
         await self._server.stop(grace)
-        self._encoder.close()
+        self._encoders.close()
         self._constrainer.close()
 
 
