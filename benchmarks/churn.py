@@ -210,6 +210,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 bytes=1 << 30,
                 loaders=args.loaders,
                 loader_processes=args.loader_processes,
+                loader_nice=args.loader_nice,
                 loader_cores=cores_of("--loader-cores", args.loader_cores),
             ),
         )
@@ -220,7 +221,15 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         finally:
             engine.shutdown()
     rows = summary(phases, rates)
-    keys = ("threads", "loaders", "loader_processes", "loader_cores", "streams", "dtype")
+    keys = (
+        "threads",
+        "loaders",
+        "loader_processes",
+        "loader_cores",
+        "loader_nice",
+        "streams",
+        "dtype",
+    )
     keys += ("quantize", "seconds", "repeat")
     how = {"model": args.only, **{key: getattr(args, key) for key in keys}}
     return [{**how, **row} for row in rows]
@@ -246,6 +255,7 @@ def main() -> None:
     parser.add_argument(
         "--loader-processes", action=argparse.BooleanOptionalAction, default=sys.platform == "linux"
     )
+    parser.add_argument("--loader-nice", type=int, default=10)
     parser.add_argument("--loader-cores", default="", help="as of deltaserve serve")
     parser.add_argument("--save", action="store_true", help="append to benchmarks/results/")
     args = parser.parse_args()

@@ -682,3 +682,12 @@ def test_drain(files: Files, fresh: Callable[..., object]) -> None:
         for r, theirs in zip(asked, right, strict=True):
             same(collector.wait(r.request_id, 0), theirs)
         check_empty(engine)
+
+
+def test_the_model_serves_another_engine_after_the_first(files: Files) -> None:
+    model, asked, answers = load_base(files.base), request(prompt(3), "a1"), []
+    for i in range(2):
+        with running(model, [files.roots]) as made:
+            made.adapters.load("a1", files.uri("a1")).result(60)
+            answers.append(generate(made, [replace(asked, request_id=f"engine{i}")], 60)[0])
+    same(*answers)

@@ -515,3 +515,42 @@ def test_no_more_is_loaded_ahead_than_finds_room() -> None:
     assert len(order) <= 2
     rig.cache.release(held, running=True)
     rig.until(lambda: waiting[0][0].ready and waiting[1][0].ready, waiting)
+
+
+def test_requests_for_an_adapter_in_memory_read_nothing() -> None:
+    rig = Rig(100, {"a": 30})
+    registered(rig, "a")
+    first = rig.cache.acquire([AdapterRef("a")])
+    rig.until(lambda: first[0].ready, [first])
+    reads = rig.disk.reads
+    for _ in range(20):
+        held = rig.cache.acquire([AdapterRef("a")])
+        rig.cache.step([held])
+        rig.cache.admitted(held, [()])
+        rig.cache.release(held, running=True)
+    assert rig.disk.reads == reads == 2 and rig.cache.get("a").loads == 1
+
+
+def test_thousands_of_registered_adapters_do_not_slow_a_step_down() -> None:
+    """A step looks at those that wait, arrive or leave, not at all there are."""
+    rig = Rig(100, {f"{i}": 10 for i in range(300)})
+    for i in range(300):
+        registered(rig, f"{i}")
+    rig.load("0")
+    waiting = [rig.cache.acquire([AdapterRef("0")])]
+    looked: list[str] = []
+
+    class Watched(dict[str, Residency]):
+        def __iter__(self) -> Any:
+            looked.append("names")
+            return super().__iter__()
+
+        def values(self) -> Any:
+            looked.append("all of them")
+            return super().values()
+
+    rig.cache._registry._by_name = Watched(rig.cache._registry._by_name)
+    rig.cache.step(waiting)
+    assert not looked
+    rig.cache.list()
+    assert looked

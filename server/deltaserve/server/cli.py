@@ -66,8 +66,11 @@ def serve(
     ] = None,
     loaders: Annotated[int, typer.Option(help="Adapters that are loaded at once.")] = 2,
     loader_processes: Annotated[
-        bool, typer.Option(help="Load in processes of idle priority (Linux).")
+        bool, typer.Option(help="Load in processes of their own (Linux).")
     ] = sys.platform == "linux",
+    loader_nice: Annotated[
+        int, typer.Option(help="How far loading gives way to computing, 0 to 19.")
+    ] = 10,
     loader_cores: Annotated[
         str, typer.Option(metavar="0,3", help="Processors that loading keeps to; any if left out.")
     ] = "",
@@ -156,6 +159,7 @@ def serve(
                 cache_folder=adapter_cache_dir,
                 loaders=loaders,
                 loader_processes=loader_processes,
+                loader_nice=loader_nice,
                 loader_cores=c.cores("--loader-cores", loader_cores),
                 registered=tuple(
                     found for folder in adapter_dir or () for found in c.adapters_in(folder)

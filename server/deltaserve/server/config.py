@@ -111,6 +111,7 @@ class AdapterConfig:
     loaders: int = 2
     loader_processes: bool = False
     loader_cores: tuple[int, ...] = ()
+    loader_nice: int = 10
 
     def __post_init__(self) -> None:
         given = [("--adapter", name, path) for name, path in self.preload]
@@ -150,6 +151,8 @@ class AdapterConfig:
         _at_least("--loaders", self.loaders, 1)
         if self.loader_processes and sys.platform != "linux":
             raise ConfigError("--loader-processes: needs Linux; use --no-loader-processes")
+        if not 0 <= self.loader_nice <= 19:
+            raise ConfigError(f"--loader-nice {self.loader_nice}: must be from 0 to 19")
         if self.loader_cores and not self.loader_processes:
             raise ConfigError("--loader-cores: needs --loader-processes")
         for core in self.loader_cores:

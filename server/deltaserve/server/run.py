@@ -49,8 +49,9 @@ def run(config: Config) -> int:
     engine.start()
     try:
         _preload(engine, config)
-        with Bar() as bar:
-            register(engine, config.adapters.registered, bar)
+        if config.adapters.registered:
+            with Bar() as bar:
+                register(engine, config.adapters.registered, bar)
         _expose(metrics, engine, config)
         with settled():
             return _run_loop(_serve(engine, text, config, metrics))

@@ -168,9 +168,13 @@ class AdapterCache:
             return self._registry.find(name).info()
 
     def list(self) -> Infos:
-        """All registered adapters, by name."""
-        with self._lock:
-            return [r.info() for r in self._registry.all()]
+        """All registered adapters, by name. The lock is taken for each of them alone: they may be
+        thousands, and a step waits for it."""
+        found = []
+        for residency in self._registry.all():
+            with self._lock:
+                found.append(residency.info())
+        return found
 
     def pin(self, name: str, pinned: bool) -> AdapterInfo:
         """A pinned adapter is never evicted."""
@@ -220,11 +224,14 @@ class AdapterCache:
             self._wake()
 
     def close(self) -> None:
-        """Take no more loads; fail the loads and unloads that are not done."""
+        """Take no more loads; fail the loads and unloads that are not done. No request runs any
+        more: the adapters leave the model, which another engine may use next."""
         with self._lock:
             self._registry.closed = True
         self._loader.close()
         self._registry.close()
+        with self._lock:
+            self._residents.clear()
 
     # On the engine thread:
 

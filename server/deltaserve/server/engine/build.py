@@ -177,7 +177,11 @@ def _make(config: AdapterConfig, model: BaseModel, budget: int) -> Make:
             folder, config.cache_bytes, model.spec, any_base=config.allow_base_mismatch
         )
     here = MakeHere(reader(config, model, budget, cache), model, cache)
-    return LoaderProcesses(here, config.loader_cores) if config.loader_processes else here
+    return (
+        LoaderProcesses(here, config.loader_cores, config.loader_nice)
+        if config.loader_processes
+        else here
+    )
 
 
 def locator(config: AdapterConfig, budget: int) -> Callable[[str], Path]:

@@ -1,8 +1,11 @@
-"""Loader processes: adapters are made where they take nothing from the engine but idle processors.
+"""Loader processes: adapters are made where that takes little from the engine.
 
 A loader thread of the server's process competes with the engine's for the interpreter's lock at
-every operation; a process does not, can be given the lowest priority without ever holding up who
-waits for a lock that it holds, and may die of a file without the server dying with it.
+every operation; a process does not, can be given a low priority without ever holding up who waits
+for a lock that it holds, and may die of a file without the server dying with it.
+
+Not idle priority: the engine's threads wait awake for each other, so on a server that decodes all
+the time no processor is ever idle, and requests would wait for their adapters for ever.
 
 The base is not copied: the first process, the nursery, is forked once the base is loaded and shares
 its memory. It runs one thread and does nothing but fork loaders, also in place of one that died,
@@ -29,7 +32,7 @@ from deltaserve.server.engine.transfer import receive, send
 from deltaserve.server.errors import AdapterUnavailable, RequestError, ShuttingDown
 
 AVAILABLE = sys.platform == "linux"
-"""Files in memory, idle priority and safe forks are Linux's."""
+"""Files in memory are Linux's, and forks are safe there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +47,9 @@ class Failure:
 class LoaderProcesses:
     """A `Make` that has it done by processes, as many as threads call it at once."""
 
-    def __init__(self, make: Make, cores: Sequence[int] = ()) -> None:
+    def __init__(self, make: Make, cores: Sequence[int] = (), nice: int = 10) -> None:
         """Call it before the process has threads that hold locks. make: called in the processes.
-        cores: they stay on these; none for any."""
+        cores: they stay on these; none for any. nice: added to the server's own."""
         self._control, theirs = socket.socketpair()
         self._lock = threading.Lock()
         self._idle: list[socket.socket] = []
@@ -55,7 +58,7 @@ class LoaderProcesses:
         self._pid = os.fork()
         if not self._pid:
             self._control.close()
-            _nursery(theirs, make, cores)
+            _nursery(theirs, make, cores, nice)
         theirs.close()
 
     def __call__(self, line: Line, wanted: Wanted) -> Made:
@@ -115,11 +118,11 @@ class LoaderProcesses:
         connection.close()
 
 
-def _nursery(control: socket.socket, make: Make, cores: Sequence[int]) -> None:
+def _nursery(control: socket.socket, make: Make, cores: Sequence[int], nice: int) -> None:
     """Fork a loader for each socket that comes; end with the server, and the loaders with it."""
     loaders: set[int] = set()
     try:
-        _settle(cores)
+        _settle(cores, nice)
         while True:
             _, fds, _, _ = socket.recv_fds(control, 1, 1)
             if not fds:
@@ -145,8 +148,8 @@ def _nursery(control: socket.socket, make: Make, cores: Sequence[int]) -> None:
         os._exit(0)
 
 
-def _settle(cores: Sequence[int]) -> None:
-    """Be no burden: of what the server has open keep the log, take only idle processors."""
+def _settle(cores: Sequence[int], nice: int) -> None:
+    """Be little of a burden, and keep of what the server has open the log alone."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -154,7 +157,7 @@ def _settle(cores: Sequence[int]) -> None:
     os.dup2(nothing, 1)
     if cores:
         os.sched_setaffinity(0, cores)
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    os.nice(nice)
     compute_alone()
     gc.freeze()  # a collection would write to every object, and so copy the pages they are on
 

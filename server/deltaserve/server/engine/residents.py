@@ -183,6 +183,11 @@ class Residents:
         residency.structure = residency.prefix = residency.prepared = None
         return freed
 
+    def clear(self) -> None:
+        """Take out all of them."""
+        for residency in list(self._in_slot.values()):
+            self.take_out(residency)
+
     def enter(self, residency: Residency, chosen: Chosen) -> int:
         """The slot that a request uses until it calls `leave`: the adapter's own, or one with the
         chosen modules alone. That one shares the adapter's tensors and takes no bytes of its own.

@@ -13,8 +13,7 @@ import pickle
 import socket
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,10 +28,10 @@ PIECES = 512
 """Buffers of one call of preadv or pwritev; systems take 1024."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """One tensor. storage: its number, -1 for one without content (on the meta device). packed: it
-    is to be packed by oneDNN. content: what `canonical` calls it, if it can be shared."""
+class Place(NamedTuple):
+    """One tensor; a tuple, as hundreds of them are unpickled under the interpreter's lock. storage:
+    its number, -1 for one without content (on the meta device). packed: it is to be packed by
+    oneDNN. content: what `canonical` calls it, if it can be shared."""
 
     storage: int
     dtype: torch.dtype
