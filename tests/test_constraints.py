@@ -15,8 +15,10 @@ import torch
 from rig import load_base, request, running
 from serving import Bystander, Serving, serving
 from tokenizers import Tokenizer
+from typer.testing import CliRunner
 
 from deltaserve.clients import errors
+from deltaserve.clients.cli import app
 from deltaserve.server.engine.collector import generate
 from deltaserve.server.engine.constraint import Constraint
 from deltaserve.server.engine.core import Request
@@ -303,3 +305,22 @@ def test_tokens_beyond_the_tokenizer_are_never_chosen(grammars: Grammars) -> Non
     (matcher,) = grammars.matchers(Constraint("regex", r"(.|\n)*"), 1)
     allowed = matcher.allowed([])
     assert not allowed[265:].any() and allowed[EOS] and not allowed[:2].any()
+
+
+def test_the_command_line(served: Serving, tmp_path: Path) -> None:
+    schema, grammar = tmp_path / "schema", tmp_path / "grammar"
+    schema.write_text('{"enum": ["x1"]}')
+    grammar.write_text('start: "ab" "c"')
+    for options, text in (
+        (["--regex", "a{3}"], "aaa"),
+        (["--json-schema", str(schema)], '"x1"'),
+        (["--json-schema", '{"const": 7}'], "7"),
+        (["--grammar", str(grammar)], "abc"),
+        (["--choice", "xy", "--no-stream"], "xy"),
+        (["--choice", "q", "--choice", "xy", "--bad-word", "q", "--best-of", "2"], "xy"),
+        (["--regex", "b", "--echo"], "pb"),
+    ):
+        done = CliRunner().invoke(app, ["generate", "p", *options, "--address", served.address])
+        assert (done.exit_code, done.stdout) == (0, text + "\n"), done.output
+    wrong = CliRunner().invoke(app, ["generate", "p", "--json-schema", str(tmp_path / "none")])
+    assert wrong.exit_code == 2

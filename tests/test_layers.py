@@ -16,7 +16,15 @@ ALLOWED = {
 }
 # inside the server: cli -> rpc or compress -> engine -> model; config, errors, metrics and log are
 # leaves
-SERVER_RANK = {"cli": 4, "__main__": 5, "rpc": 3, "compress": 3, "engine": 2, "model": 1}
+SERVER_RANK = {
+    "cli": 4,
+    "__main__": 5,
+    "rpc": 3,
+    "compress": 3,
+    "engine": 2,
+    "model": 1,
+    "confined": 0,
+}
 LEAVES = {"config", "errors", "metrics", "log", "progress"}
 # only kernels may use Triton; the wire and the clients must do without torch
 FORBIDDEN = {
