@@ -3,7 +3,12 @@
 import random
 
 import torch
-from transformers import NoBadWordsLogitsProcessor
+from transformers import (
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+)
 
 from deltaserve.server.engine.core import SamplingParams
 from deltaserve.server.engine.sampler import Row, adjust, logprob_of, sample, truncate
@@ -97,6 +102,30 @@ def test_bad_sequences_are_those_of_transformers() -> None:
         assert torch.equal(ours, theirs)
         excluded += int((ours != logits).sum())
     assert excluded > 100
+
+
+def test_biases_penalties_and_minimum_are_those_of_transformers() -> None:
+    draw = random.Random(11)
+    for _ in range(200):
+        size = 12
+        prompt = tuple(draw.randrange(size) for _ in range(draw.randint(1, 5)))
+        outputs = [draw.randrange(size) for _ in range(draw.randint(0, 5))]
+        bias = {(draw.randrange(size),): draw.uniform(-5, 5) for _ in range(3)}
+        penalty, least = draw.uniform(0.5, 2), draw.randint(0, 6)
+        ends = [draw.randrange(size), draw.randrange(size)]
+        logits = torch.randn(1, size)
+        ids = torch.tensor([[*prompt, *outputs]])
+        theirs = SequenceBiasLogitsProcessor({k: float(v) for k, v in bias.items()})(ids, logits)
+        theirs = RepetitionPenaltyLogitsProcessor(penalty)(ids, theirs)
+        theirs = MinNewTokensLengthLogitsProcessor(len(prompt), least, ends)(ids, theirs)
+        asked = SamplingParams(
+            logit_bias=tuple((i, v) for (i,), v in bias.items()),
+            repetition_penalty=penalty,
+            min_tokens=least,
+            stop_token_ids=(ends[1],),
+        )
+        ours = adjust(logits[0].clone(), Row(asked, None, prompt, outputs, (ends[0],)))
+        torch.testing.assert_close(ours, theirs[0])
 
 
 def test_nothing_left_to_choose_is_a_dead_end() -> None:
