@@ -390,11 +390,12 @@ def test_a_name_that_is_taken(world: World) -> None:
 
 def test_unload_while_in_use(world: World) -> None:
     """Its stream goes on to its end, nobody new gets in, its bytes come back."""
-    client = world.client
+    client, folder = world.client, world.roots / "leaving"
+    VARIANTS["dora"].make(world.base, folder, torch.Generator().manual_seed(70))
     with world.undisturbed():
-        size = client.load_adapter("leaving", str(world.roots / "dora")).resident_bytes
+        size = client.load_adapter("leaving", str(folder)).resident_bytes
         ids = prompt(7)
-        right = client.generate(ids, "dora", max_tokens=450, ignore_eos=True).token_ids
+        right = client.generate(ids, "leaving", max_tokens=450, ignore_eos=True).token_ids
         stream = client.stream(ids, "leaving", max_tokens=450, ignore_eos=True)
         got = list(next(stream).token_ids)
         freed: list[int] = []
@@ -404,7 +405,7 @@ def test_unload_while_in_use(world: World) -> None:
         with pytest.raises(errors.NotFound, match="'leaving' is being unloaded"):
             client.generate("x", "leaving")
         with pytest.raises(errors.Aborted, match="load it again when that is done") as caught:
-            client.load_adapter("leaving", str(world.roots / "dora"))
+            client.load_adapter("leaving", str(folder))
         assert caught.value.reason == "ADAPTER_BUSY"
         assert not freed  # all of this while the stream was still running
         for piece in stream:
