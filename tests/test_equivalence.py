@@ -157,7 +157,7 @@ def test_every_kind_changes_the_output(family: Family) -> None:
 
 
 def test_base_rows_are_bit_equal_without_the_adapters(family: Family) -> None:
-    """In steps of the same shapes: all prompts are computed whole, in whatever order of fairness."""
+    """In steps of the same shapes: all prompts are computed whole, whatever order is fair."""
     names = [n for n, v in VARIANTS.items() if v.additive]  # virtual tokens change the batch
     texts = prompts(4 + len(names), seed=6)
 
