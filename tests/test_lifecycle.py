@@ -38,6 +38,7 @@ from deltaserve.server.errors import (
     AdapterUnknown,
     Cancelled,
     DeadlineExceeded,
+    Overloaded,
     ShuttingDown,
 )
 from deltaserve.server.model import BaseModel
@@ -691,3 +692,47 @@ def test_the_model_serves_another_engine_after_the_first(files: Files) -> None:
             made.adapters.load("a1", files.uri("a1")).result(60)
             answers.append(generate(made, [replace(asked, request_id=f"engine{i}")], 60)[0])
     same(*answers)
+
+
+# Waiting:
+
+
+def test_a_request_that_may_not_wait_is_refused_or_ended(
+    files: Files, fresh: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One place, and a long answer in it. Where no wait is expected it is let in, and ended when
+    its time is up; else it is refused at once."""
+    with fresh(max_sequences=1, max_wait=30.0) as small:  # type: ignore[attr-defined]
+        long, collector = request(prompt(5), max_tokens=400), Collector()
+        small.submit(long, collector)
+        until(lambda: small.stats().running == 1, "it runs")
+        hasty = replace(request(prompt(6), max_tokens=400), max_wait=0.02)
+        with monkeypatch.context() as patch:
+            patch.setattr(small._intake, "expected", lambda sequence: 0.0)
+            small.submit(hasty, collector)
+        with pytest.raises(DeadlineExceeded, match=r"max_wait_seconds: no token within 0.02 s"):
+            collector.wait(hasty.request_id, 20)
+        with pytest.raises(Overloaded, match=r"max_wait_seconds: 0.02 s, and the first") as caught:
+            small.submit(replace(hasty, request_id="again"), collector)
+        assert caught.value.retry_after > 0
+        small.cancel(long.request_id)
+        check_empty(small)
+
+
+def test_a_full_server_sheds_the_flood_and_serves_the_newcomer(
+    files: Files, engine: Engine, fresh: Callable[..., object]
+) -> None:
+    right = alone(engine, request(prompt(4), "a0"))
+    with fresh(max_sequences=1, max_queue=6) as small:  # type: ignore[attr-defined]
+        small.adapters.load("a0", files.uri("a0")).result(60)
+        flood, collector = [request(prompt(i), max_tokens=60) for i in range(6)], Collector()
+        for r in flood:
+            small.submit(r, collector)
+        asked = request(prompt(4), "a0")
+        small.submit(asked, collector)
+        with pytest.raises(Overloaded, match="the last one for the base gave way"):
+            collector.wait(flood[-1].request_id, 20)
+        same(collector.wait(asked.request_id, 60), right)
+        for r in flood[:-1]:
+            assert len(collector.wait(r.request_id, 60).token_ids) == 60
+        check_empty(small)

@@ -169,12 +169,14 @@ def test_a_long_prompt_leaves_the_next_flow_its_part_of_the_step() -> None:
     assert sim.steps <= 4
 
 
-def test_who_brings_no_new_adapter_goes_first_while_times_are_equal() -> None:
-    sim = Simulation(adapter_bytes=0)
+def test_who_brings_no_new_adapter_goes_first_while_times_are_close() -> None:
+    sim = Simulation()
     sim.submit("b", answer=40)
     sim.step()
     for name in ("a", "b"):
         sim.submit(name, answer=2)
+    flows = sim.scheduler.queue._tenants[""].flows
+    flows["b"].time = flows["a"].time + 0.9 * sim.cost.per_byte * sim.adapter_bytes
     assert [p.sequence.label for p in sorted(sim.step().chunks, key=_ticket)] == ["b", "a"]
 
 

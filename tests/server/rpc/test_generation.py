@@ -84,7 +84,9 @@ async def test_what_is_sent_arrives_in_the_engine() -> None:
             stop=["x", "yz"],
             stop_token_ids=[8],
             n=2,
+            user="u",
             priority=-3,
+            max_wait_seconds=2.5,
             cache_salt="tenant",
             keep_special_tokens=True,
             speculation={"draft_tokens": 0, "max_ngram": 3},
@@ -100,6 +102,7 @@ async def test_what_is_sent_arrives_in_the_engine() -> None:
     assert (p.seed, second.sampling.seed) == (11, 12)
     assert (p.ignore_eos, p.logprobs, p.skip_special_tokens) == (True, 4, False)
     assert (first.priority, first.salt) == (-3, "tenant")
+    assert (first.tenant, first.max_wait) == ("u", 2.5)
     assert first.speculation == second.speculation == Speculation(0, None, 3)
     assert 0 < first.deadline - time.monotonic() < 51  # type: ignore[operator]
 

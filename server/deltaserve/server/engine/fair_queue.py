@@ -13,11 +13,13 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from deltaserve.server.engine.sequence import Sequence
+
+Handicap: TypeAlias = Callable[[Sequence], float]
 
 MAX_FLOWS = 4096
 """Beyond so many, flows without requests are forgotten, and what they were served with them."""
@@ -52,13 +54,9 @@ class Tenant:
 class FairQueue:
     """The requests that wait. Those that ran and were preempted (`returning`) are kept apart, in
     the order in which they were admitted.
-
-    quantum: differences in virtual time below it, in seconds, are of no account: the choice goes
-    to who brings no new adapter into the batch.
     """
 
     def __init__(self) -> None:
-        self.quantum = 0.0
         self.returning: list[Sequence] = []
         self._tenants: dict[str, Tenant] = {}
         self._flow_of: dict[Sequence, Flow] = {}
@@ -121,10 +119,14 @@ class FairQueue:
         flow.time += seconds
         flow.tenant.time += seconds
 
-    def turns(self, mixes: Collection[str] = ()) -> Turns:
-        """The order of those never admitted, followed while they are taken. mixes: the labels in
-        the batch."""
-        return Turns(self._entries(mixes), self._entry, mixes)
+    def turns(self, handicap: Handicap) -> Turns:
+        """The order of those never admitted, followed while they are taken. handicap: seconds of
+        virtual time by which a request's turn is put back among those of its tenant."""
+
+        def fresh(flow: Flow, level: int) -> Entry:
+            return self._entry(flow, level, handicap)
+
+        return Turns(self._entries(handicap), fresh)
 
     def absent(self, since: float) -> list[Sequence]:
         """The first of each flow and level whose adapters are not in memory, in the order of their
@@ -189,20 +191,18 @@ class FairQueue:
         if not queue:
             del flow.waiting[sequence.level]
 
-    def _entries(self, mixes: Collection[str] = ()) -> list[Entry]:
+    def _entries(self, handicap: Handicap = lambda sequence: 0.0) -> list[Entry]:
         return [
-            self._entry(flow, level, mixes)
+            self._entry(flow, level, handicap)
             for tenant in self._tenants.values()
             for flow in tenant.waiting
             for level in flow.waiting
         ]
 
-    def _entry(self, flow: Flow, level: int, mixes: Collection[str]) -> Entry:
-        tenant, q = flow.tenant, self.quantum or 1e-9
+    def _entry(self, flow: Flow, level: int, handicap: Handicap) -> Entry:
         queue = flow.waiting[level]
         head = next((s for s in queue if not s.early), None) or next(iter(queue))
-        new = flow.label not in mixes
-        key = (-level, tenant.time // q, flow.time // q, new, tenant.time, flow.time, head.arrival)
+        key = (-level, flow.tenant.time, flow.time + handicap(head), head.arrival)
         return Entry(key, flow, level, head)
 
 
@@ -224,15 +224,9 @@ class Turns:
     """A heap of the queues' heads. Times and arrivals only grow while it is used, so a key that is
     out of date is too small, and is put right when it comes up."""
 
-    def __init__(
-        self,
-        entries: list[Entry],
-        fresh: Callable[[Flow, int, Collection[str]], Entry],
-        mixes: Collection[str],
-    ) -> None:
+    def __init__(self, entries: list[Entry], fresh: Callable[[Flow, int], Entry]) -> None:
         self._heap = entries
         self._fresh = fresh
-        self._mixes = mixes
         heapq.heapify(entries)
 
     def peek(self) -> Sequence | None:
@@ -242,7 +236,7 @@ class Turns:
             if top.level not in top.flow.waiting:
                 heapq.heappop(self._heap)
                 continue
-            fresh = self._fresh(top.flow, top.level, self._mixes)
+            fresh = self._fresh(top.flow, top.level)
             if fresh.key == top.key:
                 return top.head
             heapq.heapreplace(self._heap, fresh)

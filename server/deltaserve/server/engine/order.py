@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from deltaserve.server.engine.fair_queue import FairQueue
+from deltaserve.server.engine.residency import Residency
 from deltaserve.server.engine.sequence import Sequence
 
 PATIENCE = 5.0
@@ -26,14 +27,17 @@ class Order:
         self.first: Sequence | None = None
         self.crowded = False
         self._queue = queue
-        self._turns = queue.turns()
+        self._turns = queue.turns(lambda sequence: 0.0)
         self._now = 0.0
         self._turn = 0  # admissions since one by age
 
-    def begin_step(self, mixes: Collection[str], now: float) -> None:
-        """mixes: the labels in the batch."""
+    def begin_step(self, held: Collection[Residency], per_byte: float, now: float) -> None:
+        """held: the adapters in the batch. per_byte: seconds; who would bring others into it waits
+        for as long as it takes to read them, if it is only their turn by less."""
         self.crowded, self._now = False, now
-        self._turns = self._queue.turns(mixes)
+        self._turns = self._queue.turns(
+            lambda s: per_byte * sum(a.nbytes for a in s.held if a not in held)
+        )
 
     def wanting(self, now: float) -> list[Sequence]:
         """Waiting requests whose adapters are not resident, one of each kind, in the order in which

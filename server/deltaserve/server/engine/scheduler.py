@@ -103,13 +103,13 @@ class Scheduler:
         batch = Batch()
         self._lag = self.queue.lag()
         self.blocks.keep_claim(max(map(self._most, self.running), default=0))
-        self.queue.quantum = self.cost.seconds(self.max_batch_tokens, 0)
         ordered = sorted(self.running, key=lambda s: s.place)
         for sequence in ordered:
             if sequence in self.running and sequence.decoding:
                 self._decode(sequence, batch)
         budget = self._prompt_budget(batch)
-        self.order.begin_step({s.label for s in self.running}, now)
+        held = {a for s in self.running for a in s.held}
+        self.order.begin_step(held, self.cost.per_byte, now)
         prompts = [s for s in ordered if s in self.running and not s.decoding]
         for sequence, share in self._shares(prompts, budget):
             if sequence in self.running:
