@@ -605,7 +605,9 @@ def test_deadlines(files: Files, engine: Engine, fresh: Callable[..., object]) -
             request(prompt(2)),
         ]
         collector = Collector()
-        for r in asked:
+        single.submit(asked[0], collector)
+        until(lambda: single.stats().running == 1, "it has the only place")
+        for r in asked[1:]:
             single.submit(r, collector)
         for r in asked[:2]:
             with pytest.raises(DeadlineExceeded):
