@@ -101,7 +101,12 @@ class Simulation:
         while self.later and self.later[0].submitted <= self.now:
             self.scheduler.add(self.later.pop(0))
         self.scheduler.order.wanting(self.now)
+        running = self.scheduler.running
+        first = min(running, key=lambda s: s.place) if running else None
         batch = self.scheduler.schedule(self.now)
+        assert first is None or any(p.sequence.place <= first.place for p in batch.parts), (
+            "neither the first nor one of a higher level, new in this step, advances"
+        )
         load = self.scheduler.charge(batch)
         self.now += self.cost.seconds(load.tokens, load.adapter_bytes) if batch else 0.0
         self.steps += 1

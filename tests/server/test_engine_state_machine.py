@@ -368,6 +368,9 @@ class World(RuleBasedStateMachine):
             known = self.engine._known
             done = {i for i in self.requests if self.outbox.done(i)}
             assert set(self.requests) - done == set(known)
+            gone = {s.id for s in self.engine._turned_away}
+            fresh = {i for i, s in known.items() if not s.started} - gone
+            assert {s.id for s in self.engine._intake._backlog} == fresh
             installed = {r.slot for r in self.cache._registry.all() if r.ready}
             installed |= {v.slot for r in self.cache._registry.all() for v in r.views.values()}
             assert set(self.model.slots) == installed

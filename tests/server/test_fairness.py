@@ -10,6 +10,7 @@ from simulation import Simulation
 
 from deltaserve.server.engine import fair_queue
 from deltaserve.server.engine.batch import Scheduled
+from deltaserve.server.engine.cost import StepLoad
 from deltaserve.server.engine.order import FAIR_TURN, PATIENCE
 from deltaserve.server.engine.sequence import Sequence
 
@@ -226,21 +227,32 @@ def test_what_is_computed_again_is_not_paid_again() -> None:
     once = Simulation()
     once.submit("a", prompt=10, answer=30)
     once.run()
-    small = Simulation(blocks=12)
+    small = Simulation(blocks=12, max_batch_tokens=5)
+    small.scheduler.blocks.prefix_cache = False
     pair = [small.submit(name, prompt=10, answer=30) for name in ("a", "b")]
     paid: Counter[str] = Counter()
+    times: Counter[str] = Counter()
     charge = small.scheduler.queue.charge
 
     def noting(sequence: Sequence, seconds: float) -> None:
         paid[sequence.label] += round(seconds * 1e9)
         charge(sequence, seconds)
 
+    charges = small.cost.charges
+
+    def counting(load: StepLoad, fresh: dict[Sequence, int]) -> dict[Sequence, float]:
+        times.update(s.label for s in fresh)
+        return charges(load, fresh)
+
     small.scheduler.queue.charge = noting  # type: ignore[method-assign]
+    small.cost.charges = counting  # type: ignore[method-assign]
     small.run()
     assert small.scheduler.preemptions > 0
     per_token = small.cost.per_token * (40 - 1)
-    most = per_token + 30 * (small.cost.fixed + small.cost.per_byte * small.adapter_bytes)
+    most = per_token + 34 * (small.cost.fixed + small.cost.per_byte * small.adapter_bytes)
     assert all(paid[s.label] / 1e9 <= most * 1.001 for s in pair)
+    chunks = -(-10 // 2)  # of a prompt, in steps that two share
+    assert all(30 <= n < 30 + chunks for n in times.values()), "no more steps than it would alone"
 
 
 def test_flows_without_requests_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
