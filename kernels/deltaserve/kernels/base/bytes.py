@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from deltaserve.kernels.base.int4_layout import LANES, pack_groups, unpack_groups
+from deltaserve.kernels.base import byte_layout
+from deltaserve.kernels.base.by_rows import by_rows
+from deltaserve.kernels.base.int4_layout import pack_groups, unpack_groups
 from deltaserve.kernels.base.linear import BaseLinear, compute_bias, tensor_bytes
 from deltaserve.kernels.native import library
 
 KINDS = {torch.int8: 0, torch.float8_e4m3fn: 1}
 """dtype of q -> what native/bytes.c calls it."""
-
-# Rows dequantized at a time where there are no native kernels: bounds the temporary to 2 MiB at
-# 2048 inputs.
-BLOCK_ROWS = 256
 
 
 class ByteLinear(BaseLinear):
@@ -59,14 +56,22 @@ class ByteLinear(BaseLinear):
         self._zero = None if zero is None else pack_groups(zero.float())
         # In blocks of 16 rows, [block, in, 16], as native/bytes.c reads it; or as it is.
         self._blocked = library() is not None
-        self._q = _pack(q.view(torch.int8)) if self._blocked else q.view(torch.int8).contiguous()
+        self._q = (
+            byte_layout.pack(q.view(torch.int8))
+            if self._blocked
+            else q.view(torch.int8).contiguous()
+        )
         self.nbytes = tensor_bytes(self._q, self._scale, self._zero, self.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._native(x.contiguous()) if self._blocked else self._torch(x)
+        return (
+            self._native(x.contiguous())
+            if self._blocked
+            else by_rows(x, self._rows, self.bias, self.out_features, self.dtype)
+        )
 
     def weight(self) -> Tensor:
-        return self._rows(slice(None))
+        return self._rows(0, self.out_features)
 
     def likeness(self) -> Hashable:
         kind = self.kind, self._zero is None, self.group_size
@@ -83,11 +88,12 @@ class ByteLinear(BaseLinear):
     def _canonical(self) -> Tensor:
         q = self._q
         if self._blocked:
-            q = q.transpose(1, 2).flatten(0, 1)[: self.out_features].contiguous()
+            q = byte_layout.unpack(q, self.out_features)
         return q.view(self.kind)
 
-    def _rows(self, rows: slice) -> Tensor:
-        """float32 [rows, in]."""
+    def _rows(self, start: int, end: int) -> Tensor:
+        """float32 [end - start, in]."""
+        rows = slice(start, end)
         index = torch.arange(self.in_features) // self.group_size
         w = self._canonical()[rows].float()
         if self._zero is not None:
@@ -116,16 +122,3 @@ class ByteLinear(BaseLinear):
         if failed:
             raise MemoryError("no memory for the inputs of a linear of bytes")
         return y
-
-    def _torch(self, x: Tensor) -> Tensor:
-        y = torch.empty(x.shape[0], self.out_features, dtype=self.dtype)
-        for start in range(0, self.out_features, BLOCK_ROWS):
-            rows = slice(start, start + BLOCK_ROWS)
-            w = self._rows(rows).to(self.dtype)
-            y[:, rows] = F.linear(x, w, None if self.bias is None else self.bias[rows])
-        return y
-
-
-def _pack(q: Tensor) -> Tensor:
-    padded = F.pad(q, (0, 0, 0, -q.shape[0] % LANES))
-    return padded.view(-1, LANES, q.shape[1]).transpose(1, 2).contiguous()

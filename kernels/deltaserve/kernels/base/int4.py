@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from deltaserve.kernels.base import int4_layout
+from deltaserve.kernels.base.by_rows import by_rows
 from deltaserve.kernels.base.linear import BaseLinear, compute_bias, tensor_bytes
 from deltaserve.kernels.base.quantize import INT4_GROUP, check_group_size, dequantize
 from deltaserve.kernels.base.w8a8 import round_tokens
 from deltaserve.kernels.native import library
 from deltaserve.kernels.native.stack import KINDS, NativeLinear, pointer
-
-# Rows dequantized at a time where there are no native kernels: bounds the temporary to 2 MiB at
-# 2048 inputs.
-BLOCK_ROWS = 256
 
 
 class Int4Linear(BaseLinear):
@@ -60,7 +56,8 @@ class Int4Linear(BaseLinear):
     def __call__(self, x: Tensor) -> Tensor:
         lib = library()
         if lib is None:
-            return self._blocks(x if self.activations == "float" else _rounded(x))
+            given = x if self.activations == "float" else _rounded(x)
+            return by_rows(given, self._rows, self.bias, self.out_features, self.dtype)
         x = x.contiguous()
         y = torch.empty(x.shape[0], self.out_features, dtype=self.dtype)
         failed = lib["ds_int4" if self.activations == "float" else "ds_w4a8"](
@@ -98,7 +95,7 @@ class Int4Linear(BaseLinear):
         )
 
     def weight(self) -> Tensor:
-        return self._rows(slice(None), self.out_features)
+        return self._rows(0, self.out_features)
 
     def likeness(self) -> Hashable:
         return "int4", self.dtype, self.in_features, self.group_size, self.activations
@@ -113,19 +110,9 @@ class Int4Linear(BaseLinear):
             found["bias"] = self.bias
         return found
 
-    def _blocks(self, x: Tensor) -> Tensor:
-        y = torch.empty(x.shape[0], self.out_features, dtype=self.dtype)
-        step = BLOCK_ROWS // int4_layout.LANES
-        for start in range(0, self.out_features, BLOCK_ROWS):
-            rows = slice(start, min(start + BLOCK_ROWS, self.out_features))
-            first = start // int4_layout.LANES
-            w = self._rows(slice(first, first + step), rows.stop - start).to(x.dtype)
-            bias = None if self.bias is None else self.bias[rows].to(x.dtype)
-            y[:, rows] = F.linear(x, w, bias)
-        return y
-
-    def _rows(self, blocks: slice, count: int) -> Tensor:
-        """float32 [count, in] of some blocks of 16 rows."""
+    def _rows(self, start: int, end: int) -> Tensor:
+        """float32 [end - start, in]; start: a multiple of 16, the rows of a block."""
+        blocks, count = int4_layout.blocks(start, end), end - start
         q = int4_layout.unpack(self._words[blocks], count, self.in_features)
         scale = int4_layout.unpack_groups(self._scale[blocks], count)
         zero = int4_layout.unpack_groups(self._zero[blocks], count)

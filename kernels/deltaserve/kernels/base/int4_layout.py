@@ -39,3 +39,8 @@ def pack_groups(values: Tensor) -> Tensor:
 def unpack_groups(values: Tensor, out_features: int) -> Tensor:
     """The [out, groups] that `pack_groups` was given."""
     return values.transpose(1, 2).flatten(0, 1)[:out_features].contiguous()
+
+
+def blocks(start: int, end: int) -> slice:
+    """The blocks that hold rows [start, end); start begins one."""
+    return slice(start // LANES, -(-end // LANES))

@@ -5,19 +5,14 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from deltaserve.kernels.base import byte_layout
+from deltaserve.kernels.base.by_rows import by_rows
 from deltaserve.kernels.base.linear import BaseLinear, compute_bias, tensor_bytes
 from deltaserve.kernels.base.w8a8 import W8A8
 from deltaserve.kernels.native import library
 from deltaserve.kernels.native.stack import KINDS, NativeLinear, pointer
-
-LANES = 16
-
-# Rows dequantized at a time where there are no native kernels: bounds the temporary to 2 MiB at
-# 2048 inputs.
-BLOCK_ROWS = 256
 
 
 class Int8Linear(BaseLinear):
@@ -52,7 +47,7 @@ class Int8Linear(BaseLinear):
         # In blocks of 16 rows, [block, in, 16], as native/int8.c reads it; or as it is.
         self._q = torch.empty(0, dtype=torch.int8)
         if self._w8a8 is None:
-            self._q = _pack(q) if self._blocked else q.contiguous()
+            self._q = byte_layout.pack(q) if self._blocked else q.contiguous()
         held = 0 if self._w8a8 is None else self._w8a8.nbytes
         self.nbytes = held + tensor_bytes(self._q, self._scale, self.bias)
 
@@ -61,7 +56,7 @@ class Int8Linear(BaseLinear):
             return self._w8a8(x, self.bias, self.dtype)
         if self._blocked:
             return self._native(x.contiguous())
-        return self._torch(x)
+        return by_rows(x, self._rows, self.bias, self.out_features, self.dtype)
 
     def native(self) -> NativeLinear | None:
         held = self._q if self._w8a8 is None else self._w8a8.native()
@@ -95,8 +90,7 @@ class Int8Linear(BaseLinear):
         if self._w8a8 is not None:
             return self._w8a8.weight()
         if self._blocked:
-            rows = self._q.transpose(1, 2).flatten(0, 1)
-            return rows[: self.out_features].contiguous()
+            return byte_layout.unpack(self._q, self.out_features)
         return self._q
 
     def _native(self, x: Tensor) -> Tensor:
@@ -119,15 +113,6 @@ class Int8Linear(BaseLinear):
             raise MemoryError("no memory for the inputs of an int8 linear")
         return y
 
-    def _torch(self, x: Tensor) -> Tensor:
-        y = torch.empty(x.shape[0], self.out_features, dtype=self.dtype)
-        for start in range(0, self.out_features, BLOCK_ROWS):
-            rows = slice(start, start + BLOCK_ROWS)
-            w = (self._q[rows].float() * self._scale[rows, None]).to(self.dtype)
-            y[:, rows] = F.linear(x, w, None if self.bias is None else self.bias[rows])
-        return y
-
-
-def _pack(q: Tensor) -> Tensor:
-    padded = F.pad(q, (0, 0, 0, -q.shape[0] % LANES))
-    return padded.view(-1, LANES, q.shape[1]).transpose(1, 2).contiguous()
+    def _rows(self, start: int, end: int) -> Tensor:
+        """float32 [end - start, in]; where the weight is not packed."""
+        return self._q[start:end].float() * self._scale[start:end, None]
