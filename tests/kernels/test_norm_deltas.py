@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deltaserve.kernels.norm import NormDeltas
 from deltaserve.kernels.primitives import Bias, LowRank, Replace
+from deltaserve.kernels.rms_norm import rms_norm
 from deltaserve.kernels.segments import Segments
 
 HIDDEN = 37
@@ -52,6 +53,41 @@ def test_gain_and_bias(dtype: torch.dtype) -> None:
         expected[start:end] = unit[start:end] * g + b
     assert relative_error(y, expected) < (2e-6 if dtype == torch.float32 else 5e-3)
     plain = norm(x, None)
+    for row in (0, 5, 9, 10, 11):
+        assert torch.equal(y[row], plain[row])
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("each", (1, 3))
+@pytest.mark.parametrize("offset", (0.0, 1.0))
+def test_rms_norms(each: int, offset: float, dtype: torch.dtype) -> None:
+    if offset and dtype == torch.bfloat16:
+        pytest.skip("1 + weight would be rounded, so such norms are not proven to be RMS norms")
+    weight, eps = torch.rand(HIDDEN).to(dtype) + 0.5, 1e-3
+    held = {
+        1: (Replace(torch.rand(HIDDEN) + 0.5), Bias(torch.randn(HIDDEN))),
+        2: (Replace(torch.rand(HIDDEN)),),
+        3: (Bias(torch.randn(HIDDEN)),),
+    }
+    deltas = NormDeltas(HIDDEN, dtype)
+    for slot, primitives in held.items():
+        deltas.install(slot, deltas.prepare(primitives))
+    x = torch.randn(12, each, HIDDEN).to(dtype)
+    y = deltas.rms(x, weight, offset, eps, Segments(RUNS, 12)).double()
+    unit = torch.nn.functional.rms_norm(x.double(), (HIDDEN,), eps=eps)
+    expected = unit * (weight.double() + offset)
+    for start, end, mix in RUNS:
+        g, b = weight.double().clone(), torch.zeros(HIDDEN).double()
+        for slot, strength in mix:
+            for p in held.get(slot, ()):
+                if isinstance(p, Replace):
+                    g += strength * (p.weight.double() - weight.double())
+                else:
+                    b += strength * p.bias.double()
+        expected[start:end] = unit[start:end] * (g + offset) + b
+    assert relative_error(y, expected) < (2e-6 if dtype == torch.float32 else 5e-3)
+    plain = rms_norm(x, weight + offset, eps).double()
     for row in (0, 5, 9, 10, 11):
         assert torch.equal(y[row], plain[row])
 

@@ -13,6 +13,7 @@ from deltaserve.kernels.bit import cpu as bit_cpu
 from deltaserve.kernels.check import check_linear
 from deltaserve.kernels.gated import cpu as gated_cpu
 from deltaserve.kernels.lowrank import cpu as lowrank_cpu
+from deltaserve.kernels.native.stack import NativeGroup, NativeLinear
 from deltaserve.kernels.primitives import (
     Bias,
     Bit,
@@ -130,6 +131,20 @@ class LinearDeltas:
     def nbytes(self) -> int:
         """Exact bytes installed, memory shared between slots counted once."""
         return unique_bytes([t for p in self._prepared.values() for t in p.tensors()])
+
+    def is_native(self, slot: int) -> bool:
+        """Whether `native` does all that the slot's adapter does, to entries of few tokens."""
+        tables = (self._gated.items, self._replace.items, self._sparse.others, self._scale.split)
+        return not any(slot in held for held in tables)
+
+    def native(self, base: NativeLinear) -> NativeGroup:
+        """The group as native code calls it, valid as long as this lives."""
+        made = NativeGroup(base)
+        made.inputs, made.outputs = self._scale.inputs.address, self._scale.outputs.address
+        made.lowrank, made.bit = self._lowrank.pointers.address, self._bit.pointers.address
+        made.csr, made.rows = self._sparse.csr.address, self._sparse.rows.address
+        made.bias = self._bias.pointers.address
+        return made
 
     def forward(self, x: Tensor, base: BaseLinear, segments: Segments) -> Tensor:
         """x: [T, in]. Returns [T, sum of out_features] of x's dtype.

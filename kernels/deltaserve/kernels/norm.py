@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from deltaserve.kernels.cast import cast
+from deltaserve.kernels.native import library
+from deltaserve.kernels.native.pointers import PointerTable, entries
 from deltaserve.kernels.primitives import Bias, Primitive, Replace
+from deltaserve.kernels.rms_norm import rms_norm
 from deltaserve.kernels.segments import Mix, Segments
 from deltaserve.kernels.table import unique_bytes
 
@@ -29,12 +32,17 @@ class PreparedNorm:
         return unique_bytes(self.tensors())
 
 
+# norm_item of native/norm.c
+ITEM = (("gain", "u8"), ("bias", "u8"))
+
+
 class NormDeltas:
     """hidden: size of the gain; dtype: of x and y."""
 
     def __init__(self, hidden: int, dtype: torch.dtype) -> None:
         self.hidden = hidden
         self.dtype = dtype
+        self.pointers = PointerTable(ITEM)
         self._prepared: dict[int, PreparedNorm] = {}
 
     def prepare(self, primitives: tuple[Primitive, ...]) -> PreparedNorm:
@@ -57,10 +65,13 @@ class NormDeltas:
     def install(self, slot: int, prepared: PreparedNorm) -> None:
         """Publishes an adapter in a slot, in place of what the slot held. Engine thread."""
         self._prepared[slot] = prepared
+        vectors = (prepared.gain, prepared.bias)
+        self.pointers.put(slot, [tuple(0 if v is None else v.data_ptr() for v in vectors)])
 
     def remove(self, slot: int) -> None:
         """Empties a slot; an empty one may be removed again."""
-        self._prepared.pop(slot, None)
+        if self._prepared.pop(slot, None) is not None:
+            self.pointers.put(slot, [])
 
     @property
     def nbytes(self) -> int:
@@ -90,6 +101,40 @@ class NormDeltas:
             if bias is not None:
                 changed = (changed.float() + bias).to(y.dtype)
             y[index] = changed
+        return y
+
+    def rms(
+        self, x: Tensor, weight: Tensor, offset: float, eps: float, segments: Segments
+    ) -> Tensor:
+        """The same for RMS norms of gain ``weight + offset``, natively where that is possible. x:
+        [T, ..., hidden], contiguous; weight: [hidden], of x's dtype; `Replace` holds a weight."""
+        y = rms_norm(x, weight + offset, eps)
+        lib = library()
+        if segments.slots.isdisjoint(self._prepared):
+            return y
+        if lib is None:
+            return self.forward(
+                x,
+                lambda x, g: rms_norm(x, (weight if g is None else g) + offset, eps),
+                weight,
+                segments,
+            )
+        assert x.is_contiguous() and x.dtype == weight.dtype
+        failed = lib["ds_tuned_norm"](
+            x.data_ptr(),
+            x.dtype == torch.bfloat16,
+            x[0].numel() // self.hidden,
+            self.hidden,
+            weight.data_ptr(),
+            offset,
+            eps,
+            y.data_ptr(),
+            entries(segments),
+            self.pointers.address,
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError("no memory for the gain of ds_tuned_norm")
         return y
 
     def _by_mix(self, segments: Segments) -> dict[Mix, list[int]]:

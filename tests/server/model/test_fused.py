@@ -15,11 +15,10 @@ from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
 
-from deltaserve.adapters.adapter import Adapter
 from deltaserve.kernels.native import library
 from deltaserve.server.model import BaseModel, load
 from deltaserve.server.model.fused_layer import FusedLayer
-from deltaserve.server.model.stack import FusedStack, StackedLayer
+from deltaserve.server.model.stack import StackedLayer
 
 Save = Callable[[PreTrainedModel], Path]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -139,54 +138,6 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype, saved: Save
         return sequences[0].logits[-1]
 
     assert torch.equal(last([0]), last([1, 0, 2]))
-
-
-@DTYPES
-@pytest.mark.parametrize("quantize", ["int4", "int8"])
-@pytest.mark.parametrize("activations", ["float", "int8"])
-@pytest.mark.parametrize("name", ["llama-tied-biased", "mistral"])
-def test_all_layers_at_once_give_what_they_give_one_by_one(
-    name: str,
-    quantize: Any,
-    activations: Any,
-    dtype: torch.dtype,
-    saved: Save,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model = load(
-        saved(archs.build(name).to(dtype)), dtype=dtype, quantize=quantize, activations=activations
-    )
-    tuned = Adapter(digest="1", format="test", modules={})
-    model.install(1, model.prepare(tuned))
-    ids = torch.randint(3, 256, (3, 40), generator=torch.Generator().manual_seed(5))
-    runs: list[int] = []
-    original = FusedStack._run
-
-    def run(self: FusedStack, x: Tensor, *rest: Any) -> Tensor:
-        runs.append(x.shape[1])
-        return original(self, x, *rest)
-
-    monkeypatch.setattr(FusedStack, "_run", run)
-
-    def serve() -> list[Tensor]:
-        one, two, three = Sequence(ids[0]), Sequence(ids[1]), Sequence(ids[2], ((1, 1.0),))
-        stepper = Stepper(model)
-        stepper.step([(one, 20), (two, 3)])  # prompts
-        stepper.step([(one, 1), (two, 1)])  # at once
-        stepper.step([(one, 1), (two, 1), (three, 9)])  # with a prompt
-        stepper.step([(one, 1), (two, 1), (three, 1)])  # with an adapter
-        stepper.step([(two, 1)])  # at once
-        stepper.step([(two, 1), (one, 1)])  # at once
-        return [torch.cat(s.logits) for s in (one, two, three)]
-
-    got = serve()
-    assert runs == [2, 1, 2]
-    monkeypatch.setattr(
-        FusedStack, "start", lambda self, x, r: self.layers[0](x, position_embeddings=r)
-    )
-    for a, b in zip(got, serve(), strict=True):
-        assert torch.equal(a, b)
-    assert runs == [2, 1, 2]
 
 
 def test_dense_linears_are_called_one_by_one(saved: Save) -> None:

@@ -58,11 +58,11 @@ class BitTable(Table[PackedBit]):
 
     def __init__(self, group: Group) -> None:
         super().__init__(group)
-        self._pointers = PointerTable(ITEM)
+        self.pointers = PointerTable(ITEM)
 
     def add(self, x: Tensor, y: Tensor, segments: Segments) -> None:
         """Adds the step's deltas to y [T, out], float32, in place. x: [T, in]."""
-        if not add_deltas("ds_bit", x, y, segments, self._pointers):
+        if not add_deltas("ds_bit", x, y, segments, self.pointers):
             self._add_torch(x, y, segments)
 
     def _add_torch(self, x: Tensor, y: Tensor, segments: Segments) -> None:
@@ -77,7 +77,7 @@ class BitTable(Table[PackedBit]):
 
     def _changed(self, slot: int) -> None:
         rows = [self._row(item) for item in self.items.get(slot, ())]
-        self._pointers.put(slot, rows)
+        self.pointers.put(slot, rows)
 
     def _row(self, item: PackedBit) -> tuple[int, ...]:
         planes, out = item.scale.shape[0], self.group.out_features[item.part]

@@ -52,7 +52,7 @@ class LowRankTable(Table[PackedLowRank]):
 
     def __init__(self, group: Group) -> None:
         super().__init__(group)
-        self._pointers = PointerTable(ITEM)
+        self.pointers = PointerTable(ITEM)
 
     @property
     def rounds_once(self) -> bool:
@@ -60,7 +60,7 @@ class LowRankTable(Table[PackedLowRank]):
 
     def add(self, x: Tensor, y: Tensor, segments: Segments) -> None:
         """Adds the step's deltas to y [T, out] in place, in float32 inside. x: [T, in]."""
-        if not add_deltas("ds_lowrank", x, y, segments, self._pointers):
+        if not add_deltas("ds_lowrank", x, y, segments, self.pointers):
             self._add_torch(x, y, segments)
 
     def _add_torch(self, x: Tensor, y: Tensor, segments: Segments) -> None:
@@ -71,7 +71,7 @@ class LowRankTable(Table[PackedLowRank]):
 
     def _changed(self, slot: int) -> None:
         rows = [self._row(item) for item in self.items.get(slot, ())]
-        self._pointers.put(slot, rows)
+        self.pointers.put(slot, rows)
 
     def _row(self, item: PackedLowRank) -> tuple[float, ...]:
         rank, out = item.b.shape

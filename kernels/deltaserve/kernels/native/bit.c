@@ -118,13 +118,13 @@ static void rows_tokens(const bit_item *m, const void *x, int x_bf16, int64_t in
 
 /* As ds_lowrank. A run of several adapters rounds a bfloat16 y once for each. */
 int ds_bit(const void *x, int x_bf16, int64_t in, void *y, int y_bf16, int64_t stride,
-           const entries_t *e, const bit_item *items, const int32_t *first, const int32_t *count,
-           int slots, int threads) {
-    int64_t most = job_limit(e, count, slots);
+           const entries_t *e, const table_t *table, int threads) {
+    const bit_item *items = table->items;
+    int64_t most = job_limit(e, table);
     if (!most) return 0;
     job_t *jobs = malloc(most * sizeof *jobs);
     if (!jobs) return -1;
-    for (int depth = 0, n; (n = jobs_at(e, first, count, slots, depth, jobs)); depth++) {
+    for (int depth = 0, n; (n = jobs_at(e, table, depth, jobs)); depth++) {
         int64_t tasks = 0, rows = ROWS;
         /* One adapter alone: smaller tasks, so that every thread has some. */
         if (n < 2 * threads) rows = ROWS / 4;

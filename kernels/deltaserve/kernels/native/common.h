@@ -30,9 +30,26 @@ typedef struct {
     const float *strength;
 } entries_t;
 
+/* What a family of primitives holds: of slot s the items first[s] .. first[s] + count[s]; slots
+ * beyond `slots` hold none. */
+typedef struct {
+    const void *items;
+    const int32_t *first, *count;
+    int64_t slots;
+} table_t;
+
 ALWAYS int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 ALWAYS int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 ALWAYS int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+ALWAYS int count_of(const table_t *table, int slot) { return slot < table->slots ? table->count[slot] : 0; }
+
+/* Whether a slot of the step holds anything. */
+ALWAYS int touches(const table_t *table, const entries_t *e) {
+    for (int i = 0; i < e->count; i++)
+        if (count_of(table, e->slot[i])) return 1;
+    return 0;
+}
 
 ALWAYS f32x16 splat(float v) { return (f32x16){0} + v; }
 
@@ -104,6 +121,11 @@ ALWAYS void store_upto(void *p, int64_t i, int64_t n, int bf16, f32x16 v) {
         if (bf16) ((uint16_t *)p)[i + j] = to_bf16(v[j]);
         else ((float *)p)[i + j] = v[j];
     }
+}
+
+ALWAYS void add1(void *p, int64_t i, int bf16, float v) {
+    if (bf16) ((uint16_t *)p)[i] = to_bf16(from_bf16(((uint16_t *)p)[i]) + v);
+    else ((float *)p)[i] += v;
 }
 
 /* a b + c, rounded once; spelled out where the compiler could choose otherwise for another tile. */

@@ -38,22 +38,17 @@ ALWAYS f32x16 row_many(const csr_item *m, int64_t row, const float *x, int bf16)
     return a + b;
 }
 
-ALWAYS void put(void *y, int bf16, int64_t at, float v) {
-    if (bf16) ((uint16_t *)y)[at] = to_bf16(from_bf16(((uint16_t *)y)[at]) + v);
-    else ((float *)y)[at] += v;
-}
-
 ALWAYS void rows_of(const csr_item *m, const float *x, void *y, int y_bf16, int64_t stride, int64_t t,
                     int64_t tokens, int64_t width, float strength, int64_t from, int64_t to, int bf16) {
     for (int64_t row = from; row < to; row++) {
         if (m->indptr[row] == m->indptr[row + 1]) continue;
         int64_t at = t * stride + m->column + row;
         if (width == 1) {
-            put(y, y_bf16, at, strength * row_one(m, row, x, bf16));
+            add1(y, at, y_bf16, strength * row_one(m, row, x, bf16));
             continue;
         }
         f32x16 v = strength * row_many(m, row, x, bf16);
-        for (int64_t i = 0; i < tokens; i++) put(y, y_bf16, at + i * stride, v[i]);
+        for (int64_t i = 0; i < tokens; i++) add1(y, at + i * stride, y_bf16, v[i]);
     }
 }
 
@@ -70,14 +65,13 @@ static void gather(const void *x, int bf16, int64_t in, int64_t from, int64_t to
 
 /* Where the inputs of each entry's first 16 tokens start; entries of a run share theirs. Returns the
  * floats needed. With `to`, fills them in. */
-static int64_t place(const entries_t *e, const int32_t *count, int slots, int64_t in, int64_t *at,
-                     const void *x, int bf16, float *to, int threads) {
+static int64_t place(const entries_t *e, const table_t *table, int64_t in, int64_t *at, const void *x, int bf16,
+                     float *to, int threads) {
     int64_t used = 0;
     int run = -1;
     for (int i = 0; i < e->count; i++) {
-        int s = e->slot[i];
         at[i] = 0;
-        if (s >= slots || !count[s]) continue;
+        if (!count_of(table, e->slot[i])) continue;
         int64_t tokens = e->end[i] - e->start[i], blocks = ceil_div(tokens, LANES);
         int64_t size = in * (tokens == 1 ? 1 : LANES);
         if (e->start[i] != run) {
@@ -105,19 +99,20 @@ static int64_t place(const entries_t *e, const int32_t *count, int slots, int64_
 
 /* As ds_bit. */
 int ds_csr(const void *x, int x_bf16, int64_t in, void *y, int y_bf16, int64_t stride, const entries_t *e,
-           const csr_item *items, const int32_t *first, const int32_t *count, int slots, int threads) {
-    int64_t most = job_limit(e, count, slots);
+           const table_t *table, int threads) {
+    const csr_item *items = table->items;
+    int64_t most = job_limit(e, table);
     if (!most) return 0;
     job_t *jobs = malloc(most * sizeof *jobs + e->count * sizeof(int64_t));
     if (!jobs) return -1;
     int64_t *at = (int64_t *)(jobs + most);
-    float *inputs = malloc(place(e, count, slots, in, at, x, x_bf16, NULL, threads) * sizeof(float));
+    float *inputs = malloc(place(e, table, in, at, x, x_bf16, NULL, threads) * sizeof(float));
     if (!inputs) {
         free(jobs);
         return -1;
     }
-    place(e, count, slots, in, at, x, x_bf16, inputs, threads);
-    for (int depth = 0, n; (n = jobs_at(e, first, count, slots, depth, jobs)); depth++) {
+    place(e, table, in, at, x, x_bf16, inputs, threads);
+    for (int depth = 0, n; (n = jobs_at(e, table, depth, jobs)); depth++) {
         int64_t tasks = 0;
         for (int i = 0; i < n; i++) {
             int64_t tokens = e->end[jobs[i].entry] - e->start[jobs[i].entry];

@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 
 POINTER, INT, LONG, FLOAT = c_void_p, c_int, c_int64, c_float
 
-# x, its kind, in_features, y, its kind, its width, entries, items, first, count, slots, threads
-DELTAS = (POINTER, INT, LONG, POINTER, INT, LONG, *[POINTER] * 4, INT, INT)
+# x, its kind, in_features, y, its kind, its width, entries, table, threads
+DELTAS = (POINTER, INT, LONG, POINTER, INT, LONG, POINTER, POINTER, INT)
 
 SIGNATURES = {
     # x, kind, rows, n, gain, eps, y, threads
@@ -53,19 +53,20 @@ SIGNATURES = {
         POINTER,
         INT,
     ),
-    # x, kind, tokens, layers, count, cosine, sine, turned, cells, tables, width, block size,
-    # lengths, threads
+    # x, kind, tokens, layers, count, entries, cosine, sine, turned, cells, tables, width, block
+    # size, lengths, threads
     "ds_layers": (
-        *(POINTER, INT, LONG, POINTER, INT, POINTER, POINTER, LONG),
+        *(POINTER, INT, LONG, POINTER, INT, POINTER, POINTER, POINTER, LONG),
         *(POINTER, POINTER, LONG, LONG, POINTER, INT),
     ),
+    # x, kind, rows of a token, n, weight, offset, eps, y, entries, table, threads
+    "ds_tuned_norm": (POINTER, INT, LONG, LONG, POINTER, FLOAT, FLOAT, *[POINTER] * 3, INT),
     "ds_lowrank": DELTAS,
     "ds_bit": DELTAS,
     "ds_csr": DELTAS,
-    # x, kind, tokens, in, values, kind, index, rows, strength, y, its width
-    "ds_rows": (POINTER, INT, LONG, LONG, POINTER, INT, POINTER, LONG, FLOAT, POINTER, LONG),
-    # y, its kind, its width, entries, items, first, count, slots, bias, factor, threads
-    "ds_vectors": (POINTER, INT, LONG, *[POINTER] * 4, INT, POINTER, INT, INT),
+    "ds_rows": DELTAS,
+    # y, its kind, its width, entries, table, bias, its kind, factor, threads
+    "ds_vectors": (POINTER, INT, LONG, POINTER, POINTER, POINTER, INT, INT, INT),
     # x, kind, tokens, in, y, out, q, scale, zero, their kind, group size, bias, threads
     "ds_int4": (POINTER, INT, LONG, LONG, POINTER, LONG, *[POINTER] * 3, INT, LONG, POINTER, INT),
     # as ds_int4
@@ -93,6 +94,12 @@ SIGNATURES = {
         INT,
     ),
 }
+
+
+class Table(ctypes.Structure):
+    """`table_t` of common.h."""
+
+    _fields_ = (("items", c_void_p), ("first", c_void_p), ("count", c_void_p), ("slots", c_int64))
 
 
 class Entries(ctypes.Structure):

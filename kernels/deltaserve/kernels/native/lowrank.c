@@ -166,19 +166,17 @@ static void link_parts(job_t *jobs, int from, int to) {
     }
 }
 
-/* x: [tokens, in]; y: [tokens, stride]. items of slot s: first[s] .. first[s] + count[s]. Slots
- * beyond `slots` have none. Returns 0, or -1 when memory ran out. */
+/* x: [tokens, in]; y: [tokens, stride]. Returns 0, or -1 when memory ran out. */
 int ds_lowrank(const void *x, int x_bf16, int64_t in, void *y, int y_bf16, int64_t stride,
-               const entries_t *e, const lowrank_item *items, const int32_t *first,
-               const int32_t *count, int slots, int threads) {
+               const entries_t *e, const table_t *table, int threads) {
+    const lowrank_item *items = table->items;
     int total = 0;
     int64_t floats = 0;
     for (int i = 0; i < e->count; i++) {
-        int s = e->slot[i];
-        if (s >= slots) continue;
-        total += count[s];
-        for (int j = 0; j < count[s]; j++)
-            floats += (int64_t)(e->end[i] - e->start[i]) * items[first[s] + j].rank;
+        int s = e->slot[i], n = count_of(table, s);
+        total += n;
+        for (int j = 0; j < n; j++)
+            floats += (int64_t)(e->end[i] - e->start[i]) * items[table->first[s] + j].rank;
     }
     if (!total) return 0;
     job_t *jobs = malloc(total * sizeof *jobs + floats * sizeof(float));
@@ -187,15 +185,15 @@ int ds_lowrank(const void *x, int x_bf16, int64_t in, void *y, int y_bf16, int64
     int64_t shrinks = 0, expands = 0, work = 0;
     int n = 0, from = 0, run = -1;
     for (int i = 0; i < e->count; i++) {
-        int s = e->slot[i];
-        if (s >= slots) continue;
+        int s = e->slot[i], own = count_of(table, s);
+        if (!own) continue;
         if (e->start[i] != run) {
             link_parts(jobs, from, n);
             from = n;
             run = e->start[i];
         }
-        for (int j = 0; j < count[s]; j++) {
-            const lowrank_item *m = items + first[s] + j;
+        for (int j = 0; j < own; j++) {
+            const lowrank_item *m = items + table->first[s] + j;
             job_t *job = jobs + n++;
             job->item = m;
             job->factor = m->scale * e->strength[i];

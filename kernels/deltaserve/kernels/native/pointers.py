@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from deltaserve.kernels.native.library import Entries, library
+from deltaserve.kernels.native.library import Entries, Table, library
 from deltaserve.kernels.segments import Segments
 
 _entries: WeakKeyDictionary[Segments, Entries] = WeakKeyDictionary()
@@ -49,7 +49,7 @@ def add_deltas(name: str, x: Tensor, y: Tensor, segments: Segments, table: Point
         y.dtype == torch.bfloat16,
         y.shape[1],
         entries(segments),
-        *table.arguments,
+        table.address,
         torch.get_num_threads(),
     )
     if failed:
@@ -62,20 +62,21 @@ def apply_vectors(
 ) -> bool:
     """Adds the table's vectors to y [T, width] in place, or multiplies y by ``1 + sum w (v - 1)``.
 
-    y: float32 or bfloat16; bias: of y's dtype [width], which a factor leaves alone. Returns False
-    where there are no native kernels.
+    y, bias [width]: float32 or bfloat16; a factor leaves the bias alone. Returns False where there
+    are no native kernels.
     """
     lib = library()
     if lib is None:
         return False
-    assert y.is_contiguous() and (bias is None or bias.dtype == y.dtype)
+    assert y.is_contiguous()
     failed = lib["ds_vectors"](
         y.data_ptr(),
         y.dtype == torch.bfloat16,
         y.shape[1],
         entries(segments),
-        *table.arguments,
+        table.address,
         None if bias is None else bias.data_ptr(),
+        bias is not None and bias.dtype == torch.bfloat16,
         factor,
         torch.get_num_threads(),
     )
@@ -93,6 +94,9 @@ class PointerTable:
         self._used = 0
         self._first: npt.NDArray[np.int32] = np.zeros(8, np.int32)
         self._count: npt.NDArray[np.int32] = np.zeros(8, np.int32)
+        self._table = Table()
+        self.address = ctypes.addressof(self._table)
+        """Of the `table_t`, which stays where it is as long as this lives."""
         self._locate()
 
     def put(self, slot: int, rows: Sequence[tuple[Any, ...]]) -> None:
@@ -121,6 +125,7 @@ class PointerTable:
             self._used += len(rows)
 
     def _locate(self) -> None:
-        arrays = (self._rows, self._first, self._count)
-        self.arguments = (*(a.ctypes.data for a in arrays), len(self._count))
-        """Addresses of the rows, of each slot's first row and of its row count; slots."""
+        self._table.items = self._rows.ctypes.data
+        self._table.first = self._first.ctypes.data
+        self._table.count = self._count.ctypes.data
+        self._table.slots = len(self._count)

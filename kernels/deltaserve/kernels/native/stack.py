@@ -1,4 +1,4 @@
-"""The structures of native/stack.c: linears and decoder layers as pointers."""
+"""The structures of native/linear.h and stack.c: linears and decoder layers as pointers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from torch import Tensor
 
 KINDS = {("int4", "float"): 0, ("int4", "int8"): 1, ("int8", "float"): 2, ("int8", "int8"): 3}
 """(weights, activations) -> linear_t.kind."""
+
+TABLES = ("inputs", "outputs", "lowrank", "bit", "csr", "rows", "bias")
+"""Of group_t, in its order."""
 
 
 class NativeLinear(ctypes.Structure):
@@ -27,24 +30,43 @@ class NativeLinear(ctypes.Structure):
     )
 
 
+class NativeGroup(ctypes.Structure):
+    """`group_t`: a linear and the addresses of its tables (`PointerTable.address`)."""
+
+    _fields_ = (
+        ("base", NativeLinear),
+        *((name, c_void_p) for name in TABLES),
+    )
+
+
+class NativeNorm(ctypes.Structure):
+    """`norm_t`. tuned: the address of a table."""
+
+    _fields_ = (
+        ("gain", c_void_p),
+        ("weight", c_void_p),
+        ("offset", c_float),
+        ("eps", c_float),
+        ("tuned", c_void_p),
+    )
+
+
 class NativeLayer(ctypes.Structure):
     """`layer_t`."""
 
     _fields_ = (
-        ("qkv", NativeLinear),
-        ("o", NativeLinear),
-        ("up", NativeLinear),
-        ("down", NativeLinear),
-        ("first", c_void_p),
-        ("second", c_void_p),
+        ("qkv", NativeGroup),
+        ("o", NativeGroup),
+        ("up", NativeGroup),
+        ("down", NativeGroup),
+        ("first", NativeNorm),
+        ("second", NativeNorm),
         ("keys", c_void_p),
         ("values", c_void_p),
         ("heads", c_int64),
         ("kv_heads", c_int64),
         ("dim", c_int64),
         ("window", c_int64),
-        ("first_eps", c_float),
-        ("second_eps", c_float),
         ("scale", c_float),
         ("softcap", c_float),
     )

@@ -17,24 +17,22 @@ static int runs_of(const entries_t *e, int *from) {
 }
 
 /* The vector of the part at `column` in entry i, or null. */
-ALWAYS const vector_item *item_of(const entries_t *e, int i, const vector_item *items,
-                                  const int32_t *first, const int32_t *count, int slots, int64_t column) {
-    int s = e->slot[i];
-    if (s >= slots) return NULL;
-    for (int j = 0; j < count[s]; j++)
-        if (items[first[s] + j].column == column) return items + first[s] + j;
+ALWAYS const vector_item *item_of(const entries_t *e, int i, const table_t *table, int64_t column) {
+    int s = e->slot[i], n = count_of(table, s);
+    const vector_item *own = (const vector_item *)table->items + (n ? table->first[s] : 0);
+    for (int j = 0; j < n; j++)
+        if (own[j].column == column) return own + j;
     return NULL;
 }
 
 typedef struct {
     const entries_t *e;
-    const vector_item *items;
-    const int32_t *first, *count;
-    int slots;
+    const table_t *table;
     void *y;
     int bf16;
     int64_t stride;
-    const void *bias; /* of y's kind, or null: what a factor leaves alone */
+    const void *bias; /* [stride] or null: what a factor leaves alone */
+    int bias_bf16;
     int factor;       /* 1: y = (y - bias) m + bias with m = 1 + sum w (v - 1); 0: y += sum w v */
 } call_t;
 
@@ -45,13 +43,13 @@ static void part_rows(const call_t *c, int from, int to, const vector_item *part
         f32x16 m = splat(0);
         float rest = c->factor;
         for (int i = from; i < to; i++) {
-            const vector_item *v = item_of(e, i, c->items, c->first, c->count, c->slots, part->column);
+            const vector_item *v = item_of(e, i, c->table, part->column);
             if (!v) continue;
             m += e->strength[i] * load_upto(v->vector, k, n, 0);
             rest -= e->strength[i];
         }
         if (c->factor) m += rest;
-        f32x16 bias = c->bias ? load_upto(c->bias, part->column + k, n, c->bf16) : splat(0);
+        f32x16 bias = c->bias ? load_upto(c->bias, part->column + k, n, c->bias_bf16) : splat(0);
         for (int64_t t = e->start[from]; t < e->end[from]; t++) {
             int64_t at = t * c->stride + part->column + k;
             f32x16 v = load_upto(c->y, at, n, c->bf16);
@@ -61,23 +59,22 @@ static void part_rows(const call_t *c, int from, int to, const vector_item *part
 }
 
 /* y: [tokens, stride]. Returns 0, or -1 when memory ran out. */
-int ds_vectors(void *y, int bf16, int64_t stride, const entries_t *e, const vector_item *items,
-               const int32_t *first, const int32_t *count, int slots, const void *bias, int factor,
-               int threads) {
+int ds_vectors(void *y, int bf16, int64_t stride, const entries_t *e, const table_t *table, const void *bias,
+               int bias_bf16, int factor, int threads) {
     if (!e->count) return 0;
     int *from = malloc((e->count + 1) * sizeof *from);
     if (!from) return -1;
     int runs = runs_of(e, from);
-    call_t c = {e, items, first, count, slots, y, bf16, stride, bias, factor};
+    call_t c = {e, table, y, bf16, stride, bias, bias_bf16, factor};
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && runs > 8)
     for (int r = 0; r < runs; r++)
         for (int i = from[r]; i < from[r + 1]; i++) {
-            int s = e->slot[i];
-            for (int j = 0; s < slots && j < count[s]; j++) {
-                const vector_item *part = items + first[s] + j;
+            int s = e->slot[i], own = count_of(table, s);
+            for (int j = 0; j < own; j++) {
+                const vector_item *part = (const vector_item *)table->items + table->first[s] + j;
                 int repeated = 0;
                 for (int k = from[r]; k < i && !repeated; k++)
-                    repeated = item_of(e, k, items, first, count, slots, part->column) != NULL;
+                    repeated = item_of(e, k, table, part->column) != NULL;
                 if (!repeated) part_rows(&c, from[r], from[r + 1], part);
             }
         }

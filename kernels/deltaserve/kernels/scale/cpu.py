@@ -72,7 +72,7 @@ class BiasTable(Table[PackedBias]):
 
     def __init__(self, group: Group) -> None:
         super().__init__(group)
-        self._pointers = PointerTable(ITEM)
+        self.pointers = PointerTable(ITEM)
 
     @property
     def rounds_once(self) -> bool:
@@ -80,14 +80,14 @@ class BiasTable(Table[PackedBias]):
 
     def add(self, x: Tensor, y: Tensor, segments: Segments) -> None:
         """Adds the step's biases to y [T, out] in place."""
-        if apply_vectors(y, segments, self._pointers, factor=False):
+        if apply_vectors(y, segments, self.pointers, factor=False):
             return
         for tokens, strength, item in self.entries(segments):
             y[tokens, self.group.columns(item.part)].add_(item.bias, alpha=strength)
 
     def _changed(self, slot: int) -> None:
         items = self.items.get(slot, ())
-        self._pointers.put(slot, [_row(self.group, i.part, i.bias) for i in items])
+        self.pointers.put(slot, [_row(self.group, i.part, i.bias) for i in items])
 
 
 class ScaleTable(Table[PackedScale]):
@@ -95,10 +95,10 @@ class ScaleTable(Table[PackedScale]):
 
     def __init__(self, group: Group) -> None:
         super().__init__(group)
-        self._inputs = PointerTable(ITEM)
-        self._outputs = PointerTable(ITEM)
-        # Slots whose parts want different inputs, which takes a product for each of those parts.
-        self._split: set[int] = set()
+        self.inputs = PointerTable(ITEM)
+        self.outputs = PointerTable(ITEM)
+        self.split: set[int] = set()
+        """Slots whose parts want different inputs, which takes a product for each of those."""
         self._scaling: set[int] = set()  # slots that scale inputs at all
 
     def scales_inputs(self, mix: Mix) -> bool:
@@ -107,12 +107,12 @@ class ScaleTable(Table[PackedScale]):
 
     def split_runs(self, segments: Segments) -> list[tuple[int, int, Mix]]:
         """The runs in which the parts of the group want different inputs."""
-        if self._split.isdisjoint(segments.slots):
+        if self.split.isdisjoint(segments.slots):
             return []
         return [run for run in segments.runs if self._splits(run[2])]
 
     def _splits(self, mix: Mix) -> bool:
-        return any(slot in self._split for slot, _ in mix)
+        return any(slot in self.split for slot, _ in mix)
 
     def input_factor(self, mix: Mix, part: int) -> Tensor | None:
         """float32 [in], or None for no factor."""
@@ -134,8 +134,8 @@ class ScaleTable(Table[PackedScale]):
         if not found:
             return x
         scaled = x.clone()
-        if self._split.isdisjoint(segments.slots) and apply_vectors(
-            scaled, segments, self._inputs, factor=True
+        if self.split.isdisjoint(segments.slots) and apply_vectors(
+            scaled, segments, self.inputs, factor=True
         ):
             return scaled
         for start, end, mix in found:
@@ -146,9 +146,9 @@ class ScaleTable(Table[PackedScale]):
 
     def scale_outputs(self, y: Tensor, bias: Tensor | None, segments: Segments) -> None:
         """y [T, out], float32: ``(y - bias) * factor + bias``, in place. bias: [out]."""
-        wide = None if bias is None else bias.float()
-        if apply_vectors(y, segments, self._outputs, factor=True, bias=wide):
+        if apply_vectors(y, segments, self.outputs, factor=True, bias=bias):
             return
+        wide = None if bias is None else bias.float()
         for start, end, mix in segments.runs:
             for part in range(len(self.group.out_features)):
                 factor = self.output_factor(mix, part)
@@ -168,18 +168,18 @@ class ScaleTable(Table[PackedScale]):
         items = self.items.get(slot, ())
         parts = range(len(self.group.out_features))
         inputs = [self._input(slot, part) for part in parts]
-        self._split.discard(slot)
+        self.split.discard(slot)
         self._scaling.discard(slot)
         if any(i is not None for i in inputs):
             self._scaling.add(slot)
         if any(i is not inputs[0] for i in inputs[1:]):
-            self._split.add(slot)
-        shared = inputs[0] if inputs and slot not in self._split else None
+            self.split.add(slot)
+        shared = inputs[0] if inputs and slot not in self.split else None
         # The inputs are one vector of the whole group: as if it were part 0, as long as x.
         rows = [] if shared is None else [(shared.data_ptr(), 0, self.group.in_features)]
-        self._inputs.put(slot, rows)
+        self.inputs.put(slot, rows)
         outputs = [_row(self.group, i.part, i.output) for i in items if i.output is not None]
-        self._outputs.put(slot, outputs)
+        self.outputs.put(slot, outputs)
 
 
 def _row(group: Group, part: int, vector: Tensor) -> tuple[int, int, int]:

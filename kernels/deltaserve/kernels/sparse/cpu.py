@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltaserve.kernels.cast import cast
-from deltaserve.kernels.native import library
 from deltaserve.kernels.native.pointers import PointerTable, add_deltas
 from deltaserve.kernels.primitives import (
     Sparse,
@@ -25,7 +24,7 @@ from deltaserve.kernels.segments import Segments
 from deltaserve.kernels.table import Group, Table
 
 # csr_item of native/csr.c
-ITEM = (
+CSR_ITEM = (
     ("indptr", "u8"),
     ("indices", "u8"),
     ("values", "u8"),
@@ -34,10 +33,14 @@ ITEM = (
     ("bf16", "i4"),
 )
 
+# rows_item of native/rows.c
+ROWS_ITEM = (("values", "u8"), ("index", "u8"), ("column", "i8"), ("rows", "i4"), ("bf16", "i4"))
+
 # Values multiplied at a time: bounds the products [T, values] held in between.
 BLOCK_VALUES = 1 << 16
 
-# Up to so many tokens whole rows are multiplied one by one: a product costs more in calls.
+# Up to so many tokens of an entry whole rows are multiplied one by one (FEW of native/jobs.h): a
+# product costs more in calls.
 FEW_TOKENS = 4
 
 Dense: TypeAlias = SparseRows | SparseCols | SparseBlocks
@@ -93,40 +96,66 @@ def _join(matrices: Sequence[SparseCsr], out_features: int) -> SparseCsr:
 
 
 class SparseTable(Table[PackedSparse]):
-    """CSR in one native call for the whole step; rows, columns and blocks as small products."""
+    """CSR, and whole rows for few tokens, in one native call each for the whole step; the others as
+    small products."""
 
     def __init__(self, group: Group) -> None:
         super().__init__(group)
-        self._pointers = PointerTable(ITEM)
+        self.csr = PointerTable(CSR_ITEM)
+        self.rows = PointerTable(ROWS_ITEM)
+        self.others: set[int] = set()
+        """Slots that hold more than the two tables do."""
 
     def add(self, x: Tensor, y: Tensor, segments: Segments) -> None:
         """Adds the step's deltas to y [T, out], float32, in place. x: [T, in]."""
-        done = add_deltas("ds_csr", x, y, segments, self._pointers)
-        for tokens, strength, item in self.entries(segments):
-            primitive = item.primitive
-            columns = self.group.columns(item.part)
-            if isinstance(primitive, SparseRows) and _few_rows(
-                primitive, x, y, tokens, columns, strength
-            ):
-                continue
-            out = y[tokens, columns]
-            if not isinstance(primitive, SparseCsr):
-                _dense(primitive, x[tokens], out, strength)
-            elif not done:
-                out.add_(_csr(primitive, x[tokens], out.shape[1]), alpha=strength)
+        done = add_deltas("ds_csr", x, y, segments, self.csr)
+        if done:
+            add_deltas("ds_rows", x, y, segments, self.rows)
+        for start, end, slot, strength in segments.entries:
+            for i, item in enumerate(self.items.get(slot, ())):
+                if done and self._is_native(slot, i, end - start):
+                    continue
+                primitive, columns = item.primitive, self.group.columns(item.part)
+                out = y[start:end, columns]
+                if isinstance(primitive, SparseCsr):
+                    out.add_(_csr(primitive, x[start:end], out.shape[1]), alpha=strength)
+                else:
+                    _dense(primitive, x[start:end], out, strength)
+
+    def _is_native(self, slot: int, i: int, tokens: int) -> bool:
+        """Whether the native kernels have served item i of a slot."""
+        primitive = self.items[slot][i].primitive
+        if isinstance(primitive, SparseRows):
+            return tokens <= FEW_TOKENS and self._first_rows(slot, i)
+        return isinstance(primitive, SparseCsr)
+
+    def _first_rows(self, slot: int, i: int) -> bool:
+        """Whether item i, of rows, is the only one of its part that the table can hold: two could
+        be added to the same outputs at once."""
+        own = self.items[slot]
+        return not any(
+            isinstance(own[j].primitive, SparseRows) and own[j].part == own[i].part
+            for j in range(i)
+        )
 
     def _changed(self, slot: int) -> None:
+        csr: list[tuple[int, ...]] = []
         rows: list[tuple[int, ...]] = []
-        for item in self.items.get(slot, ()):
-            if isinstance(item.primitive, SparseCsr):
-                column, end = (
-                    self.group.columns(item.part).start,
-                    self.group.columns(item.part).stop,
-                )
+        own = self.items.get(slot, ())
+        for i, item in enumerate(own):
+            primitive, columns = item.primitive, self.group.columns(item.part)
+            is_bf16 = primitive.values.dtype == torch.bfloat16
+            if isinstance(primitive, SparseCsr):
                 pointers = [t.data_ptr() for t in item.tensors()]
-                is_bf16 = item.primitive.values.dtype == torch.bfloat16
-                rows.append((*pointers, column, end - column, is_bf16))
-        self._pointers.put(slot, rows)
+                csr.append((*pointers, columns.start, columns.stop - columns.start, is_bf16))
+            elif isinstance(primitive, SparseRows) and self._first_rows(slot, i):
+                values, index = primitive.values.data_ptr(), primitive.index.data_ptr()
+                rows.append((values, index, columns.start, len(primitive.index), is_bf16))
+        self.csr.put(slot, csr)
+        self.rows.put(slot, rows)
+        self.others.discard(slot)
+        if len(csr) + len(rows) < len(own):
+            self.others.add(slot)
 
 
 def _csr(csr: SparseCsr, x: Tensor, out_features: int) -> Tensor:
@@ -137,32 +166,6 @@ def _csr(csr: SparseCsr, x: Tensor, out_features: int) -> Tensor:
         products = x[:, csr.indices[here]].float() * csr.values[here].float()
         y.index_add_(1, rows[here], products)
     return y
-
-
-def _few_rows(
-    rows: SparseRows, x: Tensor, y: Tensor, tokens: slice, columns: slice, strength: float
-) -> bool:
-    """Adds to y [T, out], float32, in place. False where that is not the way: for many tokens, or
-    without native kernels."""
-    lib = library()
-    if lib is None or tokens.stop - tokens.start > FEW_TOKENS:
-        return False
-    width, values = y.shape[1], rows.values
-    assert y.dtype == torch.float32 and rows.index.is_contiguous() and values.is_contiguous()
-    lib["ds_rows"](
-        x.data_ptr() + tokens.start * x.shape[1] * x.element_size(),
-        x.dtype == torch.bfloat16,
-        tokens.stop - tokens.start,
-        x.shape[1],
-        values.data_ptr(),
-        values.dtype == torch.bfloat16,
-        rows.index.data_ptr(),
-        len(rows.index),
-        strength,
-        y.data_ptr() + (tokens.start * width + columns.start) * y.element_size(),
-        width,
-    )
-    return True
 
 
 def _dense(primitive: Dense, x: Tensor, y: Tensor, strength: float) -> None:

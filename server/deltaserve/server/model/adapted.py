@@ -71,6 +71,8 @@ class Modules:
         self.norms = norms
         self.experts = experts
         self._installed: dict[int, PreparedAdapter] = {}
+        self.not_native: set[int] = set()
+        """Slots whose adapters do to the linears what no native call does."""
 
     def prepare(self, adapter: Adapter, prefix: AnyPrefix | None) -> PreparedAdapter:
         """Casts and packs; any thread. Raises UnsupportedAdapter for what a module cannot take."""
@@ -124,6 +126,8 @@ class Modules:
             deltas = self.groups[lead].deltas
             assert deltas is not None
             deltas.install(slot, linear)
+            if not deltas.is_native(slot):
+                self.not_native.add(slot)
         for name, norm in prepared.norms.items():
             self.norms[name].install(slot, norm)
         if prepared.embedding is not None:
@@ -133,6 +137,7 @@ class Modules:
     def remove(self, slot: int) -> None:
         """Engine thread. Frees what `install` took."""
         prepared = self._installed.pop(slot)
+        self.not_native.discard(slot)
         for lead in prepared.linears:
             deltas = self.groups[lead].deltas
             assert deltas is not None

@@ -58,7 +58,7 @@ def fuse(
         _run_once(model, report, modules, ctx, dtype)
     fused = sum(p.settle() for p in provers)
     if fused == len(report.attention) and _one_after_another(provers):
-        stack = FusedStack.of(ctx, [p.fused for p in provers])
+        stack = FusedStack.of(ctx, [p.fused for p in provers], modules.not_native)
         if stack is not None:
             for i, prover in enumerate(provers):
                 prover.layer.forward = StackedLayer(stack, i)

@@ -45,12 +45,18 @@ class DeltaNorm(nn.Module):
         if self.slots and self.ctx.segments:
             assert self.token_dim is not None
             rows = x.movedim(self.token_dim, 0)
-            y = self.deltas.forward(rows, self.apply_gain, self.weight, self.ctx.segments)
-            return y.movedim(0, self.token_dim)
+            return self._tuned(rows).movedim(0, self.token_dim)
         if self.offset is not None:
             return rms_norm(x, self.gain, self.eps)
         found: Tensor = self.inner(x)
         return found
+
+    def _tuned(self, rows: Tensor) -> Tensor:
+        """rows: [T, ..., hidden] -> the same."""
+        deltas, weight, segments = self.deltas, self.weight, self.ctx.segments
+        if self.offset is not None and rows.dtype == weight.dtype:
+            return deltas.rms(rows.contiguous(), weight, self.offset, self.eps, segments)
+        return deltas.forward(rows, self.apply_gain, weight, segments)
 
     __call__ = forward  # no hooks: nn.Module's own detour costs as much as a small kernel
 

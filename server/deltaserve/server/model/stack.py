@@ -1,27 +1,36 @@
 """All layers of a model in one native call, for the steps that need nothing else: one token each of
-sequences of the plain base. The kernels are those that the layers call one by one."""
+sequences, of the base and of adapters that the native kernels serve. The kernels are those that the
+layers call one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltaserve.kernels.native import library
-from deltaserve.kernels.native.stack import NativeLayer, NativeLinear
+from deltaserve.kernels.native.pointers import entries
+from deltaserve.kernels.native.stack import NativeGroup, NativeLayer, NativeNorm
 from deltaserve.server.model.context import AttentionStep, ForwardContext, KVStore
 from deltaserve.server.model.fused_layer import FusedLayer
+from deltaserve.server.model.norm import DeltaNorm
 
 
 class FusedStack:
-    """layers: each is given what the one before it returns. natives: their linears, in order."""
+    """layers: each is given what the one before it returns. natives: their linears, in order.
+    not_native: slots whose adapters the layers must serve one by one."""
 
     def __init__(
-        self, ctx: ForwardContext, layers: Sequence[FusedLayer], natives: Sequence[NativeLinear]
+        self,
+        ctx: ForwardContext,
+        layers: Sequence[FusedLayer],
+        natives: Sequence[NativeGroup],
+        not_native: Set[int],
     ) -> None:
         self.ctx = ctx
+        self.not_native = not_native
         self.layers = tuple(layers)
         self.done: Tensor | None = None
         """What the layers after the first are given when it has computed them all."""
@@ -30,23 +39,29 @@ class FusedStack:
         self._structures: Any = None
 
     @classmethod
-    def of(cls, ctx: ForwardContext, layers: Sequence[FusedLayer]) -> FusedStack | None:
+    def of(
+        cls, ctx: ForwardContext, layers: Sequence[FusedLayer], not_native: Set[int]
+    ) -> FusedStack | None:
         """None if a linear cannot be called natively."""
         natives = []
         for layer in layers:
             for group in (layer.qkv, layer.o, layer.up, layer.down):
                 native = group.base.native()
-                if native is None:
+                if native is None or group.deltas is None:
                     return None
-                natives.append(native)
-        return cls(ctx, layers, natives)
+                natives.append(group.deltas.native(native))
+        return cls(ctx, layers, natives, not_native)
 
     def start(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """The first layer's output, or the last one's, which then is `done` as well."""
         self.done = None
         step, kv = self.ctx.attention, self.ctx.kv
         assert step is not None and kv is not None
-        if self.ctx.segments or step.chunks:
+        slots = self.ctx.segments.slots
+        one_by_one = not (
+            slots.isdisjoint(self.not_native) and slots.isdisjoint(self.ctx.gated_prefixes)
+        )
+        if step.chunks or one_by_one:
             return self.layers[0](x, position_embeddings=rotation)
         self.done = self._run(x, rotation, step, kv)
         return self.done
@@ -67,6 +82,7 @@ class FusedStack:
             x.shape[1],
             self._structures,
             len(self.layers),
+            entries(self.ctx.segments) if self.ctx.segments else None,
             cosine.data_ptr(),
             sine.data_ptr(),
             cosine.shape[-1],
@@ -85,14 +101,24 @@ class FusedStack:
         made = (NativeLayer * len(self.layers))()
         for i, (layer, native) in enumerate(zip(self.layers, made, strict=True)):
             native.qkv, native.o, native.up, native.down = self._natives[4 * i : 4 * i + 4]
-            native.first, native.first_eps = layer.first.gain.data_ptr(), layer.first.eps
-            native.second, native.second_eps = layer.second.gain.data_ptr(), layer.second.eps
+            native.first, native.second = (_norm(norm) for norm in (layer.first, layer.second))
             native.keys = kv.keys[layer.layer_idx].data_ptr()
             native.values = kv.values[layer.layer_idx].data_ptr()
             native.heads, native.kv_heads, native.dim = layer.heads, layer.kv_heads, layer.dim
             native.scale = layer.how.scale
             native.window, native.softcap = layer.how.window or 0, layer.how.softcap or 0.0
         return made
+
+
+def _norm(norm: DeltaNorm) -> NativeNorm:
+    assert norm.offset is not None
+    return NativeNorm(
+        norm.gain.data_ptr(),
+        norm.weight.data_ptr(),
+        norm.offset,
+        norm.eps,
+        norm.deltas.pointers.address,
+    )
 
 
 class StackedLayer:
