@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +31,7 @@ from deltaserve.kernels.replace import cpu as replace_cpu
 from deltaserve.kernels.scale import cpu as scale_cpu
 from deltaserve.kernels.segments import Segments
 from deltaserve.kernels.sparse import cpu as sparse_cpu
-from deltaserve.kernels.table import Group, Packed, unique_bytes
+from deltaserve.kernels.table import Group, Packed, Table, unique_bytes
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -65,6 +67,10 @@ class PreparedLinear:
         return unique_bytes(self.tensors())
 
 
+# In the order of `LinearDeltas._tables`.
+_items = attrgetter("lowrank", "gated", "bit", "sparse", "bias", "scale", "replace")
+
+
 class LinearDeltas:
     """in_features; out_features of each part; dtype: of x and y, float32 or bfloat16."""
 
@@ -79,6 +85,7 @@ class LinearDeltas:
         self._scale = scale_cpu.ScaleTable(self.group)
         self._replace = replace_cpu.ReplaceTable(self.group)
         self._additive = (self._lowrank, self._gated, self._bit, self._sparse, self._bias)
+        self._tables: tuple[Table[Any], ...] = (*self._additive, self._scale, self._replace)
 
     def prepare(self, parts: Mapping[int, tuple[Primitive, ...]]) -> PreparedLinear:
         """Casts and packs the primitives of each part for serving. Safe from any thread.
@@ -112,20 +119,21 @@ class LinearDeltas:
 
     def install(self, slot: int, prepared: PreparedLinear) -> None:
         """Publishes an adapter in a slot, in place of what the slot held. Engine thread."""
+        if slot in self._prepared:
+            self.remove(slot)
         self._prepared[slot] = prepared
-        self._lowrank.install(slot, prepared.lowrank)
-        self._gated.install(slot, prepared.gated)
-        self._bit.install(slot, prepared.bit)
-        self._sparse.install(slot, prepared.sparse)
-        self._bias.install(slot, prepared.bias)
-        self._scale.install(slot, prepared.scale)
-        self._replace.install(slot, prepared.replace)
+        for table, items in zip(self._tables, _items(prepared), strict=True):
+            if items:
+                table.install(slot, items)
 
     def remove(self, slot: int) -> None:
         """Empties a slot; an empty one may be removed again."""
-        self._prepared.pop(slot, None)
-        for table in (*self._additive, self._scale, self._replace):
-            table.remove(slot)
+        prepared = self._prepared.pop(slot, None)
+        if prepared is None:
+            return
+        for table, items in zip(self._tables, _items(prepared), strict=True):
+            if items:
+                table.remove(slot)
 
     @property
     def nbytes(self) -> int:
