@@ -26,12 +26,12 @@ from deltaserve.adapters.marks import content_digest
 from deltaserve.adapters.options import DEFAULT, LoadOptions
 from deltaserve.kernels.base import onednn
 from deltaserve.kernels.content import canonical
-from deltaserve.kernels.primitives import PrefixKV
+from deltaserve.kernels.primitives import LowRank, PrefixKV
 from deltaserve.kernels.table import places
 from deltaserve.server.engine.collector import generate
 from deltaserve.server.engine.loader_process import AVAILABLE, LoaderProcesses
 from deltaserve.server.engine.make import Line, MakeHere, Source, Wanted
-from deltaserve.server.engine.transfer import receive, send
+from deltaserve.server.engine.transfer import SCRATCH, receive, send
 from deltaserve.server.errors import AdapterUnavailable, ShuttingDown
 from deltaserve.server.model.adapted import PreparedAdapter
 
@@ -78,6 +78,53 @@ def test_tensors_arrive_bit_for_bit() -> None:
     one, two = found["tensors"]["part"], found["tensors"]["other part"]
     assert one.untyped_storage().data_ptr() == two.untyped_storage().data_ptr()
     assert found["tensors"]["repeated"].untyped_storage().nbytes() == 4
+
+
+def test_tensors_of_any_size_and_number_arrive_each_in_memory_of_its_own() -> None:
+    """Read some at a time, or alone, or not at all; none keeps the memory of another."""
+    drawn = torch.Generator()
+    drawn.seed()
+    dtypes = (torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.float64, torch.bool)
+    shapes = ((33, 511), (7,), (1, SCRATCH // 2 + 3), (16, 1, 5))
+    given = [
+        torch.randint(0, 2 if dtype is torch.bool else 127, shape, generator=drawn).to(dtype)
+        for shape in shapes
+        for dtype in dtypes
+        for _ in range(9 if shape != shapes[2] else 2)
+    ]
+    kept = across(given[2::5])
+    for number in torch.randperm(len(given)).tolist()[:3]:
+        given.append(given[number].clone())
+    found = across(given)
+    for theirs, ours in zip(found, given, strict=True):
+        assert theirs.dtype == ours.dtype and torch.equal(theirs, ours)
+        assert theirs.untyped_storage().nbytes() == ours.numel() * ours.element_size()
+    assert all(any(k is f for f in found) for k in kept)
+
+
+def test_two_tensors_over_one_memory_stay_so() -> None:
+    rows = torch.randn(6, 4)
+    found = across([rows, rows.view(-1), rows.view(6, 4), rows.clone()])
+    assert len({t.untyped_storage().data_ptr() for t in found[:2]}) == 1
+    assert all(torch.equal(t.view(6, 4), rows) for t in found)
+
+
+def test_outlines_arrive_as_few_objects() -> None:
+    outline = Adapter(
+        "d",
+        "test",
+        {
+            f"m{i}": (LowRank(torch.randn(2, 3), torch.randn(5 + i % 2, 2), 0.5 + i // 4),)
+            for i in range(8)
+        },
+    ).without_content()
+    found = across(outline)
+    for adapter in (outline, found):
+        assert len({id(p) for (p,) in adapter.modules.values()}) == 4
+    for ours, theirs in zip(outline.modules.items(), found.modules.items(), strict=True):
+        (name, (one,)), (other_name, (other,)) = ours, theirs
+        assert (name, one.scale, one.a.shape) == (other_name, other.scale, other.a.shape)
+        assert one.b.shape == other.b.shape and other.b.is_meta
 
 
 def test_packed_weights_arrive_packed() -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 
-from deltaserve.kernels.primitives import AnyPrefix, Primitive, tensors, without_content
+from deltaserve.kernels.primitives import (
+    AnyPrefix,
+    Primitive,
+    look,
+    tensors,
+    without_content,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,13 +45,19 @@ class Adapter:
         return tuple(sorted(names))
 
     def without_content(self) -> Adapter:
-        """What it is made of, with no memory held: enough to decide what it combines with."""
+        """What it is made of, with no memory held: enough to decide what it combines with. What
+        looks the same is one object: they are few, whatever the number of modules."""
+        made: dict[Hashable, Primitive] = {}
+
+        def outline(primitive: Primitive) -> Primitive:
+            found = made.get(key := look(primitive))
+            if found is None:
+                found = made[key] = without_content(primitive)
+            return found
+
         return replace(
             self,
-            modules={
-                name: tuple(without_content(p) for p in group)
-                for name, group in self.modules.items()
-            },
+            modules={name: tuple(map(outline, group)) for name, group in self.modules.items()},
             prefix=None if self.prefix is None else without_content(self.prefix),
         )
 

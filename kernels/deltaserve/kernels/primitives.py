@@ -17,8 +17,8 @@ change of its bias.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -205,6 +205,18 @@ def mapped(primitive: P, change: Callable[[Tensor], Tensor]) -> P:
 def without_content(primitive: P) -> P:
     """The same primitive with its tensors on the meta device: kind and shapes, no memory."""
     return mapped(primitive, lambda tensor: tensor.to("meta"))
+
+
+def look(value: Any) -> Hashable:
+    """Equal for primitives of one kind that differ in their tensors' content alone."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape, value.stride()
+    if isinstance(value, tuple):
+        return tuple(look(v) for v in value)
+    if is_dataclass(value):
+        return type(value), *(look(getattr(value, f.name)) for f in fields(value))
+    found: Hashable = value
+    return found
 
 
 def nbytes(primitive: Primitive | AnyPrefix) -> int:
