@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from simulation import Simulation
 
 from deltaserve.server.engine import fair_queue
-from deltaserve.server.engine.batch import Scheduled
 from deltaserve.server.engine.cost import StepLoad
 from deltaserve.server.engine.order import FAIR_TURN, PATIENCE
 from deltaserve.server.engine.sequence import Sequence
@@ -170,17 +169,6 @@ def test_a_long_prompt_leaves_the_next_flow_its_part_of_the_step() -> None:
     assert sim.steps <= 4
 
 
-def test_who_brings_no_new_adapter_goes_first_while_times_are_close() -> None:
-    sim = Simulation()
-    sim.submit("b", answer=40)
-    sim.step()
-    for name in ("a", "b"):
-        sim.submit(name, answer=2)
-    flows = sim.scheduler.queue._tenants[""].flows
-    flows["b"].time = flows["a"].time + 0.9 * sim.cost.per_byte * sim.adapter_bytes
-    assert [p.sequence.label for p in sorted(sim.step().chunks, key=_ticket)] == ["b", "a"]
-
-
 def test_steps_keep_to_the_inter_token_target() -> None:
     free, tied = Simulation(), Simulation(inter_token_target=0.025)
     for sim in (free, tied):
@@ -263,10 +251,6 @@ def test_flows_without_requests_are_forgotten(monkeypatch: pytest.MonkeyPatch) -
         sim.submit("", tenant=f"t{i}", answer=1, prompt=1)
         sim.step()
     assert len(sim.scheduler.queue._tenants) <= 21
-
-
-def _ticket(part: Scheduled) -> int:
-    return part.sequence.ticket
 
 
 request = st.fixed_dictionaries(

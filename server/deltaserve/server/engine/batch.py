@@ -56,7 +56,11 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        return len(self.decodes) + sum(c.count for c in self.chunks)
+        return len(self.decodes) + self.prompt_tokens
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(c.count for c in self.chunks)
 
 
 def placement(part: Scheduled) -> tuple[object, ...]:

@@ -5,7 +5,7 @@ tenant's flows share its part. As in the virtual token counter (Sheng et al. 202
 Serving Large Language Models") a flow has a virtual time, the seconds that it has been served;
 the turn is that of the tenant, then of the flow, with the smallest. A tenant or flow that comes
 back is lifted to the smallest among those that wait (start-time fair queueing, Goyal et al. 1996),
-so being idle saves nothing up.
+so being idle saves nothing up; of equal ones, the turn is that of who has had none for longer.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from deltaserve.server.engine.sequence import Sequence
-
-Handicap: TypeAlias = Callable[[Sequence], float]
 
 MAX_FLOWS = 4096
 """Beyond so many, flows without requests are forgotten, and what they were served with them."""
@@ -28,21 +26,24 @@ MAX_FLOWS = 4096
 @dataclass(eq=False, slots=True)
 class Flow:
     """waiting: priority -> those never admitted yet, in the order they came. members: all that
-    wait or run. time: seconds served."""
+    wait or run. time: seconds served. turn: number of its last one."""
 
     tenant: Tenant
     label: str
     time: float = 0.0
+    turn: int = 0
     members: int = 0
     waiting: dict[int, OrderedDict[Sequence, None]] = field(default_factory=dict)
 
 
 @dataclass(eq=False, slots=True)
 class Tenant:
-    """now: the virtual time of the flow of its that was admitted last."""
+    """now: the virtual time of the flow of its that was admitted last. turn: number of its last
+    one."""
 
     name: str
     time: float = 0.0
+    turn: int = 0
     now: float = 0.0
     flows: dict[str, Flow] = field(default_factory=dict)
 
@@ -62,6 +63,7 @@ class FairQueue:
         self._flow_of: dict[Sequence, Flow] = {}
         self._waiting: dict[Sequence, None] = {}
         self._now = 0.0
+        self._turn = 0
         self._flows = 0
         self._most = MAX_FLOWS
 
@@ -100,6 +102,8 @@ class FairQueue:
         if not sequence.ticketed:
             self._now = max(self._now, flow.tenant.time)
             flow.tenant.now = max(flow.tenant.now, flow.time)
+            self._turn += 1
+            flow.turn = flow.tenant.turn = self._turn
         self._stop_waiting(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -119,14 +123,9 @@ class FairQueue:
         flow.time += seconds
         flow.tenant.time += seconds
 
-    def turns(self, handicap: Handicap) -> Turns:
-        """The order of those never admitted, followed while they are taken. handicap: seconds of
-        virtual time by which a request's turn is put back among those of its tenant."""
-
-        def fresh(flow: Flow, level: int) -> Entry:
-            return self._entry(flow, level, handicap)
-
-        return Turns(self._entries(handicap), fresh)
+    def turns(self) -> Turns:
+        """The order of those never admitted, followed while they are taken."""
+        return Turns(self._entries(), self._entry)
 
     def absent(self, since: float) -> list[Sequence]:
         """The first of each flow and level whose adapters are not in memory, in the order of their
@@ -191,18 +190,19 @@ class FairQueue:
         if not queue:
             del flow.waiting[sequence.level]
 
-    def _entries(self, handicap: Handicap = lambda sequence: 0.0) -> list[Entry]:
+    def _entries(self) -> list[Entry]:
         return [
-            self._entry(flow, level, handicap)
+            self._entry(flow, level)
             for tenant in self._tenants.values()
             for flow in tenant.waiting
             for level in flow.waiting
         ]
 
-    def _entry(self, flow: Flow, level: int, handicap: Handicap) -> Entry:
+    def _entry(self, flow: Flow, level: int) -> Entry:
         queue = flow.waiting[level]
         head = next((s for s in queue if not s.early), None) or next(iter(queue))
-        key = (-level, flow.tenant.time, flow.time + handicap(head), head.arrival)
+        tenant = flow.tenant
+        key = (-level, tenant.time, tenant.turn, flow.time, flow.turn, head.arrival)
         return Entry(key, flow, level, head)
 
 

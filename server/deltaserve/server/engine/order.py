@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from deltaserve.server.engine.fair_queue import FairQueue
-from deltaserve.server.engine.residency import Residency
 from deltaserve.server.engine.sequence import Sequence
 
 PATIENCE = 5.0
@@ -27,17 +24,13 @@ class Order:
         self.first: Sequence | None = None
         self.crowded = False
         self._queue = queue
-        self._turns = queue.turns(lambda sequence: 0.0)
+        self._turns = queue.turns()
         self._now = 0.0
         self._turn = 0  # admissions since one by age
 
-    def begin_step(self, held: Collection[Residency], per_byte: float, now: float) -> None:
-        """held: the adapters in the batch. per_byte: seconds; who would bring others into it waits
-        for as long as it takes to read them, if it is only their turn by less."""
+    def begin_step(self, now: float) -> None:
         self.crowded, self._now = False, now
-        self._turns = self._queue.turns(
-            lambda s: per_byte * sum(a.nbytes for a in s.held if a not in held)
-        )
+        self._turns = self._queue.turns()
 
     def wanting(self, now: float) -> list[Sequence]:
         """Waiting requests whose adapters are not resident, one of each kind, in the order in which

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import TypeAlias
 
+from deltaserve.server.engine.batch import Batch
 from deltaserve.server.engine.sequence import Sequence
 
-Key = tuple[str, ...]
+Key: TypeAlias = tuple[str, ...]
 
 
 def give_way(running: Collection[Sequence]) -> Sequence:
@@ -74,26 +76,34 @@ def equal_parts(amount: int, needs: Mapping[str, int]) -> list[tuple[str, int]]:
 
 
 def prompt_shares(
-    prompts: list[Sequence], head: Sequence | None, budget: int
+    prompts: list[Sequence], head: Sequence | None, budget: int, batch: Batch
 ) -> list[tuple[Sequence, int]]:
-    """How many of `budget` tokens each prompt gets: equal parts for the tenants, of each for its
-    flows, in each flow first come first served; nobody more than it needs. head: one whose part is
-    left for it, as its flow's."""
-    needs: dict[str, dict[str, int]] = {}
+    """How many tokens each prompt gets of the step's `budget`: equal parts for the tenants, of each
+    for its flows, in each flow first come first served; nobody more than it needs. head: one whose
+    part is left for it, as its flow's. What the batch computes of prompts already is of the parts.
+    """
+    given: Counter[Key] = Counter()
+    for part in batch.chunks:
+        given[_flow(part.sequence.lead)] += part.count
+    needs = given.copy()
     if head is not None:
-        needs[head.request.tenant] = {head.label: head.prompt_tokens}
+        needs[_flow(head)] += head.prompt_tokens
     for s in prompts:
-        flows = needs.setdefault(s.request.tenant, {})
-        flows[s.label] = flows.get(s.label, 0) + _pending(s)
-    left = {
-        (tenant, label): share
-        for tenant, part in equal_parts(budget, {t: sum(f.values()) for t, f in needs.items()})
-        for label, share in equal_parts(part, needs[tenant])
+        needs[_flow(s)] += _pending(s)
+    tenants: dict[str, dict[str, int]] = {}
+    for (tenant, label), need in needs.items():
+        tenants.setdefault(tenant, {})[label] = need
+    left: dict[Key, int] = {
+        (tenant, label): share - given[tenant, label]
+        for tenant, part in equal_parts(budget, {t: sum(f.values()) for t, f in tenants.items()})
+        for label, share in equal_parts(part, tenants[tenant])
     }
     shares = []
+    budget -= given.total()
     for s in prompts:
-        share = min(_pending(s), left[s.request.tenant, s.label])
-        left[s.request.tenant, s.label] -= share
+        share = max(0, min(_pending(s), left[_flow(s)], budget))
+        left[_flow(s)] -= share
+        budget -= share
         shares.append((s, share))
     return shares
 

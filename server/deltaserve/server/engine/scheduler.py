@@ -108,16 +108,16 @@ class Scheduler:
             if sequence in self.running and sequence.decoding:
                 self._decode(sequence, batch)
         budget = self._prompt_budget(batch)
-        held = {a for s in self.running for a in s.held}
-        self.order.begin_step(held, self.cost.per_byte, now)
+        self.order.begin_step(now)
         prompts = [s for s in ordered if s in self.running and not s.decoding]
-        for sequence, share in self._shares(prompts, budget):
+        head = self._head() if prompts else None
+        for sequence, share in prompt_shares(prompts, head, budget, batch):
             if sequence in self.running:
                 least = 1 if sequence is ordered[0] else 0
-                budget -= self._chunk(sequence, max(share, least), batch)
-        budget = self._admit(budget, batch)
+                self._chunk(sequence, max(share, least), batch)
+        self._admit(budget, batch)
         if self.speculator is not None:
-            self.speculator.extend(batch, budget)
+            self.speculator.extend(batch, budget - batch.prompt_tokens)
         batch.decodes.sort(key=placement)
         batch.chunks.sort(key=placement)
         return batch
@@ -168,19 +168,21 @@ class Scheduler:
         within = self.cost.tokens_within(self.inter_token_target, load.adapter_bytes)
         return min(budget, max(within - len(batch.decodes), self.blocks.block_size))
 
-    def _shares(self, prompts: list[Sequence], budget: int) -> list[tuple[Sequence, int]]:
-        """The step's prompt tokens for each running prompt, as `prompt_shares`; the one whose turn
-        to be admitted is next takes part if there is room for it."""
-        head = self.order.next() if prompts and self._rows() < self.max_sequences else None
-        room = self.blocks.available * self.blocks.block_size
-        if head is not None and head.prompt_tokens > room:
-            head = None
-        return prompt_shares(prompts, head, budget)
+    def _head(self) -> Sequence | None:
+        """Whose turn to be admitted is next, if there is room for it or can be made."""
+        head = self.order.next()
+        if head is None or head.prompt_tokens > self.blocks.available * self.blocks.block_size:
+            return None
+        rows = len(head.members)
+        places = self._rows() + rows - self.max_sequences
+        leaving = self._claim(head, self.running, places, rows, _rows, _rows)
+        return head if leaving is not None else None
 
-    def _admit(self, budget: int, batch: Batch) -> int:
-        """-> what is left of the budget."""
+    def _admit(self, budget: int, batch: Batch) -> None:
+        """budget: prompt tokens of the step, of which those that run have taken their parts. Who is
+        admitted leaves the next one its own."""
         order = self.order
-        while budget > 0:
+        while batch.prompt_tokens < budget:
             new = order.next()
             overdue = order.overdue(new)
             sequence = overdue or order.returning(new) or new
@@ -193,10 +195,10 @@ class Scheduler:
                 continue
             if entered:
                 order.entered(sequence, by_age=sequence is overdue)
-                budget -= self._chunk(sequence, budget, batch)
+                ((_, share),) = prompt_shares([sequence], self._head(), budget, batch)
+                self._chunk(sequence, share, batch)
             elif sequence in self.queue:
                 break  # what comes after it must not overtake it for ever
-        return budget
 
     def _enter(self, sequence: Sequence, batch: Batch) -> bool:
         """Admit it, if there is room or it has a right to what others hold. One that cannot begin
