@@ -1,12 +1,25 @@
 """What a flood of one adapter does to the time to the first token of another.
 
-    python benchmarks/fairness.py --models models [--only llama-160m] [--seconds 20] [--save]
+    python benchmarks/fairness.py --models models [--only llama-160m] [--requests 120] [--save]
 
-The victim asks one adapter at random times (Poisson), lightly. Alone; with half the machine, which
-is its fair share: the same times, each step taking twice as long; and beside a flood: 64 requests
-of another adapter always wait, by turns of the same tenant and of another one. In the last phase
-the queue is served in order of arrival, as without fairness. One process, the same arrivals in each
-phase; the table shows the victim's 50th and 99th percentile in each, and the flood's tokens.
+The victim asks one adapter at random times (Poisson), so often that alone it would use `--load` of
+the machine. Alone; on a machine of half the speed; and beside a flood: 32 longer requests of
+another adapter always wait, of the same tenant and of another one. The arrivals are the same in
+each phase, in the two last ones half as many.
+
+What the fair share is. Two flows that always ask have half of the machine each. With half of it
+for itself, the victim would have the times of the phase `half`: nobody else is there, and each step
+takes twice as long. A server that does not interrupt its steps can be later by the longest one that
+the other flow keeps it busy with: that is the delay guarantee of start-time fair queueing (Goyal,
+Vin and Cheng 1996: the expected arrival at the flow's own rate, and the largest packet of each
+other flow at the server's). So the victim's 99th percentile is to be at most that of `half` and the
+length of the flood's steps, of which the 99th percentile is taken and not the longest, which only a
+hiccup of the machine may have made. `of share` is the quotient: at most 1 where a flood cannot take
+more than is due to it.
+
+The two last phases show what does not keep to that: the queue served in order of arrival, and
+the flows by turns but each turn counted as one, whatever it costs, with a victim whose requests
+are cheaper than the flood's.
 """
 
 from __future__ import annotations
@@ -18,20 +31,21 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from common import cores, machine, make_models, pin, save
+from common import busy_seconds, cores, machine, make_models, pin, save
+from worse_queues import QUEUES
 
 FLOOD, VICTIM = "a00", "a01"
-QUEUED = 64
-PROMPT, ANSWER = 64, 16
+QUEUED = 32
+PROMPT, ANSWER = 64, 4
 FLOOD_PROMPT, FLOOD_ANSWER = 128, 64
-PHASES = ("alone", "half", "flood", "flood, other tenant", "first come, first served")
+PHASES = ("alone", "half", "flood", "flood, other tenant", *QUEUES)
 
 
 @dataclass(eq=False)
@@ -62,9 +76,17 @@ class Watch:
             assert self.news.wait_for(lambda: len(self.open) <= most, 300), "300 s without an end"
 
 
+@dataclass
+class Served:
+    """An engine with both adapters. steps: seconds of each."""
+
+    engine: Any
+    steps: list[float] = field(default_factory=list)
+
+
 @contextmanager
-def serving(models: Path, model: str, slow: bool, fair: bool, args: Any) -> Iterator[Any]:
-    """An engine with both adapters. slow: each step takes twice as long."""
+def serving(name: str, args: Any) -> Iterator[Served]:
+    """For the phase of that name."""
     import torch
 
     from deltaserve.server.config import AdapterConfig, EngineConfig
@@ -73,53 +95,36 @@ def serving(models: Path, model: str, slow: bool, fair: bool, args: Any) -> Iter
     from deltaserve.server.engine.collector import generate
     from deltaserve.server.model import load
 
-    base = load(models / model, dtype=torch.bfloat16, quantize="int8")
+    base = load(args.models / args.only, dtype=torch.bfloat16, quantize="int8", activations="int8")
     config = EngineConfig(
-        prefix_cache=False,
         kv_cache_bytes=512 << 20,
         max_sequences=args.max_sequences,
         max_batch_tokens=args.max_batch_tokens,
         inter_token_target=args.inter_token_target,
     )
-    fifo = {"FairQueue": one_flow(), "claim": lambda *how: None, "prompt_shares": in_order}
-    with nullcontext() if fair else mock.patch.multiple(scheduler, **fifo):
-        engine = make_engine(base, config, AdapterConfig(roots=(models,)))
-        if slow:
-            run = engine._runner.run
+    other = mock.patch.multiple(scheduler, **QUEUES[name]) if name in QUEUES else nullcontext()
+    with other:
+        engine = make_engine(base, config, AdapterConfig(roots=(args.models,)))
+        served, run = Served(engine), engine._runner.run
 
-            def twice(batch: Any) -> Any:
-                began = time.perf_counter()
-                result = run(batch)
+        def timed(batch: Any) -> Any:
+            began = time.perf_counter()
+            result = run(batch)
+            if name == "half":
                 time.sleep(time.perf_counter() - began)
-                return result
+            served.steps.append(time.perf_counter() - began)
+            return result
 
-            engine._runner.run = twice  # type: ignore[method-assign]
+        engine._runner.run = timed  # type: ignore[method-assign]
         engine.start()
         try:
-            for name in (FLOOD, VICTIM):
-                folder = models / f"{model}-lora" / name
-                engine.adapters.load(name, str(folder)).result(120)
-                generate(engine, [ask(random.Random(0), name, PROMPT, 4)], 120)
-            yield engine
+            for adapter in (FLOOD, VICTIM):
+                folder = args.models / f"{args.only}-lora" / adapter
+                engine.adapters.load(adapter, str(folder)).result(120)
+                generate(engine, [ask(random.Random(0), adapter, PROMPT, ANSWER)], 120)
+            yield served
         finally:
             engine.shutdown()
-
-
-def one_flow() -> Any:
-    """A queue that takes everybody for the same."""
-    from deltaserve.server.engine.fair_queue import FairQueue, Flow, Tenant
-
-    class Fifo(FairQueue):
-        def _flow(self, sequence: Any) -> Flow:
-            tenant = self._tenants.setdefault("", Tenant(""))
-            self._flows = 1
-            return tenant.flows.setdefault("", Flow(tenant, ""))
-
-    return Fifo
-
-
-def in_order(prompts: list[Any], head: Any, budget: int) -> list[tuple[Any, int]]:
-    return [(s, budget) for s in prompts]
 
 
 _ids = itertools.count()
@@ -137,20 +142,31 @@ def ask(rng: random.Random, adapter: str, prompt: int, answer: int, tenant: str 
     )
 
 
-def arrivals(rate: float, seconds: float) -> list[float]:
-    rng, at, found = random.Random(11), 0.0, []
-    while (at := at + rng.expovariate(rate)) < seconds:
-        found.append(at)
-    return found
+def request_seconds(engine: Any) -> float:
+    """Of one request of the victim with nobody else, the median of some."""
+    from deltaserve.server.engine.collector import generate
+
+    rng, times = random.Random(1), []
+    for _ in range(9):
+        began = time.perf_counter()
+        generate(engine, [ask(rng, VICTIM, PROMPT, ANSWER)], 120)
+        times.append(time.perf_counter() - began)
+    return sorted(times)[4]
 
 
-def phase(engine: Any, name: str, args: Any) -> dict[str, Any]:
+def arrivals(rate: float, count: int) -> list[float]:
+    rng = random.Random(11)
+    return list(itertools.accumulate(rng.expovariate(rate) for _ in range(count)))
+
+
+def phase(served: Served, name: str, rate: float, args: Any) -> dict[str, Any]:
     """The victim's times to the first token, in seconds, and the flood's tokens per second."""
-    victim, flood, rng = Watch(), Watch(), random.Random(13)
+    engine, victim, flood = served.engine, Watch(), Watch()
     tenant = "flood" if "tenant" in name else ""
     stop = threading.Event()
 
     def pour() -> None:
+        rng = random.Random(12)
         while not stop.is_set():
             r = ask(rng, FLOOD, FLOOD_PROMPT, FLOOD_ANSWER, tenant)
             flood.open.add(r.request_id)
@@ -161,15 +177,19 @@ def phase(engine: Any, name: str, args: Any) -> dict[str, Any]:
     if name not in ("alone", "half"):
         pouring.start()
         time.sleep(2.0)
-    began, tokens, asked = time.perf_counter(), flood.tokens, {}
-    for at in arrivals(args.rate, args.seconds):
+    served.steps.clear()
+    rng, asked = random.Random(13), {}
+    busy, began, tokens = busy_seconds(), time.perf_counter(), flood.tokens
+    for at in arrivals(rate, args.requests // 2 if name in QUEUES else args.requests):
         time.sleep(max(0.0, began + at - time.perf_counter()))
         r = ask(rng, VICTIM, PROMPT, ANSWER)
         asked[r.request_id] = time.perf_counter()
         victim.open.add(r.request_id)
         engine.submit(r, victim)
     victim.wait(0)
-    poured = (flood.tokens - tokens) / (time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    poured, busy = (flood.tokens - tokens) / seconds, busy_seconds() - busy
+    steps = sorted(served.steps)
     stop.set()
     for request_id in list(flood.open):
         engine.cancel(request_id)
@@ -184,12 +204,14 @@ def phase(engine: Any, name: str, args: Any) -> dict[str, Any]:
         "requests": len(times),
         "p50": round(quantile(times, 0.5), 4),
         "p99": round(quantile(times, 0.99), 4),
+        "step_p99": round(quantile(steps, 0.99), 4),
         "flood_tokens_per_second": round(poured, 1),
         "preemptions": engine.stats().preemptions,
+        "other_cpu": round(max(0.0, busy / seconds / cores()), 3),
     }
 
 
-def quantile(ordered: list[float], q: float) -> float:
+def quantile(ordered: Sequence[float], q: float) -> float:
     return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
 
@@ -199,8 +221,8 @@ def main() -> None:
     )
     parser.add_argument("--models", type=Path, default=Path("models"))
     parser.add_argument("--only", default="llama-160m")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each phase")
-    parser.add_argument("--rate", type=float, default=1.0, help="the victim's requests per second")
+    parser.add_argument("--requests", type=int, default=120, help="of the victim in each phase")
+    parser.add_argument("--load", type=float, default=0.3, help="the victim's, of the machine")
     parser.add_argument("--max-sequences", type=int, default=16)
     parser.add_argument("--max-batch-tokens", type=int, default=256)
     parser.add_argument("--inter-token-target", type=float, help="as of deltaserve serve")
@@ -210,17 +232,23 @@ def main() -> None:
     pinned = pin(args.cores)
     make_models(args.models, [args.only])
     print(json.dumps(machine()), f"cores {pinned or cores()}", file=sys.stderr)
-    rows = []
-    print(f"{'phase':<26}{'requests':>9}{'p50 s':>9}{'p99 s':>9}{'flood tok/s':>13}")
+    rows: list[dict[str, Any]] = []
+    rate = half = 0.0
+    header = ("requests", "p50 s", "p99 s", "share s", "of share", "flood tok/s", "other cpu")
+    print(f"{'phase':<26}" + "".join(f"{h:>12}" for h in header))
     for name in PHASES:
-        with serving(args.models, args.only, name == "half", "first" not in name, args) as engine:
-            row = phase(engine, name, args)
-        rows.append({"benchmark": "fairness", "model": args.only, "rate": args.rate, **row})
-        print(
-            f"{name:<26}{row['requests']:>9}{row['p50']:>9.3f}{row['p99']:>9.3f}"
-            f"{row['flood_tokens_per_second']:>13.1f}",
-            flush=True,
-        )
+        with serving(name, args) as served:
+            rate = rate or args.load / request_seconds(served.engine)
+            row = phase(served, name, rate, args)
+        half = row["p99"] if name == "half" else half
+        shown = [row["requests"], f"{row['p50']:.3f}", f"{row['p99']:.3f}", "", "", ""]
+        if name not in ("alone", "half"):
+            row["share_p99"] = round(half + row["step_p99"], 4)
+            row["of_share"] = round(row["p99"] / row["share_p99"], 3)
+            shown[3:] = [f"{row['share_p99']:.3f}", row["of_share"], row["flood_tokens_per_second"]]
+        rows.append({"benchmark": "fairness", "model": args.only, "rate": round(rate, 3), **row})
+        shown.append(row["other_cpu"])
+        print(f"{name:<26}" + "".join(f"{x:>12}" for x in shown), flush=True)
     if args.save:
         save(rows, "fairness.jsonl")
 

@@ -25,8 +25,9 @@ def begin(s: Sequence) -> bool:
 
 @dataclass
 class Simulation:
-    """now: simulated seconds. first, ended: when each sequence had its first token, and its last.
-    served: simulated seconds of service of each (tenant, adapter), by the scheduler's own account.
+    """slower: times as long each step takes as `cost` says, as on a slower machine. now, longest:
+    simulated seconds, of the clock and of the longest step. first, ended: when each sequence had
+    its first token, and its last.
     """
 
     blocks: int = 1200
@@ -35,6 +36,8 @@ class Simulation:
     max_sequences: int = 8
     inter_token_target: float | None = None
     adapter_bytes: int = 50 << 20
+    slower: float = 1.0
+    longest: float = 0.0
     now: float = 0.0
     steps: int = 0
     first: dict[Sequence, float] = field(default_factory=dict)
@@ -108,7 +111,9 @@ class Simulation:
             "neither the first nor one of a higher level, new in this step, advances"
         )
         load = self.scheduler.charge(batch)
-        self.now += self.cost.seconds(load.tokens, load.adapter_bytes) if batch else 0.0
+        if batch:
+            seconds = self.slower * self.cost.seconds(load.tokens, load.adapter_bytes)
+            self.now, self.longest = self.now + seconds, max(self.longest, seconds)
         self.steps += 1
         self._advance(batch)
         self.scheduler.check_integrity()
