@@ -174,6 +174,9 @@ class Packed:
         self.nbytes = nbytes
         self.memory = {"all": nbytes}
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return ()
+
 
 class Host:
     def prepare(self, adapter: Adapter) -> Packed:
@@ -220,6 +223,24 @@ def test_it_is_made_in_a_process_that_gives_way(
     assert processes(line("/a"), Wanted.CHECK).prepared is None
     assert processes(line("/a"), Wanted.DIGEST).adapter is None
     assert len(psutil.Process(processes._pid).children()) == 1
+
+
+def test_the_threads_that_load_stay_on_the_loaders_cores() -> None:
+    before = os.sched_getaffinity(0)
+    made = LoaderProcesses(MakeHere(read, Host()), cores := [min(before)])  # type: ignore[arg-type]
+    found: list[set[int]] = []
+
+    def load() -> None:
+        made(line("/a"), Wanted.ALL)
+        found.append(os.sched_getaffinity(0))
+
+    try:
+        thread = threading.Thread(target=load)
+        thread.start()
+        thread.join()
+    finally:
+        made.close()
+    assert found == [set(cores)] and os.sched_getaffinity(0) == before
 
 
 def test_what_is_raised_there_is_raised_here(processes: LoaderProcesses) -> None:

@@ -49,7 +49,9 @@ class LoaderProcesses:
 
     def __init__(self, make: Make, cores: Sequence[int] = (), nice: int = 10) -> None:
         """Call it before the process has threads that hold locks. make: called in the processes.
-        cores: they stay on these; none for any. nice: added to the server's own."""
+        cores: they stay on these, and so do the threads that call; none for any. nice: added to the
+        server's own."""
+        self._cores = cores
         self._control, theirs = socket.socketpair()
         self._lock = threading.Lock()
         self._idle: list[socket.socket] = []
@@ -62,6 +64,8 @@ class LoaderProcesses:
         theirs.close()
 
     def __call__(self, line: Line, wanted: Wanted) -> Made:
+        if self._cores:  # it copies what a process made: not on the engine's processors
+            os.sched_setaffinity(0, self._cores)
         connection = self._take()
         try:
             send(connection, (line, wanted))
