@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from serving import until
+from torch import Tensor
 
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.errors import InvalidAdapter
@@ -23,6 +25,7 @@ from deltaserve.server.engine.make import MakeHere
 from deltaserve.server.engine.memory import Ledger
 from deltaserve.server.engine.observer import NullObserver
 from deltaserve.server.engine.residency import Residency
+from deltaserve.server.engine.workers import Urgency
 from deltaserve.server.errors import (
     AdapterBusy,
     AdapterConflict,
@@ -42,6 +45,9 @@ class Packed:
     @property
     def memory(self) -> dict[object, int]:
         return {self.digest: self.nbytes}
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return ()
 
 
 class Host:
@@ -554,3 +560,72 @@ def test_thousands_of_registered_adapters_do_not_slow_a_step_down() -> None:
     assert not looked
     rig.cache.list()
     assert looked
+
+
+def test_one_adapter_comes_or_goes_in_a_step() -> None:
+    """The others do in the steps after it, which the cache asks for."""
+    rig = Rig(100, {"a": 10, "b": 20, "c": 30, "huge": 200})
+    woken = threading.Event()
+    rig.cache._wake = woken.set
+    names = ("a", "b", "huge", "c")
+    loads = [rig.cache.load(name, f"/{name}") for name in names]
+    until(lambda: len(rig.cache._loader.arrived) == len(names), "all are read")
+    for count in (1, 2, 3):
+        woken.clear()
+        rig.cache.step([])
+        assert len(rig.host.slots) == count and woken.is_set() == (count < 3)
+    with pytest.raises(AdapterTooLarge):  # it took nobody's turn
+        loads[2].result(0)
+    held = rig.cache.acquire([AdapterRef("b")])
+    unloads = [rig.cache.unload(name) for name in "abc"]
+    for count in (2, 1):
+        woken.clear()
+        rig.cache.step([])
+        assert len(rig.host.slots) == count and woken.is_set() == (count == 2)
+    assert [u.done() for u in unloads] == [True, False, True]
+    rig.cache.release(held, running=False)
+    rig.cache.step([])
+    assert unloads[1].done() and not rig.host.slots
+
+
+def test_who_finds_no_room_keeps_its_turn() -> None:
+    """What came later, and found some, does not get before it."""
+    rig = Rig(100, {"big": 90, "large": 85, "small": 10, "held": 20})
+    rig.load("held")
+    held = rig.cache.acquire([AdapterRef("held")])
+    rig.cache.admitted(held, [()])
+    names = ("big", "large", "small")
+    for i, name in enumerate(names):
+        rig.cache.load(name, f"/{name}")
+        until(lambda i=i: len(rig.cache._loader.arrived) == i + 1, "it is read")  # type: ignore[misc]
+    rig.cache.step([])
+    assert [a.residency.name for a in rig.cache._loader.arrived] == ["big", "large"]
+    assert rig.cache.get("small").state is AdapterState.READY
+
+
+def test_the_first_load_says_what_a_name_stands_for() -> None:
+    """Though the second is read before it."""
+    rig = Rig(100, {"a": 10, "b": 20}, loaders=2)
+    read, gate = rig.disk.read, threading.Event()
+
+    def slow(uri: str, options: LoadOptions, parent: Adapter | None) -> Adapter:
+        assert uri != "/a" or gate.wait(30)
+        return read(uri, options, parent)
+
+    rig.disk.read = slow  # type: ignore[method-assign]
+    first, other = rig.cache.load("x", "/a"), rig.cache.load("x", "/b", pinned=True)
+    until(lambda: rig.disk.reads == 1, "the second is read")
+    rig.cache._loader._workers.submit(Urgency.ASKED, (idle := threading.Event()).set)
+    assert idle.wait(30)  # and what came of it is noted
+    assert not other.done()
+    gate.set()
+    rig.until(lambda: first.done() and other.done(), [])
+    assert first.result().digest == "digest-a" and not rig.cache.get("x").pinned
+    with pytest.raises(AdapterConflict):
+        other.result()
+    failing = rig.cache.load("y", "/none"), rig.cache.load("y", "/b")
+    rig.until(lambda: all(f.done() for f in failing), [])
+    with pytest.raises(InvalidAdapter):
+        failing[0].result()
+    with pytest.raises((AdapterUnavailable, InvalidAdapter)):
+        failing[1].result()

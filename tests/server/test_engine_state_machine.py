@@ -243,6 +243,7 @@ class World(RuleBasedStateMachine):
         )
         self.workers = Workers()
         self.cache._loader._workers = self.workers  # type: ignore[assignment]
+        self.cache._residents._discard = lambda prepared: None
         self.engine = Engine(
             self.model,  # type: ignore[arg-type]
             self.runner,  # type: ignore[arg-type]

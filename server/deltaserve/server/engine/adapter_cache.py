@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.options import DEFAULT, LoadOptions
 from deltaserve.server.engine.core import AdapterInfo, AdapterRef, AdapterState
+from deltaserve.server.engine.discard import Discard
 from deltaserve.server.engine.loader import Loader
 from deltaserve.server.engine.make import Make
 from deltaserve.server.engine.masks import Chosen
@@ -33,6 +34,7 @@ from deltaserve.server.errors import (
     AdapterTooLarge,
     AdapterUnavailable,
     InvalidRequest,
+    RequestError,
     ShuttingDown,
 )
 
@@ -63,7 +65,8 @@ class AdapterCache:
         self._observer = observer
         self._registry = Registry()
         self._lock = self._registry.lock
-        self._residents = Residents(host, ledger, self._evicted, self._lock)
+        self._discard = Discard()
+        self._residents = Residents(host, ledger, self._evicted, self._lock, self._discard)
         self._leaving: Residencies = []
         self._loader = Loader(self._registry, make, wake, loaders)
 
@@ -232,24 +235,29 @@ class AdapterCache:
         self._registry.close()
         with self._lock:
             self._residents.clear()
+        self._discard.close()
 
     # On the engine thread:
 
     def step(self, waiting: Sequence[Sequence[Residency]]) -> None:
         """Between two steps: publish what arrived, finish unloads, start the loads that waiting
-        requests (their adapters, in the order they will be served) need."""
+        requests (their adapters, in the order they will be served) need. One adapter comes or goes
+        in a step, as that takes up to a millisecond of it; the others do in the next."""
         with self._lock:
             self._residents.begin_step()
             head = next((w for w in waiting if not all(r.ready for r in w)), ())
-            for _ in range(len(self._loader.arrived)):
-                arrival = self._loader.arrived.popleft()
-                if not self._publish(arrival, needed_up_to(arrival.residency, waiting) or head):
-                    self._loader.arrived.append(arrival)
+            changed, more = self._publish_one(waiting, head)
             for residency in [r for r in self._leaving if not r.in_flight]:
-                self._finish_unload(residency)
+                if residency.ready and changed:
+                    more = True
+                else:
+                    changed = changed or residency.ready
+                    self._finish_unload(residency)
             for residency in to_load(waiting, head, self._loader, self._residents):
                 self._reload(residency, Urgency.WANTED)
             self._residents.promise([*head, *(a.residency for a in self._loader.arrived)])
+        if more:
+            self._wake()
 
     def admitted(
         self, residencies: Sequence[Residency], chosen: Sequence[Chosen]
@@ -329,6 +337,20 @@ class AdapterCache:
     ) -> None:
         """The same content under the same name: its load is this one's too."""
         name = known.name
+        if known.loading and not known.digest:  # the first load says what the name stands for
+            first: Future[AdapterInfo] = self._registry.promise()
+            known.waiting_for_check.append(first)
+
+            def again(_: Future[AdapterInfo]) -> None:
+                with self._lock:
+                    if not self._registry.closed:  # which fails what was promised
+                        try:
+                            self._join(known, uri, digest, pinned, register_only, done)
+                        except RequestError as error:
+                            done.set_exception(error)
+
+            first.add_done_callback(again)
+            return
         if known.state is AdapterState.FAILED:
             raise AdapterUnavailable(f"adapter {name!r} could not be loaded: {known.error}")
         if known.unloading is not None:
@@ -347,6 +369,20 @@ class AdapterCache:
         known.waiting(register_only).append(done)
         if not known.loading:
             self._reload(known, Urgency.ASKED)
+
+    def _publish_one(
+        self, waiting: Sequence[Sequence[Residency]], head: Sequence[Residency]
+    ) -> tuple[bool, bool]:
+        """The first arrival that there is room for, and all before it that do not come into memory.
+        -> whether one came in, whether others are left that were not looked at."""
+        arrived, crowded, loads = self._loader.arrived, list[Arrival](), self.loads
+        while arrived and self.loads == loads:
+            arrival = arrived.popleft()
+            if not self._publish(arrival, needed_up_to(arrival.residency, waiting) or head):
+                crowded.append(arrival)
+        more = bool(arrived)
+        arrived.extendleft(reversed(crowded))
+        return self.loads > loads, more
 
     def _publish(self, arrival: Arrival, protected: Collection[Residency]) -> bool:
         """False if there is no room now. Nothing is evicted unless there will be room."""
@@ -399,7 +435,7 @@ class AdapterCache:
             self._registry.change(residency, AdapterState.REGISTERED)
         self._answer(residency, residency.waiting_for_check)
         residency.shrink()
-        if residency.waiting_for_load:
+        if residency.waiting_for_load and not residency.loading:
             self._reload(residency, Urgency.ASKED)
 
     def _observe(self, arrival: Arrival) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from torch import Tensor
 
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.options import DEFAULT, LoadOptions
@@ -158,6 +160,8 @@ class Prepared(Protocol):
 
     @property
     def prefix(self) -> Prefix | None: ...
+    def tensors(self) -> Iterable[Tensor]:
+        """All that it keeps."""
 
 
 @dataclass(slots=True)

@@ -38,7 +38,7 @@ MOST_SHARED = 16
 
 class Residents:
     """Changed on the engine thread alone, under `lock`. on_evicted: called for each that has to
-    go."""
+    go. discard: takes what left the model."""
 
     def __init__(
         self,
@@ -46,12 +46,14 @@ class Residents:
         ledger: Ledger,
         on_evicted: Callable[[Residency], None],
         lock: threading.RLock,
+        discard: Callable[[Prepared], None],
     ) -> None:
         self.ledger = ledger
         self.evictions = 0
         self._host = host
         self._on_evicted = on_evicted
         self._lock = lock
+        self._discard = discard
         self._in_slot: dict[int, Residency] = {}
         self._shares: Shares[Residency] = Shares()
         self._offers: Sequence[Offer] | None = None
@@ -180,6 +182,7 @@ class Residents:
         self._remove(residency.slot)
         self._changed()
         residency.slot = residency.uses = 0
+        self._discard(residency.prepared)
         residency.structure = residency.prefix = residency.prepared = None
         return freed
 

@@ -6,6 +6,8 @@ from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 
+from torch import Tensor
+
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.errors import UnsupportedAdapter
 from deltaserve.kernels.embedding import PreparedEmbedding
@@ -43,13 +45,17 @@ class PreparedAdapter:
     @cached_property
     def memory(self) -> Mapping[Hashable, int]:
         """Bytes of each of its tensors, by what tells tensors of other adapters from it."""
+        return places(self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """All that it keeps; one that its modules share may be there several times."""
         held = [t for linear in self.linears.values() for t in linear.tensors()]
         held += [t for norm in self.norms.values() for t in norm.tensors()]
         if self.embedding is not None:
             held += self.embedding.tensors()
         for prefix in (self.prefix, self.gated):
             held += tensors(prefix) if prefix is not None else ()
-        return places(held)
+        return held
 
 
 class Modules:
