@@ -238,8 +238,9 @@ class World(RuleBasedStateMachine):
         self.runner = Runner(self.model, self.wait)
         self.damaged: set[str] = set()
         make = MakeHere(lambda *what: self.read(*what), self.model)
+        self.woken = False
         self.cache = AdapterCache(
-            self.model, make, ledger=ledger, wake=lambda: None, observer=NullObserver()
+            self.model, make, ledger=ledger, wake=self._wake, observer=NullObserver()
         )
         self.workers = Workers()
         self.cache._loader._workers = self.workers  # type: ignore[assignment]
@@ -385,13 +386,17 @@ class World(RuleBasedStateMachine):
             for patch in self.patches:
                 patch.stop()
 
+    def _wake(self) -> None:
+        self.woken = True
+
     def _end(self) -> None:
         """Everything ends by itself, soon, and rightly."""
         self.damaged.clear()
         open_ = [self.requests[i] for i in self.requests if not self.outbox.done(i)]
         work = sum(2 * (len(r.prompt_ids) + r.sampling.max_tokens) for r in open_)
         steps, most = 0, (work + 60) * (len(open_) + 2)
-        while self.engine._known or self.workers.jobs or self.cache._loader.arrived:
+        while self.engine._known or self.workers.jobs or self.cache._loader.arrived or self.woken:
+            self.woken = False
             steps += 1
             assert steps < most, f"{self.engine._known} after {most} steps"
             if self.workers.jobs:

@@ -64,7 +64,11 @@ class Tier:
         self.manager = BlockManager(self.blocks, 2, memory=memory)
         self.host = Host()
         self.residents = Residents(
-            self.host, self.ledger, lambda r: self.evicted.append(r.name), threading.RLock()
+            self.host,
+            self.ledger,
+            lambda r: self.evicted.append(r.name),
+            threading.RLock(),
+            lambda prepared: None,
         )
 
     def load(self, name: str, memory: Mapping[Any, int] | int, seconds: float = 1.0) -> Residency:
