@@ -242,7 +242,7 @@ class AdapterCache:
     def step(self, waiting: Sequence[Sequence[Residency]]) -> None:
         """Between two steps: publish what arrived, finish unloads, start the loads that waiting
         requests (their adapters, in the order they will be served) need. One adapter comes or goes
-        in a step, as that takes up to a millisecond of it; the others do in the next."""
+        in a step, as that takes about a millisecond; the others do in the next."""
         with self._lock:
             self._residents.begin_step()
             head = next((w for w in waiting if not all(r.ready for r in w)), ())
