@@ -14,6 +14,7 @@ def tasks():
 def work():
     x = torch.randn(2000, 2000)
     (x * 2 + x).sum()
+    x @ x  # MKL's, which has a number of its own
 
 assert runtime_path() is not None
 torch.set_num_threads(3)

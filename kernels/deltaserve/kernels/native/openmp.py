@@ -18,6 +18,8 @@ import torch
 logger = logging.getLogger(__name__)
 
 PAUSE_SOFT = 1  # omp_pause_soft
+TORCH = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+"""Where MKL is, in builds that have it."""
 
 
 @cache
@@ -34,6 +36,10 @@ def compute_alone() -> None:
     if path is not None:
         torch.get_num_threads()  # torch sets the number once per thread, before us
         ctypes.CDLL(path).omp_set_num_threads(1)
+    # torch.set_num_threads tells MKL a number of its own, which is every thread's.
+    mkl = getattr(_torch(), "MKL_Set_Num_Threads_Local", None)
+    if mkl is not None:
+        mkl(1)
 
 
 def release_workers() -> None:
@@ -42,6 +48,14 @@ def release_workers() -> None:
     pause = getattr(ctypes.CDLL(path), "omp_pause_resource_all", None) if path else None
     if pause is None or pause(PAUSE_SOFT) != 0:
         logger.info("the OpenMP runtime %s cannot release idle threads", path)
+
+
+@cache
+def _torch() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(str(TORCH))
+    except OSError:  # another system's name
+        return None
 
 
 def _loaded() -> list[str]:
