@@ -38,6 +38,20 @@ def busy_seconds() -> float:
     return sum(t[:8]) - idle - own.user - own.system if len(t) >= 8 else 0.0
 
 
+def rss() -> int:
+    """Bytes that this process holds, what the allocator could give back not counted."""
+    import ctypes
+    import gc
+
+    import psutil
+
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    return int(psutil.Process().memory_info().rss)
+
+
 def machine() -> dict[str, Any]:
     with open("/proc/cpuinfo") as f:
         name = next((x.split(":")[1].strip() for x in f if x.startswith("model name")), "?")
@@ -63,23 +77,19 @@ def make_models(folder: Path, names: Sequence[str]) -> None:
         subprocess.run([*making, "--only", ",".join(missing)], check=True)
 
 
-def make_adapters(source: Path, folder: Path, count: int, rank: int | None = None) -> list[Path]:
-    """As many as asked for, of the shapes of one LoRA in bfloat16, each with its own weights. rank:
-    cut to it."""
+def make_adapters(source: Path, folder: Path, count: int) -> list[Path]:
+    """As many as asked for, of the shapes of one LoRA in bfloat16, each with its own weights."""
     import torch
     from safetensors.torch import load_file, save_file
 
-    config = json.loads((source / "adapter_config.json").read_text())
-    config["r"] = rank = rank or config["r"]
-    tensors = {
-        name: (t[:rank] if "lora_A" in name else t[:, :rank]).to(torch.bfloat16).contiguous()
-        for name, t in load_file(source / "adapter_model.safetensors").items()
-    }
+    config = (source / "adapter_config.json").read_text()
+    loaded = load_file(source / "adapter_model.safetensors")
+    tensors = {name: t.to(torch.bfloat16).contiguous() for name, t in loaded.items()}
     made = []
     for i in range(count):
         made.append(folder / f"a{i:05}")
         made[-1].mkdir(parents=True)
-        (made[-1] / "adapter_config.json").write_text(json.dumps(config))
+        (made[-1] / "adapter_config.json").write_text(config)
         shift = i * 131 + 1
         changed = {name: t.view(-1).roll(shift).view_as(t) for name, t in tensors.items()}
         save_file(changed, made[-1] / "adapter_model.safetensors")

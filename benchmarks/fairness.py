@@ -31,7 +31,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,7 @@ from typing import Any
 from unittest import mock
 
 from common import busy_seconds, cores, machine, make_models, pin, save
+from watch import Watch, quantile
 from worse_queues import QUEUES
 
 FLOOD, VICTIM = "a00", "a01"
@@ -46,34 +47,6 @@ QUEUED = 32
 PROMPT, ANSWER = 64, 4
 FLOOD_PROMPT, FLOOD_ANSWER = 128, 64
 PHASES = ("alone", "half", "flood", "flood, other tenant", *QUEUES)
-
-
-@dataclass(eq=False)
-class Watch:
-    """An outbox: when each request's first token came, and how many are open."""
-
-    first: dict[str, float] = field(default_factory=dict)
-    tokens: int = 0
-    open: set[str] = field(default_factory=set)
-    news: threading.Condition = field(default_factory=threading.Condition)
-
-    def deliver(self, outputs: list[Any]) -> None:
-        now = time.perf_counter()
-        with self.news:
-            for o in outputs:
-                if o.error is not None and o.finish_reason != "cancelled":
-                    raise o.error
-                self.tokens += len(o.token_ids)
-                if o.token_ids:
-                    self.first.setdefault(o.request_id, now)
-                if o.finish_reason is not None:
-                    self.open.discard(o.request_id)
-            self.news.notify_all()
-
-    def wait(self, most: int) -> None:
-        """Until no more than so many are open."""
-        with self.news:
-            assert self.news.wait_for(lambda: len(self.open) <= most, 300), "300 s without an end"
 
 
 @dataclass
@@ -209,10 +182,6 @@ def phase(served: Served, name: str, rate: float, args: Any) -> dict[str, Any]:
         "preemptions": engine.stats().preemptions,
         "other_cpu": round(max(0.0, busy / seconds / cores()), 3),
     }
-
-
-def quantile(ordered: Sequence[float], q: float) -> float:
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
 
 def main() -> None:

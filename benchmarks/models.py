@@ -19,17 +19,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHAPES: dict[str, dict[str, Any]] = {
-    "llama-6m": {  # so small that thousands of adapters of it are affordable
-        "hidden_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "head_dim": 64,
-        "intermediate_size": 704,
-        "vocab_size": 4096,
-        "tie_word_embeddings": False,
-        "rope_theta": 10000.0,
-    },
     "llama-160m": {
         "hidden_size": 768,
         "num_hidden_layers": 12,

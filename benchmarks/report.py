@@ -1,15 +1,16 @@
-"""Markdown tables of the last run in results/mixed.jsonl, for docs/performance.md and the README.
+"""Markdown tables of the last runs in results/, for docs/performance.md and the README.
 
-python benchmarks/report.py
+python benchmarks/report.py [mixed | fairness | scale]
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "mixed.jsonl"
+RESULTS = Path(__file__).parent / "results"
 WORKLOADS = {
     "W1": "16 requests, 16 adapters",
     "W4": "16 requests, 4 adapters",
@@ -17,12 +18,46 @@ WORKLOADS = {
     "W3": "1 request, base",
     "W5": "16 requests, 16 kinds",
 }
+FAIRNESS = {
+    "phase": "victim",
+    "requests": "requests",
+    "p50": "p50 s",
+    "p99": "p99 s",
+    "share_p99": "fair share, p99 s",
+    "of_share": "of it",
+    "flood_tokens_per_second": "flood tokens/s",
+}
+SCALE = {
+    "what": "run",
+    "memory": "memory for",
+    "registered": "registered",
+    "popularity": "popularity",
+    "distinct": "distinct",
+    "tokens_per_second": "tokens/s",
+    "to_one_adapter": "of one adapter's",
+    "to_one_here": "of one's here",
+    "to_identical": "of identical",
+    "ttft_p50": "TTFT p50 s",
+    "ttft_p99": "TTFT p99 s",
+    "loads_per_second": "loads/s",
+    "resident": "resident",
+}
 
 
-def last_run(model: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+def read(file: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (RESULTS / file).read_text().splitlines()]
+
+
+def last_run(rows: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
     rows = [r for r in rows if r["model"] == model]
     return [r for r in rows if (r["date"], r["commit"]) == (rows[-1]["date"], rows[-1]["commit"])]
+
+
+def columns(rows: list[dict[str, Any]], names: dict[str, str]) -> str:
+    lines = ["| " + " | ".join(names.values()) + " |", "|---" * len(names) + "|"]
+    for row in rows:
+        lines.append("| " + " | ".join(str(row.get(key, "-")) for key in names) + " |")
+    return "\n".join(lines)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -46,22 +81,47 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    models = dict.fromkeys(json.loads(line)["model"] for line in RESULTS.read_text().splitlines())
-    for model in models:
-        rows = last_run(model)
-        first = rows[0]
+def where(first: dict[str, Any]) -> str:
+    return (
+        f"{first['cpu']}, {first['cores']} cores; torch {first['torch']}, transformers "
+        f"{first['transformers']}, PEFT {first['peft']}, Python {first['python']}; commit "
+        f"{first['commit']}, {first['date']}"
+    )
+
+
+def mixed() -> None:
+    every = read("mixed.jsonl")
+    for model in dict.fromkeys(row["model"] for row in every):
+        rows = last_run(every, model)
         repeats = max(
             sum((r["engine"], r["form"], r["workload"]) == key for r in rows)
             for key in {(r["engine"], r["form"], r["workload"]) for r in rows}
         )
-        print(f"### {model}\n")
-        print(
-            f"{first['cpu']}, {first['cores']} cores; torch {first['torch']}, transformers "
-            f"{first['transformers']}, PEFT {first['peft']}, Python {first['python']}; commit "
-            f"{first['commit']}, {first['date']}; fastest of {repeats}.\n"
-        )
+        print(f"### {model}\n\n{where(rows[0])}; fastest of {repeats}.\n")
         print(table(rows) + "\n")
+
+
+def server(file: str, names: dict[str, str]) -> None:
+    """The last run of fairness.py or scale.py: what was served, then what an adapter takes."""
+    every = read(file)
+    rows = last_run(every, every[-1]["model"])
+    print(f"{where(rows[0])}.\n")
+    print(columns([row for row in rows if "p99" in row or "ttft_p99" in row], names) + "\n")
+    how = set.intersection(*map(set, rows))
+    for row in (r for r in rows if r.get("what") in ("step", "registered", "resident")):
+        print(f"- {row['what']}: " + ", ".join(f"{k} {v}" for k, v in row.items() if k not in how))
+
+
+def main() -> None:
+    match sys.argv[1:] or ["mixed"]:
+        case ["fairness"]:
+            server("fairness.jsonl", FAIRNESS)
+        case ["scale"]:
+            server("scale.jsonl", SCALE)
+        case ["mixed"]:
+            mixed()
+        case _:
+            sys.exit(__doc__)
 
 
 if __name__ == "__main__":

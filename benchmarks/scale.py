@@ -2,18 +2,31 @@
 
     python benchmarks/scale.py --models models [--counts 1,10,100,1000,5000] [--save]
 
-Every adapter is registered first, without being loaded; then requests, all submitted at once, name
-them by the definitions of S-LoRA (`int(np.random.power(alpha, n) * adapters)`: alpha 1 is uniform,
-0.1 skewed) and of Punica (a batch of b requests names b adapters, one, ceil(sqrt(b)), or groups of
-1.5^k). `cold` runs load what they need; `warm` runs are the same requests again. Then the same
-with memory for a hundred adapters only.
+The base has 160 M parameters, in the form that is fastest (int8 weights and activations); adapters
+have rank 8 on q_proj and v_proj (scale_adapters.py). They are registered without being loaded, up
+to each count, and at each the same requests are served:
+
+- `one`: all name the first adapter, so that it differs from count to count only by what is
+  *registered*;
+- `slora:1`: S-LoRA's synthetic workload, all at once: requests name adapters by
+  `int(np.random.power(alpha, n) * adapters)`, which is uniform; `cold` with the loads that takes,
+  then `warm`, with all in memory. **This is the line that the goal is about**: 90 % of `one` with
+  one adapter registered (`to_one_adapter`), up to 5000, as long as those in use fit in memory. Its
+  quotient to `one` at the same count (`to_one_here`) is the cost of *distinct* adapters in a batch;
+- `open`: S-LoRA's arrivals, gamma with --cv (1: Poisson), at --open-load of the requests per second
+  that `one` reached with one adapter registered. Throughput cannot exceed the rate there; what it
+  shows is the time to the first token.
+
+Lengths are S-LoRA's, uniform from 8 to a longest, but 64 instead of 512. Then Punica's batches with
+all registered, closed loop: identical adapters, distinct ones, ceil(sqrt(b)), groups of 1.5^k. Then
+memory for a hundred adapters only, uniform and with alpha 0.1, where each run goes on loading. The
+row `step` says what a step reads and multiplies for the base and for distinct adapters.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import tempfile
 import time
@@ -22,90 +35,73 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common import busy_seconds, cores, machine, make_adapters, make_models, pin, save
+from common import busy_seconds, cores, machine, make_models, pin, rss, save
+from popularity import PUNICA, Asked, punica_trace, slora_trace
+from scale_adapters import shapes, write_adapters
+from watch import Watch, quantile
 
 FEW = 100
 """Adapters that fit when not all do."""
 EXTRA = 200
 """Adapters that are loaded to see what they take."""
-
-
-def slora(requests: int, adapters: int, alpha: float, seed: int) -> list[int]:
-    """Adapter of each request (S-LoRA, benchmarks/trace.py)."""
-    import numpy as np
-
-    np.random.seed(seed)
-    return [int(x) for x in (np.random.power(alpha, requests) * adapters).astype(int)]
-
-
-def punica(kind: str, batch: int) -> list[int]:
-    """Requests of each adapter of a batch (Punica, benchmarks/benchmark_utils.py)."""
-    match kind:
-        case "distinct":
-            return [1] * batch
-        case "identical":
-            return [batch]
-        case "uniform":
-            count = math.ceil(math.sqrt(batch))
-            return [batch // count + (i < batch % count) for i in range(count)]
-        case _:
-            base, sizes = float(kind.removeprefix("zipf:")), list[int]()
-            while sum(sizes) < batch:
-                sizes.append(min(math.floor(base ** len(sizes)), batch - sum(sizes)))
-            return sizes
-
-
-def punica_requests(kind: str, batch: int, requests: int) -> list[int]:
-    """Adapter of each request, batch after batch; a batch's are shuffled."""
-    rng, found = random.Random(42), list[int]()
-    while len(found) < requests:
-        group = [i for i, size in enumerate(punica(kind, batch)) for _ in range(size)]
-        rng.shuffle(group)
-        found += group
-    return found[:requests]
+LONGEST = 64
+"""Most tokens of a prompt and of an answer."""
 
 
 class Bench:
-    """An engine with every adapter registered."""
+    """An engine, and the adapters registered with it so far."""
 
     def __init__(self, args: argparse.Namespace, engine: Any, folders: Sequence[Path]) -> None:
-        self.args, self.engine = args, engine
-        before, began = rss(), time.perf_counter()
-        futures = [
-            engine.adapters.load(f"a{i}", str(path), register_only=True)
-            for i, path in enumerate(folders)
-        ]
+        self.args, self.engine, self.folders = args, engine, folders
+        self.known = self._count = 0
+
+    def register(self, count: int) -> dict[str, Any]:
+        """Up to so many, and what one of those takes."""
+        more, before, began = self.folders[self.known : count], rss(), time.perf_counter()
+        load = self.engine.adapters.load
+        futures = [load(folder.name, str(folder), register_only=True) for folder in more]
         for future in futures:
             future.result()
-        self.registered = {
-            "adapters": len(folders),
-            "register_ms_each": round((time.perf_counter() - began) / len(folders) * 1000, 2),
-            "rss_bytes_each": round((rss() - before) / len(folders)),
+        self.known = count
+        return {
+            "adapters": count,
+            "register_ms_each": round((time.perf_counter() - began) / len(more) * 1000, 2),
+            "rss_bytes_each": round((rss() - before) / len(more)),
         }
-        self._count = 0
 
-    def run(self, chosen: Sequence[int]) -> dict[str, Any]:
-        from deltaserve.server.engine.collector import generate
+    def run(self, asked: Sequence[Asked]) -> dict[str, Any]:
         from deltaserve.server.engine.core import AdapterRef, Request, SamplingParams
 
-        requests = []
-        for i, a in enumerate(chosen):
+        watch, came, requests = Watch(), dict[str, float](), []
+        for i, one in enumerate(asked):
             self._count += 1
             rng = random.Random(i)
-            ids = tuple(rng.randrange(300, 4000) for _ in range(self.args.prompt))
-            sampling = SamplingParams(max_tokens=self.args.new, ignore_eos=True)
-            requests.append(Request(f"r{self._count}", ids, sampling, (AdapterRef(f"a{a}"),)))
-        loads, before = self.engine.stats().adapter_loads, busy_seconds()
+            ids = tuple(rng.randrange(300, 4000) for _ in range(one.prompt))
+            sampling = SamplingParams(max_tokens=one.answer, ignore_eos=True)
+            adapter = AdapterRef(self.folders[one.adapter].name)
+            requests.append(Request(f"r{self._count}", ids, sampling, (adapter,)))
+        watch.open = {r.request_id for r in requests}
+        loads, busy = self.engine.stats().adapter_loads, busy_seconds()
         began = time.perf_counter()
-        answers = generate(self.engine, requests)
+        for one, request in zip(asked, requests, strict=True):
+            time.sleep(max(0.0, began + one.at - time.perf_counter()))
+            came[request.request_id] = time.perf_counter()
+            self.engine.submit(request, watch)
+        watch.wait(0)
         seconds = time.perf_counter() - began
-        tokens = sum(len(a.token_ids) for a in answers)
-        assert tokens == len(requests) * self.args.new
+        assert watch.tokens == sum(one.answer for one in asked)
+        stats = self.engine.stats()
+        times = sorted(watch.first[i] - at for i, at in came.items())
         return {
-            "distinct": len(set(chosen)),
-            "tokens_per_second": round(tokens / seconds, 1),
-            "loads": self.engine.stats().adapter_loads - loads,
-            "other_cpu": round(max(0.0, (busy_seconds() - before) / seconds / cores()), 3),
+            "requests": len(asked),
+            "distinct": len({one.adapter for one in asked}),
+            "requests_per_second": round(len(asked) / seconds, 2),
+            "tokens_per_second": round(watch.tokens / seconds, 1),
+            "ttft_p50": round(quantile(times, 0.5), 3),
+            "ttft_p99": round(quantile(times, 0.99), 3),
+            "loads_per_second": round((stats.adapter_loads - loads) / seconds, 1),
+            "resident": sum(i.resident_bytes > 0 for i in self.engine.adapters.list()),
+            "other_cpu": round(max(0.0, (busy_seconds() - busy) / seconds / cores()), 3),
         }
 
     def resident(self, folders: Sequence[Path]) -> dict[str, Any]:
@@ -124,20 +120,6 @@ class Bench:
         }
 
 
-def rss() -> int:
-    """Bytes that this process holds, what the allocator could give back not counted."""
-    import ctypes
-    import gc
-
-    import psutil
-
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    return int(psutil.Process().memory_info().rss)
-
-
 @contextmanager
 def bench(args: argparse.Namespace, folders: Sequence[Path], nbytes: int) -> Iterator[Bench]:
     import torch
@@ -148,11 +130,19 @@ def bench(args: argparse.Namespace, folders: Sequence[Path], nbytes: int) -> Ite
     from deltaserve.server.model import load
 
     torch.set_num_threads(args.threads)
-    base = load(args.models / args.only, dtype=torch.bfloat16)
+    base = load(
+        args.models / args.only,
+        dtype=torch.bfloat16,
+        quantize=args.quantize,
+        activations=args.activations,
+    )
     engine = make_engine(
         base,
         EngineConfig(
-            prefix_cache=False, kv_cache_bytes=64 << 20, max_sequences=args.batch, max_queue=1 << 20
+            prefix_cache=False,
+            kv_cache_bytes=256 << 20,
+            max_sequences=args.batch,
+            max_queue=1 << 20,
         ),
         AdapterConfig(
             roots=(folders[0].parent,),
@@ -169,36 +159,86 @@ def bench(args: argparse.Namespace, folders: Sequence[Path], nbytes: int) -> Ite
         engine.shutdown()
 
 
+def step_row(args: argparse.Namespace, base_bytes: int) -> dict[str, Any]:
+    """What a step of `batch` tokens reads and multiplies at most: each of the base's weights and
+    each of its adapters' once, the adapters' tokens only with their own."""
+    config = json.loads((args.models / args.only / "config.json").read_text())
+    hidden, inner, layers = (
+        config[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers")
+    )
+    wide = config["num_attention_heads"] * config["head_dim"]
+    narrow = config["num_key_value_heads"] * config["head_dim"]
+    layer = hidden * (2 * wide + 2 * narrow + 3 * inner)
+    adapter = sum(rows * columns for rows, columns in shapes(args.models / args.only).values())
+    return {
+        "base_bytes": base_bytes,
+        "adapter_bytes": 2 * adapter * args.batch,
+        "base_products_per_token": layers * layer + hidden * config["vocab_size"],
+        "adapter_products_per_token": adapter,
+    }
+
+
 def measure(
     args: argparse.Namespace, folders: Sequence[Path], more: Sequence[Path]
 ) -> Iterator[dict[str, Any]]:
-    counts = [n for n in args.counts if n <= len(folders)]
-    file_bytes = sum(f.stat().st_size for f in folders[0].iterdir())
-    with bench(args, folders, 2 * file_bytes * len(folders)) as all_fit:
-        yield {"what": "registered", **all_fit.registered}
-        all_fit.run([0] * args.requests)  # the cache's blocks are there
+    file_bytes = (folders[0] / "adapter_model.safetensors").stat().st_size
+    one = slora_trace(args.requests, 1, 1.0, LONGEST)
+    rate = 0.0
+    with bench(args, folders, 2 * file_bytes * (len(folders) + EXTRA)) as all_fit:
+        yield {"what": "step", **step_row(args, all_fit.engine.info().memory.weights)}
+        for count in args.counts:
+            registered = all_fit.register(count)
+            how = {"memory": "all", "registered": count}
+            all_fit.run(one[: args.batch])
+            uniform = slora_trace(args.requests, count, 1.0, LONGEST)
+            if count > 1:
+                yield {"what": "cold", "popularity": "slora:1", **how, **all_fit.run(uniform)}
+            for _ in range(args.repeat):
+                row = all_fit.run(one)
+                if count == args.counts[0]:
+                    rate = max(rate, args.open_load * row["requests_per_second"])
+                yield {"what": "warm", "popularity": "one", **how, **row}
+                if count > 1:
+                    yield {"what": "warm", "popularity": "slora:1", **how, **all_fit.run(uniform)}
+            arriving = slora_trace(args.requests, count, 1.0, LONGEST, rate, args.cv)
+            yield {"what": "open", "popularity": "slora:1", **how, **all_fit.run(arriving)}
+        yield {"what": "registered", **registered}
+        for kind in PUNICA:
+            asked = punica_trace(kind, args.batch, args.requests, count, 32, 32)
+            all_fit.run(asked[: args.batch])
+            yield {"what": "warm", "popularity": kind, **how, **all_fit.run(asked)}
         yield {"what": "resident", **all_fit.resident(more)}
-        for count in counts:
-            chosen = slora(args.requests, count, 1.0, 42)
-            how = {"memory": "all", "popularity": "slora:1", "registered": count}
-            yield {"what": "cold", **how, **all_fit.run(chosen)}
-        for _ in range(args.repeat):
-            for count in counts:
-                chosen = slora(args.requests, count, 1.0, 42)
-                how = {"memory": "all", "popularity": "slora:1", "registered": count}
-                yield {"what": "warm", **how, **all_fit.run(chosen)}
-            for kind in ("distinct", "identical", "uniform", "zipf:1.5"):
-                chosen = punica_requests(kind, args.batch, args.requests)
-                how = {"memory": "all", "popularity": kind, "registered": len(folders)}
-                yield {"what": "warm", **how, **all_fit.run(chosen)}
     with bench(args, folders, FEW * file_bytes) as few_fit:
-        for _ in range(args.repeat):
+        for count in (n for n in args.counts if n > FEW):
+            few_fit.register(count)
             for alpha in (1.0, 0.1):
-                for count in (n for n in counts if n >= FEW):
-                    chosen = slora(args.requests, count, alpha, 42)
-                    few_fit.run(chosen)
-                    how = {"memory": FEW, "popularity": f"slora:{alpha:g}", "registered": count}
-                    yield {"what": "warm", **how, **few_fit.run(chosen)}
+                asked = slora_trace(args.requests, count, alpha, LONGEST)
+                few_fit.run(asked)
+                how = {"memory": FEW, "popularity": f"slora:{alpha:g}", "registered": count}
+                yield {"what": "warm", **how, **few_fit.run(asked)}
+
+
+def with_shares(rows: Sequence[dict[str, Any]]) -> None:
+    """Add each warm row's throughput as a share of the fastest of `one` with one registered, and
+    with as many."""
+
+    def fastest(count: int) -> float:
+        found = [
+            r["tokens_per_second"]
+            for r in rows
+            if r["what"] == "warm" and r["popularity"] == "one" and r["registered"] == count
+        ]
+        return max(found, default=0.0)
+
+    for row in rows:
+        if row["what"] == "warm" and row["popularity"] not in PUNICA:
+            for key, count in (("to_one_adapter", 1), ("to_one_here", row["registered"])):
+                if fastest(count):
+                    row[key] = round(row["tokens_per_second"] / fastest(count), 3)
+    identical = [r["tokens_per_second"] for r in rows if r.get("popularity") == "identical"]
+    for row in rows:
+        if row.get("popularity") in PUNICA and identical:
+            row["to_identical"] = round(row["tokens_per_second"] / identical[0], 3)
 
 
 def main() -> None:
@@ -206,39 +246,40 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", type=Path, default=Path("models"))
-    parser.add_argument("--only", default="llama-6m")
-    parser.add_argument("--counts", default="1,10,100,1000,5000")
-    parser.add_argument("--rank", type=int, default=4)
-    parser.add_argument("--requests", type=int, default=256, help="of one run")
+    parser.add_argument("--only", default="llama-160m")
+    parser.add_argument("--quantize", default="int8")
+    parser.add_argument("--activations", default="int8")
+    parser.add_argument("--counts", default="1,10,100,1000,5000", help="ascending")
+    parser.add_argument("--requests", type=int, default=128, help="of one run")
     parser.add_argument("--batch", type=int, default=32, help="requests in one step")
-    parser.add_argument("--prompt", type=int, default=16)
-    parser.add_argument("--new", type=int, default=32)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--cv", type=float, default=1.0, help="of the gaps between arrivals")
+    parser.add_argument("--open-load", type=float, default=0.6, help="of the open loop")
+    parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--loaders", type=int, default=2)
     parser.add_argument("--loader-processes", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--cores", default="", help="stay on these, e.g. 0,1")
     parser.add_argument("--threads", type=int, default=0, help="that compute; as many as cores")
     parser.add_argument("--save", action="store_true", help="append to benchmarks/results/")
     args = parser.parse_args()
-    args.counts = [int(n) for n in args.counts.split(",")]
+    args.counts = sorted(int(n) for n in args.counts.split(","))
     held = pin(args.cores)
     args.threads = args.threads or len(held) or cores()
     make_models(args.models, [args.only])
-    keys = ("rank", "requests", "batch", "prompt", "new", "threads", "loaders", "loader_processes")
+    keys = ("quantize", "activations", "requests", "batch", "cv", "open_load", "threads", "loaders")
     how = {"model": args.only, "pinned": held, **{key: getattr(args, key) for key in keys}}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        source = args.models / f"{args.only}-lora" / "a00"
-        made = make_adapters(source, Path(folder), max(args.counts) + EXTRA, args.rank)
+        made = write_adapters(args.models / args.only, Path(folder), max(args.counts) + EXTRA)
         for row in measure(args, made[:-EXTRA], made[-EXTRA:]):
             print(json.dumps(row), flush=True)
-            rows.append({**how, **row})
-    one = [r["tokens_per_second"] for r in rows if r["what"] == "warm" and r.get("registered") == 1]
+            rows.append(row)
+    with_shares(rows)
+    shown = ("memory", "registered", "popularity", "to_one_adapter", "to_one_here", "to_identical")
     for row in rows:
-        if row["what"] == "warm" and one:
-            row["to_one_adapter"] = round(row["tokens_per_second"] / (sum(one) / len(one)), 3)
+        if row["what"] == "warm":
+            print(json.dumps({key: row[key] for key in shown if key in row}))
     if args.save:
-        save(rows, "scale.jsonl")
+        save([{**how, **row} for row in rows], "scale.jsonl")
     print(json.dumps(machine()))
 
 

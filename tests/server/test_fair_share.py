@@ -14,7 +14,7 @@ from deltaserve.server.engine.sequence import Sequence
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from fairness import quantile
+from watch import quantile
 from worse_queues import QUEUES
 
 SHARES = (0.5, 0.9, 0.99, 1.0)
