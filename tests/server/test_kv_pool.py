@@ -4,10 +4,10 @@ import psutil
 import pytest
 import torch
 
+from deltaserve.kernels.pages import PAGE, Pages
 from deltaserve.server.engine.kv_cache import BlockManager
 from deltaserve.server.engine.kv_pool import KVPool, KVShape
 from deltaserve.server.engine.memory import Ledger
-from deltaserve.server.engine.pages import PAGE, Pages
 from deltaserve.server.model.probe import LayerAttention
 
 MIB = 1 << 20

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from variants import make_base, peft_variant
 
 from deltaserve.adapters.delta_file import write_delta
+from deltaserve.kernels.backend import Backend, CpuBackend
 from deltaserve.kernels.primitives import Bit
 from deltaserve.server import planner, run
 from deltaserve.server.cli import app
@@ -131,7 +132,18 @@ def test_the_command_prints_a_table_and_json(folder: Path) -> None:
     assert found["budget_bytes"] == 1 << 20 and found["adapters"][0]["count"] > 0
 
 
-def plan(free: int, adapter_bytes: int | None = None, **config: int | None) -> MemoryPlan:
+class Fixed(CpuBackend):
+    """Memory that does not come and go by the page."""
+
+    returns_pages = False
+
+
+def plan(
+    free: int,
+    adapter_bytes: int | None = None,
+    backend: Backend | None = None,
+    **config: int | None,
+) -> MemoryPlan:
     layer = LayerAttention(0, 4, 2, 64, 64, None, None, False, 1.0)  # a page a block and side
     base = Base(1000, (layer,), {}, 64, 260, torch.float32, 512)
     return plan_memory(
@@ -139,6 +151,7 @@ def plan(free: int, adapter_bytes: int | None = None, **config: int | None) -> M
         EngineConfig(max_batch_tokens=1, max_sequences=2, block_size=8, **config),  # type: ignore[arg-type]
         AdapterConfig(bytes=adapter_bytes),
         free,
+        backend=backend,
     )
 
 
@@ -168,6 +181,23 @@ def test_the_limits_stay_inside_the_budget() -> None:
     found = plan(1 << 30, memory=1 << 20, adapter_bytes=1000, kv_cache_bytes=80 * 8192)
     assert (found.blocks, found.adapter_most) == (80, 1000)
     assert plan(1 << 30, memory=1 << 20).adapter_most == (1 << 20) - 65 * 8192
+
+
+@pytest.mark.parametrize("kv_cache_bytes", [None, 80 * 8192])
+@pytest.mark.parametrize("adapter_bytes", [None, 1000, 1 << 40])
+def test_where_pages_are_not_given_back_each_has_a_part_of_its_own(
+    adapter_bytes: int | None, kv_cache_bytes: int | None
+) -> None:
+    given = {"memory": 1 << 20, "kv_cache_bytes": kv_cache_bytes}
+    found = plan(1 << 30, adapter_bytes, Fixed(), **given)
+    assert found.kv_most + found.adapter_most <= 1 << 20
+    assert found.kv_floor <= found.kv_most
+    if adapter_bytes == 1000:
+        assert found.adapter_most == 1000 and found.blocks >= 80
+    else:
+        assert found.adapter_most >= 1 << 18
+    shared = plan(1 << 30, adapter_bytes, **given)
+    assert adapter_bytes == 1000 or shared.kv_most + shared.adapter_most > 1 << 20
 
 
 def test_preloaded_adapters_that_do_not_fit_together_are_refused(

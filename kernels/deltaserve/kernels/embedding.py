@@ -12,7 +12,7 @@ from torch import Tensor
 from deltaserve.kernels.cast import cast
 from deltaserve.kernels.primitives import LowRank, Primitive, Replace, ReplaceRows, SparseCols
 from deltaserve.kernels.segments import Segments
-from deltaserve.kernels.table import unique_bytes
+from deltaserve.kernels.table import HOST, unique_bytes
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -34,10 +34,14 @@ class Rows:
     def lookup(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """(positions in ids that have a row [m], their rows [m, hidden])."""
         if self.index is None:
-            return torch.arange(len(ids)), self.values[ids]
+            return torch.arange(len(ids), device=ids.device), self.values[ids]
         place = torch.searchsorted(self.index, ids).clamp_(max=len(self.index) - 1)
         found = (self.index[place] == ids).nonzero().squeeze(1)
         return found, self.values[place[found]]
+
+    def on(self, device: torch.device) -> Rows:
+        """Itself, in that device's memory."""
+        return Rows(None if self.index is None else self.index.to(device), self.values.to(device))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -58,11 +62,28 @@ class PreparedEmbedding:
     def nbytes(self) -> int:
         return unique_bytes(self.tensors())
 
+    def on(self, device: torch.device) -> PreparedEmbedding:
+        """Itself, in that device's memory."""
+        if device.type == "cpu":
+            return self
+        return PreparedEmbedding(
+            tuple(Low(low.a.to(device), low.b.to(device), low.scale) for low in self.low),
+            tuple(rows.on(device) for rows in self.added),
+            tuple(rows.on(device) for rows in self.replaced),
+        )
+
 
 class EmbeddingDeltas:
-    """vocabulary, hidden: of the embedding's weight; dtype: of y."""
+    """vocabulary, hidden: of the embedding's weight; dtype: of y; device: where ids and y are."""
 
-    def __init__(self, vocabulary: int, hidden: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        vocabulary: int,
+        hidden: int,
+        dtype: torch.dtype,
+        device: torch.device = HOST,
+    ) -> None:
+        self.device = device
         self.vocabulary = vocabulary
         self.hidden = hidden
         self.dtype = dtype
@@ -101,7 +122,7 @@ class EmbeddingDeltas:
 
     def install(self, slot: int, prepared: PreparedEmbedding) -> None:
         """Publishes an adapter in a slot, in place of what the slot held. Engine thread."""
-        self._prepared[slot] = prepared
+        self._prepared[slot] = prepared.on(self.device)
 
     def remove(self, slot: int) -> None:
         """Empties a slot; an empty one may be removed again."""

@@ -14,7 +14,7 @@ from deltaserve.kernels.native.pointers import PointerTable, entries
 from deltaserve.kernels.primitives import Bias, Primitive, Replace
 from deltaserve.kernels.rms_norm import rms_norm
 from deltaserve.kernels.segments import Mix, Segments
-from deltaserve.kernels.table import unique_bytes
+from deltaserve.kernels.table import HOST, unique_bytes
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -31,17 +31,24 @@ class PreparedNorm:
     def nbytes(self) -> int:
         return unique_bytes(self.tensors())
 
+    def on(self, device: torch.device) -> PreparedNorm:
+        """Itself, in that device's memory."""
+        if device.type == "cpu":
+            return self
+        return PreparedNorm(*(t if t is None else t.to(device) for t in (self.gain, self.bias)))
+
 
 # norm_item of native/norm.c
 ITEM = (("gain", "u8"), ("bias", "u8"))
 
 
 class NormDeltas:
-    """hidden: size of the gain; dtype: of x and y."""
+    """hidden: size of the gain; dtype: of x and y; device: where they are."""
 
-    def __init__(self, hidden: int, dtype: torch.dtype) -> None:
+    def __init__(self, hidden: int, dtype: torch.dtype, device: torch.device = HOST) -> None:
         self.hidden = hidden
         self.dtype = dtype
+        self.device = device
         self.pointers = PointerTable(ITEM)
         self._prepared: dict[int, PreparedNorm] = {}
 
@@ -64,8 +71,8 @@ class NormDeltas:
 
     def install(self, slot: int, prepared: PreparedNorm) -> None:
         """Publishes an adapter in a slot, in place of what the slot held. Engine thread."""
-        self._prepared[slot] = prepared
-        vectors = (prepared.gain, prepared.bias)
+        self._prepared[slot] = own = prepared.on(self.device)
+        vectors = (own.gain, own.bias)
         self.pointers.put(slot, [tuple(0 if v is None else v.data_ptr() for v in vectors)])
 
     def remove(self, slot: int) -> None:
@@ -96,7 +103,7 @@ class NormDeltas:
             return y
         for mix, rows in self._by_mix(segments).items():
             new_gain, bias = self._mixed(mix, gain)
-            index = torch.tensor(rows)
+            index = torch.tensor(rows, device=y.device)
             changed = y[index] if new_gain is None else norm(x[index], new_gain)
             if bias is not None:
                 changed = (changed.float() + bias).to(y.dtype)
@@ -109,7 +116,7 @@ class NormDeltas:
         """The same for RMS norms of gain ``weight + offset``, natively where that is possible. x:
         [T, ..., hidden], contiguous; weight: [hidden], of x's dtype; `Replace` holds a weight."""
         y = rms_norm(x, weight + offset, eps)
-        lib = library()
+        lib = library() if x.device.type == "cpu" else None
         if segments.slots.isdisjoint(self._prepared):
             return y
         if lib is None:

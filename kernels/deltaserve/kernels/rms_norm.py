@@ -14,7 +14,7 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
     x: [..., n] and gain: [n], both float32 or bfloat16. Returns x's shape and dtype.
     """
-    lib = library()
+    lib = library() if x.device.type == "cpu" else None
     if lib is None or x.dtype != gain.dtype or x.dtype not in (torch.float32, torch.bfloat16):
         return torch.rms_norm(x, gain.shape, gain, eps)
     x, gain = x.contiguous(), gain.contiguous()

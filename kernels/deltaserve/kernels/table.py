@@ -13,6 +13,8 @@ from deltaserve.kernels.base import onednn
 from deltaserve.kernels.content import content_of
 from deltaserve.kernels.segments import Segments
 
+HOST = torch.device("cpu")
+
 
 @dataclass(frozen=True, slots=True)
 class Group:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from deltaserve.kernels.attention.step import Span
 from deltaserve.kernels.segments import Mix, Segments
 from deltaserve.server.model import BaseModel
-from deltaserve.server.model.context import AttentionStep, KVStore, PrefillChunk
+from deltaserve.server.model.context import KVStore
 
 BLOCK_SIZE = 4
 
@@ -58,20 +59,9 @@ class Stepper:
                 s.blocks.append(self.free.pop())
         positions = torch.cat([torch.arange(s.done, s.done + n) for s, n in order])
         ids = torch.cat([s.ids[s.done : s.done + n] for s, n in order])
-        cells = torch.cat([_cells(s, n) for s, n in order])
-        lengths = [s.done + 1 for s, _ in decodes]
-        width = max((len(s.blocks) for s, _ in decodes), default=0)
-        tables = torch.zeros(len(decodes), width, dtype=torch.long)
-        for row, (s, _) in enumerate(decodes):
-            tables[row, : len(s.blocks)] = torch.tensor(s.blocks)
-        chunks, start = [], len(decodes)
-        for s, n in chunked:
-            chunks.append(PrefillChunk(start, start + n, s.done, torch.tensor(s.blocks)))
-            start += n
         ctx = self.model.ctx
-        ctx.attention = AttentionStep(
-            cells, len(decodes), lengths, torch.tensor(lengths, dtype=torch.long), tables, chunks
-        )
+        spans = [Span(s.done, n, s.blocks) for s, n in order]
+        ctx.attention = ctx.backend.attention(spans, len(decodes), BLOCK_SIZE)
         ctx.segments = Segments.of([s.mix for s, n in order for _ in range(n)])
         counts = [n - n // 2 for _, n in order]
         ctx.logit_segments = Segments.of(
@@ -84,8 +74,3 @@ class Stepper:
             s.done += n
             s.at.extend(range(s.done - len(rows), s.done))
             s.logits.append(rows)
-
-
-def _cells(s: Sequence, n: int) -> Tensor:
-    at = torch.arange(s.done, s.done + n)
-    return torch.tensor(s.blocks)[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE

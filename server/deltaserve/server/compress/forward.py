@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from deltaserve.adapters.adapter import Adapter
+from deltaserve.kernels.attention.step import Span
 from deltaserve.kernels.segments import EMPTY, Segments
 from deltaserve.server.compress.calibration import Sample
 from deltaserve.server.engine.kv_pool import KVPool
 from deltaserve.server.engine.memory import Ledger
 from deltaserve.server.model import BaseModel
-from deltaserve.server.model.context import AttentionStep, PrefillChunk
 
 STEP_TOKENS = 2048
 LOGIT_BYTES = 256 << 20
@@ -45,24 +45,17 @@ class Forward:
             yield from zip(step, torch.split(rows, counts), strict=True)
 
     def _run(self, chosen: Sequence[Sample], mix: tuple[tuple[int, float], ...]) -> Tensor:
-        ids, positions, wanted, chunks, at = [], [], [], list[PrefillChunk](), 0
+        ids, positions, wanted, spans, at = [], [], [], list[Span](), 0
         for sample in chosen:
             n = len(sample.ids)
             ids.append(sample.ids)
             positions.append(torch.arange(n))
             wanted.append(torch.arange(at + sample.start - 1, at + n - 1))
-            chunks.append(PrefillChunk(at, at + n, 0, torch.arange(at, at + n)))
+            spans.append(Span(0, n, range(at, at + n)))
             at += n
         rows = torch.cat(wanted)
         ctx = self.model.ctx
-        ctx.attention = AttentionStep(
-            cells=torch.arange(at),
-            decodes=0,
-            lengths=[],
-            lengths_tensor=torch.zeros(0, dtype=torch.int64),
-            tables=torch.zeros(0, 0, dtype=torch.int64),
-            chunks=chunks,
-        )
+        ctx.attention = ctx.backend.attention(spans, 0, 1)
         ctx.embedding_override = None
         ctx.segments = Segments([(0, at, mix)], at) if mix else EMPTY
         ctx.logit_segments = Segments([(0, len(rows), mix)], len(rows)) if mix else EMPTY

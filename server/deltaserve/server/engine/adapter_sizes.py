@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import torch
 
-from deltaserve.kernels.linear import LinearDeltas
+from deltaserve.kernels.backend import Backend
 from deltaserve.kernels.primitives import Bias, Bit, LowRank, Primitive, Scale
 from deltaserve.kernels.table import Group
 
@@ -47,13 +47,12 @@ KINDS: dict[str, Make] = {
 """Each kind is taken to be on all of `Groups`."""
 
 
-def adapter_sizes(groups: Groups) -> dict[str, int]:
-    """Bytes of one adapter of each kind, as it would be held."""
+def adapter_sizes(groups: Groups, backend: Backend) -> dict[str, int]:
+    """Bytes of one adapter of each kind, as the backend would hold it."""
     sizes = dict.fromkeys(KINDS, 0)
     for (group, biased), count in groups.items():
         width, sized = group.in_features, list(enumerate(group.out_features))
-        deltas = LinearDeltas(width, group.out_features, group.dtype)
         for kind, make in KINDS.items():
             parts = {i: make(out, width, biased[i]) for i, out in sized}
-            sizes[kind] += count * deltas.prepare(parts).nbytes
+            sizes[kind] += count * backend.packed(group, parts).nbytes
     return sizes

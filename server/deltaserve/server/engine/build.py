@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
-import psutil
 import torch
 
 from deltaserve.adapters.adapter import Adapter
@@ -75,7 +74,6 @@ def build_engine(
         config.adapters,
         observer=observer,
         text=text,
-        device=m.device,
     )
     return engine, text
 
@@ -87,15 +85,17 @@ def make_engine(
     *,
     observer: Observer | None = None,
     text: Text | None = None,
-    device: str = "cpu",
 ) -> Engine:
     """An engine over a loaded base, not started yet. text: None gives outputs without text."""
+    backend = model.ctx.backend
     observer = observer if observer is not None else NullObserver()
     if config.max_length is not None:
         model.max_length = min(model.max_length, config.max_length)
-    plan = plan_memory(base_of(model), config, adapters, psutil.virtual_memory().available)
+    plan = plan_memory(base_of(model), config, adapters, backend.free_bytes(), backend=backend)
     ledger = Ledger(plan.budget, kv_floor=plan.kv_floor, adapter_cap=plan.adapter_most)
-    pool = KVPool(model.attention, plan.blocks + 1, config.block_size, model.dtype, ledger)
+    pool = KVPool(
+        model.attention, plan.blocks + 1, config.block_size, model.dtype, ledger, backend.cache
+    )
     manager = BlockManager(
         plan.blocks + 1, config.block_size, prefix_cache=config.prefix_cache, memory=pool.memory
     )
@@ -118,7 +118,7 @@ def make_engine(
         held_fingerprint=spec.held_fingerprint,
         quantization=spec.quantization,
         dtype=str(model.dtype).removeprefix("torch."),
-        device=device,
+        device=backend.name,
         max_length=model.max_length,
         vocab_size=model.vocab_size,
         eos_token_ids=tuple(model.eos_token_ids),
@@ -177,11 +177,12 @@ def _make(config: AdapterConfig, model: BaseModel, budget: int) -> Make:
             folder, config.cache_bytes, model.spec, any_base=config.allow_base_mismatch
         )
     here = MakeHere(reader(config, model, budget, cache), model, cache)
-    return (
-        LoaderProcesses(here, config.loader_cores, config.loader_nice)
-        if config.loader_processes
-        else here
-    )
+    if not config.loader_processes:
+        return here
+    if not model.ctx.backend.forks:
+        log.info("adapters are loaded on threads: processes could not read the base's weights")
+        return here
+    return LoaderProcesses(here, config.loader_cores, config.loader_nice)
 
 
 def locator(config: AdapterConfig, budget: int) -> Callable[[str], Path]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from deltaserve.kernels.backend import Backend, CpuBackend
 from deltaserve.server.config import AdapterConfig, ConfigError, EngineConfig
 from deltaserve.server.engine.adapter_sizes import Groups, adapter_sizes
 from deltaserve.server.engine.kv_pool import KVShape
@@ -15,6 +16,10 @@ from deltaserve.server.model.probe import LayerAttention
 SHARE = 0.6
 """Of the memory that is free once the base is loaded and a step has what it computes with, unless
 the operator gives a number. The rest is for adapters on their way in, and for everybody else."""
+
+APART = 0.25
+"""Of the budget, for adapters, where they and the cache cannot share it; more if the cache cannot
+use the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +78,17 @@ class MemoryPlan:
         return min(blocks, self.blocks) * self.shape.block_size
 
 
-def plan_memory(base: Base, config: EngineConfig, adapters: AdapterConfig, free: int) -> MemoryPlan:
-    """free: bytes that are free once the base is loaded. ConfigError for what cannot be."""
+def plan_memory(
+    base: Base,
+    config: EngineConfig,
+    adapters: AdapterConfig,
+    free: int,
+    *,
+    backend: Backend | None = None,
+) -> MemoryPlan:
+    """free: bytes that are free once the base is loaded. backend: the CPU if it is not given.
+    ConfigError for what cannot be."""
+    backend = backend or CpuBackend()
     shape = KVShape.of(base.attention, config.block_size, base.dtype)
     step = step_bytes(base, config)
     longest = shape.blocks(base.max_length)
@@ -95,8 +109,14 @@ def plan_memory(base: Base, config: EngineConfig, adapters: AdapterConfig, free:
             f"{flag}: one request of the greatest length, {base.max_length} tokens, takes {floor} "
             f"bytes of keys and values; {shorter}give --memory {floor} or more"
         )
-    blocks = min(useful, shape.fitting(budget))
     cap = budget if adapters.bytes is None else adapters.bytes
+    kv = budget
+    if not backend.returns_pages:  # each has its own part for good
+        if adapters.bytes is None:
+            cap = max(int(budget * APART), budget - shape.bytes(useful))
+        cap = min(cap, budget - floor)
+        kv = budget - cap
+    blocks = min(useful, shape.fitting(kv))
     plan = MemoryPlan(
         weights=base.weights,
         free=free,
@@ -109,7 +129,7 @@ def plan_memory(base: Base, config: EngineConfig, adapters: AdapterConfig, free:
         adapter_most=min(cap, budget - floor),
         max_length=base.max_length,
     )
-    return _with_fits(plan, adapter_sizes(base.groups))
+    return _with_fits(plan, adapter_sizes(base.groups, backend))
 
 
 def _budget(config: EngineConfig, adapters: AdapterConfig, kv: int, free: int) -> tuple[int, str]:

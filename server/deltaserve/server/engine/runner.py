@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from deltaserve.kernels.attention.cpu_step import cells_of
+from deltaserve.kernels.attention.step import Span
 from deltaserve.kernels.primitives import PrefixKV, PromptEmbeddings
 from deltaserve.kernels.segments import Mix, Segments
 from deltaserve.server.engine.batch import Batch, Scheduled
 from deltaserve.server.engine.sequence import Sequence
-from deltaserve.server.model.context import AttentionStep, ForwardContext, KVStore, PrefillChunk
+from deltaserve.server.model.context import ForwardContext, KVStore
 
 
 class Model(Protocol):
@@ -63,68 +64,38 @@ class ModelRunner:
         ctx = self.model.ctx
         ctx.segments = _segments([(p.count, p.mix) for p in parts])
         ctx.logit_segments = _segments([(1, r.part.mix) for r in rows])
-        input_ids = torch.tensor(ids)
-        ctx.embedding_override = _override(parts)
+        device = ctx.backend.device
+        input_ids = torch.tensor(ids, device=device)
+        ctx.embedding_override = _override(parts, device)
         if ctx.embedding_override is not None:
             input_ids.clamp_(min=0)
-        ctx.attention = self._attention(batch)
+        spans = [Span(p.start, p.count, p.sequence.blocks) for p in parts]
+        ctx.attention = ctx.backend.attention(spans, len(batch.decodes), self.kv.block_size)
         # a step of prompt chunks may want no logits; the head is not made for zero rows
-        wanted = torch.tensor(logit_rows or [0])
-        logits = self.model.forward(input_ids, torch.tensor(positions), wanted)
+        wanted = torch.tensor(logit_rows or [0], device=device)
+        logits = self.model.forward(input_ids, torch.tensor(positions, device=device), wanted)
         return rows, logits[: len(rows)]
 
     def scrub(self, blocks: list[int]) -> None:
         """Zero what a failed sequence left behind: a NaN would pass through masked attention."""
-        size = self.kv.block_size
-        cells = _cells(np.array(blocks), size, 0, len(blocks) * size)
+        cells = self._cells(blocks, 0, len(blocks) * self.kv.block_size)
         for layer in (*self.kv.keys.values(), *self.kv.values.values()):
             layer[cells] = 0
-
-    def _attention(self, batch: Batch) -> AttentionStep:
-        size = self.kv.block_size
-        lengths = [p.start + 1 for p in batch.decodes]
-        width = max((-(-n // size) for n in lengths), default=0)
-        tables = np.zeros((len(lengths), width), dtype=np.int64)
-        cells = []
-        for i, part in enumerate(batch.decodes):
-            blocks = part.sequence.blocks
-            used = -(-lengths[i] // size)
-            tables[i, :used] = blocks[:used]
-        starts = np.array([p.start for p in batch.decodes], dtype=np.int64)
-        if lengths:
-            block = tables[np.arange(len(lengths)), starts // size]
-            cells.append(torch.from_numpy(block * size + starts % size))
-        chunks, at = [], len(lengths)
-        for part in batch.chunks:
-            end = part.start + part.count
-            held = np.array(part.sequence.blocks[: -(-end // size)])
-            cells.append(_cells(held, size, part.start, end))
-            chunks.append(PrefillChunk(at, at + part.count, part.start, torch.from_numpy(held)))
-            at += part.count
-        return AttentionStep(
-            cells=torch.cat(cells),
-            decodes=len(lengths),
-            lengths=lengths,
-            lengths_tensor=torch.tensor(lengths, dtype=torch.int64),
-            tables=torch.from_numpy(tables),
-            chunks=chunks,
-        )
 
     def _fill(self, sequence: Sequence, start: int, count: int) -> None:
         """Write the given keys and values of a prefix-tuned adapter's virtual tokens."""
         prefix = sequence.prefix
         assert isinstance(prefix, PrefixKV)
-        cells = _cells(np.array(sequence.blocks), self.kv.block_size, start, start + count)
+        cells = self._cells(sequence.blocks, start, start + count)
         for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
             store = self.kv.keys[layer], self.kv.values[layer]
-            store[0][cells] = keys[start : start + count].to(store[0].dtype)
-            store[1][cells] = values[start : start + count].to(store[1].dtype)
+            for held, given in zip(store, (keys, values), strict=True):
+                held[cells] = given[start : start + count].to(held.device, held.dtype)
 
-
-def _cells(blocks: npt.NDArray[np.int64], size: int, start: int, end: int) -> Tensor:
-    """int64 [end - start]: the cells of a sequence's tokens [start, end)."""
-    at = np.arange(start, end)
-    return torch.from_numpy(blocks[at // size].astype(np.int64) * size + at % size)
+    def _cells(self, blocks: list[int], start: int, end: int) -> Tensor:
+        """int64 [end - start]: the cells of tokens [start, end) of a sequence with these blocks."""
+        cells = cells_of(np.array(blocks), self.kv.block_size, start, end)
+        return torch.from_numpy(cells).to(self.model.ctx.backend.device)
 
 
 def _segments(parts: list[tuple[int, Mix]]) -> Segments:
@@ -151,7 +122,7 @@ def _wanted(part: Scheduled) -> Iterable[int]:
         yield end - 1
 
 
-def _override(parts: list[Scheduled]) -> tuple[Tensor, Tensor] | None:
+def _override(parts: list[Scheduled], device: torch.device) -> tuple[Tensor, Tensor] | None:
     """(rows, embeddings) of the step's virtual tokens."""
     rows: list[int] = []
     values = []
@@ -163,4 +134,6 @@ def _override(parts: list[Scheduled]) -> tuple[Tensor, Tensor] | None:
             rows += range(at, at + count)
             values.append(prefix.embeddings[part.start : part.start + count])
         at += part.count
-    return (torch.tensor(rows), torch.cat(values)) if rows else None
+    if not rows:
+        return None
+    return torch.tensor(rows, device=device), torch.cat(values).to(device)

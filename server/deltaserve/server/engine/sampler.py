@@ -87,9 +87,9 @@ def sample(logits: Tensor, rows: list[Row]) -> list[Choice | None]:
                 continue
         choice = Choice(tokens[i], finite[i])
         if finite[i] and not plain(row):
-            _choose(choice, logits[i], row)
+            _choose(choice, logits[i].cpu(), row)
         if choice.sound and row.sampling.logprobs is not None:
-            choice.logprob = logprob_of(logits[i], choice.token_id, row.sampling.logprobs)
+            choice.logprob = logprob_of(logits[i].cpu(), choice.token_id, row.sampling.logprobs)
         choices.append(choice)
     return choices
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.errors import UnsupportedAdapter
+from deltaserve.kernels.backend import PreparedDeltas
 from deltaserve.kernels.embedding import PreparedEmbedding
-from deltaserve.kernels.linear import PreparedLinear
 from deltaserve.kernels.norm import PreparedNorm
 from deltaserve.kernels.primitives import AnyPrefix, GatedPrefix, Prefix, Primitive, tensors
 from deltaserve.kernels.table import places
@@ -26,7 +26,7 @@ class PreparedAdapter:
     prefix, gated: in the dtype they are served in; prefix: what takes a place in the sequence."""
 
     digest: str
-    linears: Mapping[str, PreparedLinear]
+    linears: Mapping[str, PreparedDeltas]
     norms: Mapping[str, PreparedNorm]
     embedding: PreparedEmbedding | None
     prefix: Prefix | None
@@ -155,7 +155,7 @@ class Modules:
 
     def _prepare_group(
         self, lead: str, parts: Mapping[int, tuple[Primitive, ...]]
-    ) -> PreparedLinear:
+    ) -> PreparedDeltas:
         group = self.groups[lead]
         assert group.deltas is not None
         try:

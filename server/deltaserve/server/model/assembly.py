@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from deltaserve.kernels.base import BaseLinear, DenseLinear, concat
+from deltaserve.kernels.backend import Backend, UnsupportedWeights
+from deltaserve.kernels.base import BaseLinear, concat
 from deltaserve.server.model.adapted import Modules
 from deltaserve.server.model.context import ForwardContext
 from deltaserve.server.model.embedding import DeltaEmbedding
+from deltaserve.server.model.errors import UnsupportedModel
 from deltaserve.server.model.linear import LinearGroup, replacements
 from deltaserve.server.model.memory import trim
 from deltaserve.server.model.norm import DeltaNorm
@@ -32,11 +34,12 @@ def assemble(
 ) -> Modules:
     """quantized: linears whose weights were quantized while loading, or before; emptied. schemes:
     of those whose weights are to be quantized; one that is not in `quantized` (a tied lm_head) is
-    quantized here."""
+    quantized here. Raises UnsupportedModel for weights that the backend cannot compute with."""
+    model.to(ctx.backend.device)
     groups = []
     split = [part for names in report.groups for part in _split(names, schemes, quantized)]
     for done, names in enumerate(split):
-        base = _base(model, names, schemes, quantized)
+        base = _base(model, names, schemes, quantized, ctx.backend)
         sizes = [_sizes(model.get_submodule(name))[1] for name in names]
         by_token = all(name in report.by_token for name in names)
         group = LinearGroup(
@@ -62,10 +65,11 @@ def assemble(
 
 
 def _own(model: nn.Module) -> None:
-    """What was not packed anew is still mapped from the checkpoint's files, and would change with
-    them."""
+    """What was neither packed anew nor copied to a device is still mapped from the checkpoint's
+    files, and would change with them."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
+        if parameter.is_cpu:
+            parameter.data = parameter.data.clone()
 
 
 def _shorten_lookups(model: nn.Module) -> None:
@@ -93,6 +97,7 @@ def _base(
     names: tuple[str, ...],
     schemes: Mapping[str, Scheme],
     quantized: dict[str, BaseLinear],
+    backend: Backend,
 ) -> BaseLinear:
     modules: list[Any] = [model.get_submodule(name) for name in names]
     biases: list[Tensor | None] = [module.bias for module in modules]
@@ -100,15 +105,18 @@ def _base(
     if names[0] not in schemes and names[0] not in quantized:
         weights = [m.weight.T if isinstance(m, Conv1D) else m.weight for m in modules]
         weight = weights[0] if len(weights) == 1 else torch.cat([w.detach() for w in weights])
-        return DenseLinear(weight.detach(), bias, weight.dtype)
+        return backend.dense(weight.detach(), bias, weight.dtype)
     parts = []
     for name, module in zip(names, modules, strict=True):
         made = quantized.pop(name, None)
-        parts.append(schemes[name].linear(module.weight.detach()) if made is None else made)
+        parts.append(schemes[name].linear(module.weight.detach().cpu()) if made is None else made)
     base = concat(parts)
     if bias is not None:
-        base.set_bias(bias)
-    return base
+        base.set_bias(bias.cpu())
+    try:
+        return backend.linear(base)
+    except UnsupportedWeights as error:
+        raise UnsupportedModel(f"--device {backend.name}: {', '.join(names)}: {error}") from error
 
 
 def _joined_bias(biases: list[Tensor | None], sizes: list[int]) -> Tensor | None:

@@ -74,7 +74,11 @@ class BaseModel:
         """Engine thread, between steps. slot: >= 1 and free."""
         self.modules.install(slot, prepared)
         if prepared.gated is not None:
-            self.ctx.gated_prefixes[slot] = prepared.gated
+            device, gated = self.ctx.backend.device, prepared.gated
+            self.ctx.gated_prefixes[slot] = GatedPrefix(
+                keys=tuple(t.to(device) for t in gated.keys),
+                values=tuple(t.to(device) for t in gated.values),
+            )
 
     def remove(self, slot: int) -> None:
         """Engine thread, between steps. Frees what `install` took."""

@@ -6,45 +6,12 @@ before each forward pass, so nothing is threaded through the signatures of the m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from torch import Tensor
 
+from deltaserve.kernels.attention.step import AttentionStep
+from deltaserve.kernels.backend import Backend
 from deltaserve.kernels.primitives import GatedPrefix
 from deltaserve.kernels.segments import EMPTY, Segments
-
-
-@dataclass(slots=True)
-class PrefillChunk:
-    """Rows [start, end) of the step are `end - start` consecutive tokens of one sequence.
-
-    past: tokens of the sequence before them, all in the cache. blocks: int64 [n], the blocks that
-    hold the sequence's tokens up to and with this chunk.
-    """
-
-    start: int
-    end: int
-    past: int
-    blocks: Tensor
-
-
-@dataclass(slots=True)
-class AttentionStep:
-    """Where the step's tokens go and what they attend to.
-
-    cells: int64 [T], the cache cell (block * block_size + offset) each token is written to.
-    The first `decodes` rows are one token each of as many sequences; lengths: their sequences'
-    lengths with that token; tables: int64 [decodes, max blocks], padded with 0. masks is filled
-    by the attention function, once per step and window.
-    """
-
-    cells: Tensor
-    decodes: int
-    lengths: list[int]
-    lengths_tensor: Tensor
-    tables: Tensor
-    chunks: list[PrefillChunk]
-    masks: dict[int | None, Tensor] = field(default_factory=dict)
 
 
 class KVStore:
@@ -68,12 +35,13 @@ class KVStore:
 
 
 class ForwardContext:
-    """segments: of all tokens of the step. logit_segments: of the rows lm_head sees.
-    embedding_override: (rows int64 [k], values [k, hidden]): embedding outputs to be overwritten,
-    the virtual tokens of prompt-tuned adapters. attention, kv: set by the runner. gated_prefixes:
-    of the installed adapters, by slot."""
+    """backend: what computes. segments: of all tokens of the step. logit_segments: of the rows
+    lm_head sees. embedding_override: (rows int64 [k], values [k, hidden]): embedding outputs to be
+    overwritten, the virtual tokens of prompt-tuned adapters. attention, kv: set by the runner.
+    gated_prefixes: of the installed adapters, by slot. Its tensors are on the backend's device."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
         self.segments: Segments = EMPTY
         self.logit_segments: Segments = EMPTY
         self.embedding_override: tuple[Tensor, Tensor] | None = None

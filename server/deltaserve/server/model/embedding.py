@@ -23,7 +23,9 @@ class DeltaEmbedding(nn.Module):
         self.multiplier = multiplier(inner)
         weight: Any = inner.weight
         self.num_embeddings, self.embedding_dim = weight.shape
-        self.deltas = EmbeddingDeltas(self.num_embeddings, self.embedding_dim, dtype)
+        self.deltas = EmbeddingDeltas(
+            self.num_embeddings, self.embedding_dim, dtype, ctx.backend.device
+        )
 
     @property
     def weight(self) -> Tensor:

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaserve.kernels.native import library
+from deltaserve.kernels.attention.step import Span
 from deltaserve.server.model.adapted import Modules
-from deltaserve.server.model.context import AttentionStep, ForwardContext, KVStore, PrefillChunk
+from deltaserve.server.model.context import ForwardContext, KVStore
 from deltaserve.server.model.fused_layer import FusedLayer
 from deltaserve.server.model.probe import ArchReport, LayerAttention
 from deltaserve.server.model.stack import FusedStack, StackedLayer
@@ -44,7 +44,7 @@ def fuse(
 ) -> int:
     """Lets every layer that is proven to be of the form run fused; returns how many. `ctx` must
     not be in use."""
-    if library() is None:
+    if not ctx.backend.fuses:
         return 0
     provers = []
     for attention, path in zip(
@@ -162,21 +162,20 @@ def _run_once(
     dtype: torch.dtype,
 ) -> None:
     """A step of one prompt; its positions lie apart, so that rotations tell."""
-    keys, values = {}, {}
+    keys, values, device = {}, {}, ctx.backend.device
     for a in report.attention:
-        keys[a.layer_idx] = torch.zeros(TOKENS, a.kv_heads, a.key_dim, dtype=dtype)
-        values[a.layer_idx] = torch.zeros(TOKENS, a.kv_heads, a.value_dim, dtype=dtype)
+        cells = TOKENS, a.kv_heads
+        keys[a.layer_idx] = torch.zeros(*cells, a.key_dim, dtype=dtype, device=device)
+        values[a.layer_idx] = torch.zeros(*cells, a.value_dim, dtype=dtype, device=device)
     ctx.kv = KVStore(keys, values, TOKENS, 1)
-    none = torch.zeros(0, dtype=torch.int64)
-    chunk = PrefillChunk(0, TOKENS, 0, torch.zeros(1, dtype=torch.int64))
-    ctx.attention = AttentionStep(torch.arange(TOKENS), 0, [], none, none.view(0, 0), [chunk])
-    ids = torch.arange(TOKENS) * (modules.embedding.num_embeddings // TOKENS)
-    positions = torch.tensor([0, 1, 5, 17, 64])
+    ctx.attention = ctx.backend.attention([Span(0, TOKENS, [0])], 0, TOKENS)
+    ids = torch.arange(TOKENS, device=device) * (modules.embedding.num_embeddings // TOKENS)
+    positions = torch.tensor([0, 1, 5, 17, 64], device=device)
     model(
         input_ids=ids.unsqueeze(0),
         position_ids=positions.unsqueeze(0),
         attention_mask=None,
         use_cache=False,
-        logits_to_keep=torch.zeros(1, dtype=torch.int64),
+        logits_to_keep=torch.zeros(1, dtype=torch.int64, device=device),
     )
     ctx.kv = ctx.attention = None

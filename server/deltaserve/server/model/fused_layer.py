@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from deltaserve.kernels.attention.step import How
 from deltaserve.kernels.layer import add_norm, rotate_write, silu_mul
-from deltaserve.server.model.attention import How, attend
+from deltaserve.server.model.attention import attend
 from deltaserve.server.model.context import ForwardContext
 from deltaserve.server.model.linear import LinearGroup
 from deltaserve.server.model.norm import DeltaNorm

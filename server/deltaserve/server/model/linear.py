@@ -4,12 +4,12 @@ sibling linears that share their input computed as one."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import nan
 
 import torch
 from torch import Tensor, nn
 
 from deltaserve.kernels.base import BaseLinear
-from deltaserve.kernels.linear import LinearDeltas
 from deltaserve.kernels.segments import Segments
 from deltaserve.server.model.context import ForwardContext
 
@@ -36,7 +36,8 @@ class LinearGroup:
         self.sizes = list(sizes)
         self.ctx = ctx
         self.logits = logits
-        self.deltas = LinearDeltas(base.in_features, self.sizes, base.dtype) if by_token else None
+        shape = base.in_features, self.sizes, base.dtype
+        self.deltas = ctx.backend.deltas(*shape) if by_token else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., in] -> [rows, out]."""
@@ -47,14 +48,14 @@ class LinearGroup:
         return self.base(rows)
 
     def weight(self, name: str) -> Tensor:
-        """float32 [out, in] of one module, as served."""
+        """float32 [out, in] of one module, as served, in host memory."""
         start, end = self._span(name)
         return self.base.weight()[start:end]
 
     def bias(self, name: str) -> Tensor | None:
-        """float32 [out] of one module."""
+        """float32 [out] of one module, in host memory."""
         start, end = self._span(name)
-        return None if self.base.bias is None else self.base.bias[start:end].float()
+        return None if self.base.bias is None else self.base.bias[start:end].cpu().float()
 
     def _span(self, name: str) -> tuple[int, int]:
         i = self.names.index(name)
@@ -66,11 +67,13 @@ class _Linear(nn.Module):
     """What modeling code may read of a linear beside calling it. `weight` has the shape, dtype and
     device of the base's but no content: whatever were computed from it would be NaN."""
 
-    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+    def __init__(self, group: LinearGroup, out_features: int) -> None:
         super().__init__()
-        self.in_features = in_features
+        base = group.base
+        self.in_features = base.in_features
         self.out_features = out_features
-        self.weight = torch.full((), float("nan"), dtype=dtype).expand(out_features, in_features)
+        nothing = torch.full((), nan, dtype=base.dtype, device=group.ctx.backend.device)
+        self.weight = nothing.expand(out_features, base.in_features)
         self.bias = None
 
 
@@ -78,7 +81,7 @@ class DeltaLinear(_Linear):
     """A linear of its own."""
 
     def __init__(self, group: LinearGroup) -> None:
-        super().__init__(group.base.in_features, group.base.out_features, group.base.dtype)
+        super().__init__(group, group.base.out_features)
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,7 +109,7 @@ class Leader(_Linear):
 
     def __init__(self, shared: _Shared) -> None:
         group = shared.group
-        super().__init__(group.base.in_features, group.sizes[0], group.base.dtype)
+        super().__init__(group, group.sizes[0])
         self.group = group
         self.shared = shared
 
@@ -128,7 +131,7 @@ class Follower(_Linear):
 
     def __init__(self, shared: _Shared, index: int) -> None:
         group = shared.group
-        super().__init__(group.base.in_features, group.sizes[index], group.base.dtype)
+        super().__init__(group, group.sizes[index])
         self.shared = shared
         self.index = index
         self.last = index == len(group.sizes) - 1

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from deltaserve.adapters.base import ModuleSpec
+from deltaserve.kernels.backend import Backend, CpuBackend
 from deltaserve.kernels.base.quantize import INT4_GROUP, check_group_size
 from deltaserve.server.model import architectures, rope
 from deltaserve.server.model.assembly import assemble
@@ -89,6 +90,7 @@ def load(
     max_length: int | None = None,
     progress: Progress | None = None,
     allow_untested: bool = False,
+    backend: Backend | None = None,
 ) -> BaseModel:
     """Reads, quantizes and fuses a checkpoint folder (config.json and safetensors).
 
@@ -97,6 +99,7 @@ def load(
     int4. quantize_head: lm_head in int8 whenever the rest is quantized. max_length: at most the
     model's own limit, which is the default. progress: is called with the share done (0 to 1) and
     what is being done. allow_untested: also architectures that the test matrix does not cover.
+    backend: what is to compute; the CPU if it is not given.
 
     Raises ModelNotFound, MalformedModel or UnsupportedModel; ValueError for options.
     """
@@ -112,7 +115,7 @@ def load(
     schemes = schemes_for(skeleton, dtype, quantize, group_size, activations, quantize_head)
     model, plan = _read(folder, skeleton, schemes, dtype, say)
     rope.pin(model, skeleton.config, skeleton.max_length)
-    ctx = ForwardContext()
+    ctx = ForwardContext(backend or CpuBackend())
     modules = assemble(
         model,
         skeleton.report,

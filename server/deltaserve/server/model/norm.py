@@ -28,7 +28,7 @@ class DeltaNorm(nn.Module):
         self.ctx = ctx
         self.token_dim = token_dim
         self.slots: set[int] = set()  # of the installed adapters that have a part here
-        self.deltas = NormDeltas(weight.shape[0], dtype)
+        self.deltas = NormDeltas(weight.shape[0], dtype, ctx.backend.device)
         form = rms_form(inner)
         self.offset: float | None = None if form is None else form[0]
         self.eps = 0.0 if form is None else form[1]
@@ -107,7 +107,7 @@ def rms_form(inner: nn.Module) -> tuple[float, float] | None:
     generator = torch.Generator().manual_seed(0)
     n = weight.shape[0]
     scales = torch.tensor([1e-4, 1e-2, 1.0, 30.0])[:, None]
-    x = torch.randn(4, n, generator=generator) * scales
+    x = (torch.randn(4, n, generator=generator) * scales).to(weight.device)
     # in bfloat16 a gain of 1 + weight would be rounded where the models keep it in float32
     offsets = (0.0, 1.0) if weight.dtype == torch.float32 else (0.0,)
     for offset in offsets:
@@ -128,7 +128,7 @@ def _same(
     tolerance: float | None,
     generator: torch.Generator,
 ) -> bool:
-    gain = (torch.randn(x.shape[-1], generator=generator) * 0.3 + 0.7).to(dtype)
+    gain = (torch.randn(x.shape[-1], generator=generator) * 0.3 + 0.7).to(x.device, dtype)
     module = copy.deepcopy(inner).to(dtype)
     module.weight = nn.Parameter(gain, requires_grad=False)
     x = x.to(dtype)

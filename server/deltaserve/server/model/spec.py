@@ -77,7 +77,7 @@ def base_spec(
 
 
 class _Weights:
-    """The accessors of BaseSpec."""
+    """The accessors of BaseSpec; tensors in host memory."""
 
     def __init__(self, modules: Modules, found: Mapping[str, ModuleSpec]) -> None:
         self.modules = modules
@@ -86,9 +86,9 @@ class _Weights:
     def weight(self, name: str) -> Tensor:
         """float32, in checkpoint layout. Raises KeyError for a name that is not in `modules`."""
         if name == self.modules.embedding_name:
-            return self.modules.embedding.weight.detach().float()
+            return self.modules.embedding.weight.detach().cpu().float()
         if name in self.modules.norms:
-            return self.modules.norms[name].weight.detach().float()
+            return self.modules.norms[name].weight.detach().cpu().float()
         weight = self.modules.group_of[name].weight(name)
         return weight.T.contiguous() if self.found[name].transposed else weight
 
@@ -98,7 +98,7 @@ class _Weights:
             return None
         if name in self.modules.norms:
             bias: Any = getattr(self.modules.norms[name].inner, "bias", None)
-            return None if bias is None else bias.detach().float()
+            return None if bias is None else bias.detach().cpu().float()
         return self.modules.group_of[name].bias(name)
 
 
@@ -108,7 +108,7 @@ def held_fingerprint(modules: Modules) -> str:
 
     def add(name: str, tensor: Tensor) -> None:
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
     add(modules.embedding_name, modules.embedding.weight)
     for name, norm in sorted(modules.norms.items()):

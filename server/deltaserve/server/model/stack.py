@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaserve.kernels.attention.cpu_step import CpuStep
+from deltaserve.kernels.linear import LinearDeltas
 from deltaserve.kernels.native import library
 from deltaserve.kernels.native.pointers import entries
 from deltaserve.kernels.native.stack import NativeGroup, NativeLayer, NativeNorm
-from deltaserve.server.model.context import AttentionStep, ForwardContext, KVStore
+from deltaserve.server.model.context import ForwardContext, KVStore
 from deltaserve.server.model.fused_layer import FusedLayer
 from deltaserve.server.model.norm import DeltaNorm
 
@@ -47,7 +49,7 @@ class FusedStack:
         for layer in layers:
             for group in (layer.qkv, layer.o, layer.up, layer.down):
                 native = group.base.native()
-                if native is None or group.deltas is None:
+                if native is None or not isinstance(group.deltas, LinearDeltas):
                     return None
                 natives.append(group.deltas.native(native))
         return cls(ctx, layers, natives, not_native)
@@ -56,7 +58,7 @@ class FusedStack:
         """The first layer's output, or the last one's, which then is `done` as well."""
         self.done = None
         step, kv = self.ctx.attention, self.ctx.kv
-        assert step is not None and kv is not None
+        assert isinstance(step, CpuStep) and kv is not None
         slots = self.ctx.segments.slots
         one_by_one = not (
             slots.isdisjoint(self.not_native) and slots.isdisjoint(self.ctx.gated_prefixes)
@@ -67,7 +69,7 @@ class FusedStack:
         return self.done
 
     def _run(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], step: AttentionStep, kv: KVStore
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], step: CpuStep, kv: KVStore
     ) -> Tensor:
         """x: [1, T, hidden] -> the same."""
         lib = library()

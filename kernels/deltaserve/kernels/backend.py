@@ -1,0 +1,166 @@
+"""Backend: what computes a step, and the forms in which it wants weights, adapters and the cache.
+
+Everything above this room is written against it once. `CpuBackend` computes in host memory, with
+native code where there is some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Protocol
+
+import psutil
+import torch
+from torch import Tensor
+
+from deltaserve.kernels.attention.cpu_step import CpuStep
+from deltaserve.kernels.attention.step import AttentionStep, Span
+from deltaserve.kernels.base import BaseLinear, DenseLinear
+from deltaserve.kernels.linear import LinearDeltas
+from deltaserve.kernels.native import library
+from deltaserve.kernels.pages import Pages
+from deltaserve.kernels.primitives import Primitive
+from deltaserve.kernels.segments import Segments
+from deltaserve.kernels.table import Group
+
+
+class UnsupportedWeights(ValueError):
+    """The backend cannot compute with weights held like that; the message says what it can."""
+
+
+class PreparedDeltas(Protocol):
+    """One adapter's primitives on one group, ready to be installed."""
+
+    @property
+    def nbytes(self) -> int:
+        """Exact bytes, shared memory counted once."""
+        ...
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor it keeps in memory."""
+        ...
+
+    def only(self, parts: Collection[int]) -> PreparedDeltas:
+        """What it has on some parts of the group, over the same tensors."""
+        ...
+
+
+class Deltas(Protocol):
+    """What a step's adapters do to one group of linears that share their input."""
+
+    group: Group
+
+    def prepare(self, parts: Mapping[int, tuple[Primitive, ...]]) -> PreparedDeltas:
+        """Casts and packs the primitives of each part for serving, in host memory. Safe from any
+        thread. Raises ValueError for a primitive that the group does not take."""
+        ...
+
+    def install(self, slot: int, prepared: Any) -> None:
+        """Publishes an adapter in a slot, in place of what the slot held. Engine thread."""
+        ...
+
+    def remove(self, slot: int) -> None:
+        """Empties a slot; an empty one may be removed again."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Exact bytes installed."""
+        ...
+
+    def is_native(self, slot: int) -> bool:
+        """Whether the call that runs all layers natively does all that the slot's adapter does."""
+        ...
+
+    def forward(self, x: Tensor, base: Any, segments: Segments) -> Tensor:
+        """x: [T, in]. Returns [T, sum of out_features] of x's dtype. Tokens without an adapter get
+        exactly what they get in a step without any."""
+        ...
+
+
+class CacheMemory(Protocol):
+    """Zeroed memory of a cache behind addresses that stay."""
+
+    def tensor(self, start: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The bytes from `start` on, without copying them."""
+        ...
+
+    def drop(self, start: int, end: int) -> None:
+        """Zero the bytes [start, end), multiples of the page; what is returned of them is the
+        backend's `returns_pages`."""
+        ...
+
+
+class Backend(Protocol):
+    """name: of the device, as `--device` calls it. device: where every tensor of a step is.
+    fuses: decoder layers may be run by `server.model.fused`. forks: a forked process can read the
+    base's weights. returns_pages: cache memory is taken by the first write and given back by
+    `drop`, so that the cache and adapters may share what there is."""
+
+    name: str
+    device: torch.device
+    forks: bool
+    returns_pages: bool
+
+    @property
+    def fuses(self) -> bool: ...
+
+    def dense(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> BaseLinear:
+        """weight: [out, in] of any float dtype, in host memory or on the device."""
+        ...
+
+    def linear(self, held: BaseLinear) -> BaseLinear:
+        """A quantized linear, as this backend computes it. Raises UnsupportedWeights."""
+        ...
+
+    def deltas(self, in_features: int, out_features: Sequence[int], dtype: torch.dtype) -> Deltas:
+        """For one group of linears of the model."""
+        ...
+
+    def packed(self, group: Group, parts: Mapping[int, tuple[Primitive, ...]]) -> PreparedDeltas:
+        """What `Deltas.prepare` of such a group makes of the primitives of its parts."""
+        ...
+
+    def attention(self, spans: Sequence[Span], decodes: int, block_size: int) -> AttentionStep:
+        """For one step. decodes: so many of the spans, the first ones, are one token each."""
+        ...
+
+    def cache(self, nbytes: int) -> CacheMemory:
+        """Memory for keys and values."""
+        ...
+
+    def free_bytes(self) -> int:
+        """Of the memory that cache and adapters are in."""
+        ...
+
+
+class CpuBackend:
+    name = "cpu"
+    device = torch.device("cpu")
+    forks = True
+    returns_pages = True
+
+    @property
+    def fuses(self) -> bool:
+        return library() is not None
+
+    def dense(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> BaseLinear:
+        return DenseLinear(weight, bias, dtype)
+
+    def linear(self, held: BaseLinear) -> BaseLinear:
+        return held
+
+    def deltas(self, in_features: int, out_features: Sequence[int], dtype: torch.dtype) -> Deltas:
+        return LinearDeltas(in_features, out_features, dtype)
+
+    def packed(self, group: Group, parts: Mapping[int, tuple[Primitive, ...]]) -> PreparedDeltas:
+        return LinearDeltas(group.in_features, group.out_features, group.dtype).prepare(parts)
+
+    def attention(self, spans: Sequence[Span], decodes: int, block_size: int) -> AttentionStep:
+        return CpuStep.of(spans, decodes, block_size)
+
+    def cache(self, nbytes: int) -> CacheMemory:
+        return Pages(nbytes)
+
+    def free_bytes(self) -> int:
+        return int(psutil.virtual_memory().available)
