@@ -2,42 +2,96 @@
 
 from __future__ import annotations
 
-import random
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from deltaserve.kernels.gpu.arena import UNIT, Arena, OutOfArena
+from deltaserve.kernels.gpu import arena as arena_module
+from deltaserve.kernels.gpu.arena import LINE, UNIT, Arena, OutOfArena, Place
 from deltaserve.kernels.gpu.blob import BlobWriter
 from deltaserve.kernels.gpu.device import default_device
 
-
-def content(arena: Arena, offset: int, size: int) -> torch.Tensor:
-    start = offset * UNIT
-    return arena.view(torch.uint8)[start : start + size].cpu()
+BYTES = 40 * LINE
 
 
-def test_blobs_keep_their_content_whatever_comes_and_goes() -> None:
-    arena = Arena(default_device(), 1 << 12)
-    held: dict[int, torch.Tensor] = {}
-    choice = random.Random(0)
-    for _ in range(300):
-        if held and choice.random() < 0.45:
-            offset = choice.choice(list(held))
-            arena.drop(offset)
-            del held[offset]
-        else:
-            blob = torch.randint(0, 256, (choice.randint(1, 3000),), dtype=torch.uint8)
-            offset = arena.put(blob)
-            assert offset not in held and offset % 8 == 0
-            held[offset] = blob
-        for offset, blob in held.items():
-            assert torch.equal(content(arena, offset, blob.numel()), blob)
-    for offset in held:
-        arena.drop(offset)
-    assert arena.used == 0
-    arena.grows = False
-    arena.put(torch.zeros(arena.units * UNIT, dtype=torch.uint8))  # the free ranges joined up
+class ArenaMachine(RuleBasedStateMachine):
+    """Blobs come, go, are shared and copied to; the limit changes; every blob keeps its content."""
+
+    @initialize(grows=st.booleans(), bounce=st.sampled_from([8, 1 << 20]))
+    def start(self, grows: bool, bounce: int) -> None:
+        self.bounce = mock.patch.object(arena_module, "BOUNCE", bounce)
+        self.bounce.start()
+        self.arena = Arena(default_device(), BYTES, grows)
+        self.held: dict[Place, torch.Tensor] = {}
+        self.seed = 0
+
+    def teardown(self) -> None:
+        if hasattr(self, "bounce"):
+            self.bounce.stop()
+
+    @rule(lines=st.integers(1, 12), short=st.integers(0, LINE - 1))
+    def put(self, lines: int, short: int) -> None:
+        """What fits by bytes is placed, unless a held place is in the way."""
+        self.seed += 1
+        blob = torch.full((lines * LINE - short,), self.seed % 251, dtype=torch.uint8)
+        fits = lines * LINE <= self.arena.units * UNIT - self.arena.used
+        stuck = any(place.held for place in self.held)
+        try:
+            self.held[self.arena.put(blob)] = blob
+            assert fits or self.arena.grows
+        except OutOfArena:
+            assert not self.arena.grows and (stuck or not fits)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def drop(self, data: st.DataObject) -> None:
+        place = data.draw(st.sampled_from(list(self.held)))
+        users = place.users
+        assert self.arena.drop(place) == (users == 1)
+        if users == 1:
+            del self.held[place]
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def share(self, data: st.DataObject) -> None:
+        data.draw(st.sampled_from(list(self.held))).users += 1
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), held=st.booleans())
+    def hold(self, data: st.DataObject, held: bool) -> None:
+        place = data.draw(st.sampled_from(list(self.held)))
+        place.held = held
+        self.offsets = {p: p.offset for p in self.held if p.held}
+
+    @rule(lines=st.integers(0, 48))
+    def limit(self, lines: int) -> None:
+        fits = self.arena.used <= lines * LINE
+        stuck = any(place.held for place in self.held)
+        done = self.arena.limit(lines * LINE)
+        assert done <= fits and (done or stuck or not fits)
+        if done and not self.arena.grows:
+            assert self.arena.units * UNIT == min(lines * LINE, BYTES)
+
+    @invariant()
+    def whole(self) -> None:
+        if not hasattr(self, "arena"):
+            return
+        self.arena.check_integrity()
+        assert self.arena.used == sum(p.units * UNIT for p in self.held)
+        for place, blob in self.held.items():
+            assert torch.equal(self.arena.bytes_of(place)[: blob.numel()].cpu(), blob)
+        for place, offset in getattr(self, "offsets", {}).items():
+            assert not place.held or place not in self.held or place.offset == offset
+
+
+ArenaMachine.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, derandomize=True
+)
+test_blobs_keep_their_content_whatever_comes_and_goes = ArenaMachine.TestCase
 
 
 def test_an_arena_that_may_not_grow() -> None:
@@ -46,6 +100,23 @@ def test_an_arena_that_may_not_grow() -> None:
     with pytest.raises(OutOfArena, match="2048 bytes do not fit in an arena of 4096 of which 3072"):
         arena.put(torch.zeros(2000, dtype=torch.uint8))
     arena.put(torch.zeros(1024, dtype=torch.uint8))
+
+
+def test_as_few_bytes_as_can_be_are_moved() -> None:
+    """Of two gaps that would do, the one behind the smaller blob is made."""
+    arena = Arena(default_device(), 20 * LINE, grows=False)
+    sizes = (1, 6, 1, 1, 2, 1, 8)
+    places = [arena.put(torch.zeros(n * LINE, dtype=torch.uint8)) for n in sizes]
+    for i in (0, 2, 3, 5):
+        arena.drop(places[i])
+    before = [places[i].offset for i in (1, 4, 6)]
+    assert arena.reserve(3 * LINE).offset == before[0] + 8 * 8
+    assert [places[i].offset for i in (1, 4, 6)] == [before[0], before[1] - 2 * 8, before[2]]
+
+
+def test_offsets_of_32_bits() -> None:
+    with mock.patch.object(arena_module, "MOST", 16):
+        assert Arena(default_device(), 40 * LINE, grows=False).units == 16
 
 
 def test_a_blob_holds_a_tensor_once() -> None:

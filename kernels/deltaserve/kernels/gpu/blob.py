@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from deltaserve.kernels.gpu.arena import ALIGN, UNIT
+from deltaserve.kernels.gpu.arena import ALIGN, LINE, Place
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """Where a blob lies: `units` of 16 bytes behind the start of a place that it may share."""
+
+    place: Place
+    units: int = 0
+
+    @property
+    def offset(self) -> int:
+        """In units, now: the arena moves places between steps."""
+        return self.place.offset + self.units
+
+
+@dataclass(slots=True)
+class Home:
+    """Where a blob is in device memory, if it is; one for all that is prepared over the blob."""
+
+    spot: Spot | None = None
 
 
 class BlobWriter:
@@ -28,10 +50,9 @@ class BlobWriter:
         if raw.numel() and key in self._known:
             return self._known[key]
         offset = self._units
-        line = UNIT * ALIGN
         self._parts.append(raw)
-        self._parts.append(torch.zeros(-raw.numel() % line, dtype=torch.uint8))
-        self._units += -(-raw.numel() // line) * ALIGN
+        self._parts.append(torch.zeros(-raw.numel() % LINE, dtype=torch.uint8))
+        self._units += -(-raw.numel() // LINE) * ALIGN
         self._known[key] = offset
         return offset
 

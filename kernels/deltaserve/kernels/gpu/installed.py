@@ -1,4 +1,4 @@
-"""An adapter's parts with the offsets that they have in the arena, as the planner reads them."""
+"""An adapter's parts as the planner reads them, with tagged offsets (see tags.py)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deltaserve.kernels.gpu.prepared import GpuPrepared
+from deltaserve.kernels.gpu.tags import Tagged, tag
 from deltaserve.kernels.lowrank.pages import PAGE
 
 Ints = npt.NDArray[np.int32]
@@ -18,8 +19,8 @@ Floats = npt.NDArray[np.float32]
 class Pages:
     """One entry per page, modules one after the other; col: the page's first row of h."""
 
-    a: Ints
-    b: Ints
+    a: Tagged
+    b: Tagged
     part: Ints
     gathers: Ints
     col: Ints
@@ -31,11 +32,9 @@ class Pages:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Installed:
-    """blob: its offset. signs, sells, panels: part -> entries of 4 numbers as the kernels read
-    them; panel_tiles: part -> chunks of each tile, summed over panels; the rest: part -> vectors'
-    offsets."""
+    """signs, sells, panels: part -> entries of 4 numbers as the kernels read them; panel_tiles:
+    part -> chunks of each tile, summed over panels; the rest: part -> vectors' offsets."""
 
-    blob: int
     pages: Pages
     signs: dict[int, list[tuple[int, int, int, int]]]
     sells: dict[int, tuple[int, int, int, int]]
@@ -47,11 +46,10 @@ class Installed:
     replaced: dict[int, int]
 
 
-def install(prepared: GpuPrepared, blob: int) -> Installed:
-    """blob: where prepared.blob lies in the arena."""
-    own = prepared.parts
+def install(prepared: GpuPrepared, slot: int) -> Installed:
+    """slot: that the offsets are tagged with."""
+    own, blob = prepared.parts, tag(slot)
     return Installed(
-        blob=blob,
         pages=_pages(prepared, blob),
         signs={
             i: [(blob + s.words, blob + s.scales, s.planes, 0) for s in p.signs]
@@ -92,8 +90,8 @@ def _pages(prepared: GpuPrepared, blob: int) -> Pages:
         return np.array(values, dtype=np.int32)
 
     return Pages(
-        a=ints([blob + page.a for _, page in flat]),
-        b=ints([blob + page.b for _, page in flat]),
+        a=np.array([blob + page.a for _, page in flat], dtype=np.int64),
+        b=np.array([blob + page.b for _, page in flat], dtype=np.int64),
         part=ints([i for i, _ in flat]),
         gathers=ints([page.gathers for _, page in flat]),
         col=ints([PAGE * n for n in range(len(flat))]),

@@ -13,6 +13,7 @@ from deltaserve.kernels.gpu import step
 from deltaserve.kernels.gpu.arena import Arena
 from deltaserve.kernels.gpu.aux import run_aux
 from deltaserve.kernels.gpu.base import GpuLinear
+from deltaserve.kernels.gpu.blob import Spot
 from deltaserve.kernels.gpu.config import AuxConfig, GemmConfig, aux_config
 from deltaserve.kernels.gpu.gemm import Output, choose, run_gemm
 from deltaserve.kernels.gpu.inputs import run_inputs
@@ -20,6 +21,7 @@ from deltaserve.kernels.gpu.installed import Installed, install
 from deltaserve.kernels.gpu.plan import Tiling, build
 from deltaserve.kernels.gpu.prepared import GpuPrepared, prepare
 from deltaserve.kernels.gpu.step import Limits, StepPlan
+from deltaserve.kernels.gpu.tags import Spots
 from deltaserve.kernels.gpu.workspace import Workspace
 from deltaserve.kernels.primitives import Primitive
 from deltaserve.kernels.segments import Segments
@@ -51,7 +53,9 @@ class GpuLinearDeltas:
         self.arena = arena or Arena(self.device)
         self.workspace = workspace or Workspace(self.device)
         self.slots: dict[int, Installed] = {}
-        self._bytes: dict[int, int] = {}
+        self.spots: dict[int, Spot] = {}
+        self.prepared: dict[int, GpuPrepared] = {}
+        self.changes = 0
 
     def prepare(self, parts: Mapping[int, tuple[Primitive, ...]]) -> GpuPrepared:
         """Casts and packs the primitives of each part for serving. Safe from any thread.
@@ -63,24 +67,34 @@ class GpuLinearDeltas:
         return prepare(parts, self.group)
 
     def install(self, slot: int, prepared: GpuPrepared) -> None:
-        """Publishes an adapter in a slot, in place of what the slot held. Engine thread."""
+        """Publishes an adapter in a slot, in place of what the slot held. Engine thread. A blob
+        that is in the arena already, or was put there for another slot, is not copied again."""
         self.remove(slot)
-        if prepared.parts:
-            blob = self.arena.put(prepared.blob)
-            self.slots[slot] = install(prepared, blob)
-            self._bytes[slot] = prepared.nbytes
+        if not prepared.parts:
+            return
+        home = prepared.home
+        if home.spot is None:
+            home.spot = Spot(self.arena.put(prepared.blob))
+        else:
+            home.spot.place.users += 1
+        self.slots[slot], self.spots[slot] = install(prepared, slot), home.spot
+        self.prepared[slot] = prepared
+        self.changes += 1
 
     def remove(self, slot: int) -> None:
         """Empties a slot; an empty one may be removed again."""
-        found = self.slots.pop(slot, None)
-        if found is not None:
-            self.arena.drop(found.blob)
-            del self._bytes[slot]
+        if slot not in self.slots:
+            return
+        del self.slots[slot]
+        self.changes += 1
+        if self.arena.drop(self.spots.pop(slot).place):
+            self.prepared[slot].home.spot = None
+        del self.prepared[slot]
 
     @property
     def nbytes(self) -> int:
-        """Exact bytes installed."""
-        return sum(self._bytes.values())
+        """Exact bytes installed; a blob in several slots is there once."""
+        return sum({id(p.home): p.nbytes for p in self.prepared.values()}.values())
 
     def plan(
         self,
@@ -93,7 +107,21 @@ class GpuLinearDeltas:
         gated: bool = False,
     ) -> StepPlan:
         """The step's tables on the device. limits: room for other steps of as many tokens, whose
-        tables `replan` puts at the same addresses."""
+        tables `replan` puts at the same addresses. `layers.LayerPlans` plans for many layers at
+        once."""
+        return self.plan_for((self.spots,), segments, base, limits, config, aux, gated)
+
+    def plan_for(
+        self,
+        spots: Sequence[Spots],
+        segments: Segments,
+        base: GpuLinear,
+        limits: Limits | None = None,
+        config: GemmConfig | None = None,
+        aux: AuxConfig | None = None,
+        gated: bool = False,
+    ) -> StepPlan:
+        """A plan for several groups like this one. spots: where the blobs of each are."""
         config = config or choose(base.weights, segments.tokens, gated)
         aux = aux or aux_config(segments.tokens, self.group.in_features, gpu.arch(self.device))
         tiling = Tiling(
@@ -108,17 +136,20 @@ class GpuLinearDeltas:
         tiles = -(-segments.tokens // tiling.tokens)
         apart = limits is not None and limits.uses.apart
         tables = build(self.group, self.slots, segments, tiles, tiling, apart)
-        return step.make(tables, segments.tokens, tiles, tiling, aux, self.device, limits)
+        return step.make(tables, segments.tokens, tiles, tiling, aux, self.device, spots, limits)
 
-    def replan(self, plan: StepPlan, segments: Segments) -> None:
-        """Fills a plan anew, for at most as many tokens. Raises StepTooLarge."""
+    def replan(
+        self, plan: StepPlan, segments: Segments, spots: Sequence[Spots] | None = None
+    ) -> None:
+        """Fills a plan anew, for at most as many tokens. Raises StepTooLarge, and then the plan is
+        as it was. spots: as in `plan_for`."""
         if segments.tokens > plan.tokens:
             raise step.StepTooLarge(
                 f"the step has {segments.tokens} tokens; the plan was made for {plan.tokens}"
             )
         apart = plan.limits is not None and plan.uses.apart
         tables = build(self.group, self.slots, segments, plan.tiles, plan.tiling, apart)
-        step.fill(plan, tables)
+        step.fill(plan, tables, spots or (self.spots,))
 
     def forward(self, x: Tensor, base: GpuLinear, segments: Segments) -> Tensor:
         """x: [T, in]. Returns [T, sum of out_features] of x's dtype.

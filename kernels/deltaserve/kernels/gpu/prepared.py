@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deltaserve.kernels.bit.words import ROWS, pack_signs
 from deltaserve.kernels.cast import cast
-from deltaserve.kernels.gpu.blob import BlobWriter
+from deltaserve.kernels.gpu.blob import BlobWriter, Home
 from deltaserve.kernels.lowrank.pages import Page, pack_columns, pack_lowrank
 from deltaserve.kernels.primitives import (
     Bias,
@@ -60,10 +60,16 @@ class Part:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class GpuPrepared:
-    """blob: uint8, in host memory, what is copied to the device as it is; parts: by number."""
+    """blob: uint8, in host memory, what is copied to the device as it is; parts: by number. home:
+    where it lies there."""
 
     blob: Tensor
     parts: Mapping[int, Part]
+    home: Home = field(default_factory=Home)
+
+    def only(self, parts: Collection[int]) -> GpuPrepared:
+        """Some of its parts, over the same blob."""
+        return replace(self, parts={i: p for i, p in self.parts.items() if i in parts})
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.blob,)

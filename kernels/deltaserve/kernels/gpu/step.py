@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from deltaserve.kernels.gpu.config import AuxConfig
 from deltaserve.kernels.gpu.plan import Tables, Tiling, Uses
+from deltaserve.kernels.gpu.tags import Spots, resolve
 
 ARRAYS = (
     "items", "entries", "strengths", "page_a", "page_b", "page_col", "page_lo", "page_hi",
     "page_scale", "page_bounds", "vec_offset", "vec_lo", "vec_hi", "vec_strength", "vec_bounds",
     "in_offset", "in_lo", "in_hi", "in_strength", "in_bounds", "plane_count",
 )  # fmt: skip
+OFFSETS = ("entries", "page_a", "page_b", "vec_offset", "in_offset")
+"""Where blobs lie: the only tables that differ between layers."""
+SHARED = tuple(name for name in ARRAYS if name not in OFFSETS)
 FLOATS = {"strengths", "page_scale", "vec_strength", "in_strength"}
 ALIGN = 4
 """Tables start at multiples of 16 bytes."""
@@ -61,7 +64,10 @@ class Limits:
 @dataclass(eq=False, slots=True)
 class StepPlan:
     """What the launches of one step are given. Its tensors stay where they are when it is filled
-    again. tokens: rows of x; tiles: token tiles that the tables are laid out for."""
+    again. tokens: rows of x; tiles: token tiles that the tables are laid out for. layers: the plan
+    for each of the layers that share it, which differ in `OFFSETS` alone; the first is this one.
+    room: numbers of the buffer that hold a table, `OFFSETS` of the first layer, whose like of the
+    next lie `stride` numbers further."""
 
     tokens: int
     tiles: int
@@ -75,8 +81,10 @@ class StepPlan:
     n_items: Tensor
     tables: Mapping[str, Tensor]
     room: Mapping[str, slice]
+    stride: int
     buffer: Tensor
-    staging: npt.NDArray[np.int32] = field(repr=False)
+    staging: Tensor = field(repr=False)
+    layers: Sequence[StepPlan] = ()
 
     @property
     def padded(self) -> int:
@@ -86,19 +94,37 @@ class StepPlan:
 
 def make(
     tables: Tables, tokens: int, tiles: int, tiling: Tiling, aux: AuxConfig,
-    device: torch.device, limits: Limits | None = None,
+    device: torch.device, spots: Sequence[Spots], limits: Limits | None = None,
 ) -> StepPlan:  # fmt: skip
-    """A plan with room for exactly these tables, or for what the limits say."""
+    """A plan with room for exactly these tables, or for what the limits say. spots: where the
+    blobs of each layer are."""
     room: dict[str, slice] = {}
     at = ALIGN  # the number of items comes first
-    for name in ARRAYS:
-        size = getattr(tables, name).size
-        length = max(1, limits.of(name, size) if limits else size)
-        room[name] = slice(at, at + length)
-        at += -(-length // ALIGN) * ALIGN
-    staging = np.zeros(at, dtype=np.int32)
-    buffer = torch.zeros(at, dtype=torch.int32, device=device)
+
+    def lay(names: Sequence[str]) -> None:
+        nonlocal at
+        for name in names:
+            size = getattr(tables, name).size
+            length = max(1, limits.of(name, size) if limits else size)
+            room[name] = slice(at, at + length)
+            at += -(-length // ALIGN) * ALIGN
+
+    lay(SHARED)
+    first = at
+    lay(OFFSETS)
+    stride = at - first
+    count = first + stride * len(spots)
+    staging = torch.zeros(count, dtype=torch.int32, pin_memory=device.type == "cuda")
+    buffer = torch.zeros(count, dtype=torch.int32, device=device)
     floats = buffer.view(torch.float32)
+
+    def of(layer: int) -> dict[str, Tensor]:
+        found = {n: (floats if n in FLOATS else buffer)[room[n]] for n in SHARED}
+        for name in OFFSETS:
+            where = room[name]
+            found[name] = buffer[where.start + layer * stride : where.stop + layer * stride]
+        return found
+
     plan = StepPlan(
         tokens=tokens,
         tiles=tiles,
@@ -110,32 +136,44 @@ def make(
         programs=tiling.programs if limits else min(tiling.programs, max(1, len(tables.items))),
         limits=limits,
         n_items=buffer[:1],
-        tables={n: (floats if n in FLOATS else buffer)[where] for n, where in room.items()},
+        tables=of(0),
         room=room,
+        stride=stride,
         buffer=buffer,
         staging=staging,
     )
-    fill(plan, tables)
+    plan.layers = (plan, *(replace(plan, tables=of(i)) for i in range(1, len(spots))))
+    fill(plan, tables, spots)
     return plan
 
 
-def fill(plan: StepPlan, tables: Tables) -> None:
-    """Replaces the plan's content; one copy to the device. Raises StepTooLarge."""
-    if plan.limits is not None:
-        _check(plan, tables)
-    staging = plan.staging
+def fill(plan: StepPlan, tables: Tables, spots: Sequence[Spots]) -> None:
+    """Replaces the plan's content; one copy to the device. Raises StepTooLarge, and then the plan
+    holds what it held. spots: as many as it was made with. The last step that was given this plan
+    must have been waited for: its copy may still be reading `staging`."""
+    _check(plan, tables)
+    staging = plan.staging.numpy()
     staging[0] = len(tables.items)
-    for name, where in plan.room.items():
-        array = getattr(tables, name)
-        if array.size > where.stop - where.start:
-            raise StepTooLarge(
-                f"{name} has {array.size} numbers; the plan has room for {where.stop - where.start}"
-            )
-        staging[where.start : where.start + array.size] = array.reshape(-1).view(np.int32)
-    plan.buffer.copy_(torch.from_numpy(staging), non_blocking=True)
+    for name in SHARED:
+        array, start = getattr(tables, name), plan.room[name].start
+        staging[start : start + array.size] = array.reshape(-1).view(np.int32)
+    offsets = resolve([getattr(tables, name) for name in OFFSETS], spots)
+    for name, found in zip(OFFSETS, offsets, strict=True):
+        start, size = plan.room[name].start, found.shape[1]
+        rows = staging[start : start + plan.stride * (len(spots) - 1) + size]
+        np.lib.stride_tricks.as_strided(rows, found.shape, (plan.stride * 4, 4), writeable=True)[
+            :
+        ] = found
+    plan.buffer.copy_(plan.staging, non_blocking=True)
 
 
 def _check(plan: StepPlan, tables: Tables) -> None:
+    for name, where in plan.room.items():
+        size, room = getattr(tables, name).size, where.stop - where.start
+        if size > room:
+            raise StepTooLarge(f"{name} has {size} numbers; the plan has room for {room}")
+    if plan.limits is None:
+        return
     for name in ("width", "planes"):
         if getattr(tables, name) > getattr(plan, name):
             raise StepTooLarge(

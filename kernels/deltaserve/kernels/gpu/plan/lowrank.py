@@ -35,8 +35,8 @@ def lowrank_tables(
     width = max((col + PAGE * len(pages) for *_, pages, _, col in pieces), default=0)
     if not pieces:
         none, bounds = np.zeros(0, dtype=np.int32), np.zeros(tiles * parts + 1, dtype=np.int32)
-        names = ("page_a", "page_b", "page_col", "page_lo", "page_hi")
-        empty = {name: none for name in names}
+        empty = {name: none for name in ("page_col", "page_lo", "page_hi")}
+        empty |= {name: none.astype(np.int64) for name in ("page_a", "page_b")}
         return {**empty, "page_scale": none.astype(np.float32), "page_bounds": bounds}, NO_ITEMS, 0
     lengths = [len(pages) for _, _, _, pages, _, _ in pieces]
 

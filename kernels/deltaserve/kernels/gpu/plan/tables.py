@@ -11,6 +11,7 @@ from deltaserve.kernels.gpu.plan.deltas import DeltaItems
 from deltaserve.kernels.gpu.plan.lowrank import lowrank_tables
 from deltaserve.kernels.gpu.plan.tiling import Slots, Tiling
 from deltaserve.kernels.gpu.plan.vectors import input_vectors, output_vectors
+from deltaserve.kernels.gpu.tags import Tagged
 from deltaserve.kernels.segments import Segments
 from deltaserve.kernels.table import Group
 
@@ -28,24 +29,25 @@ class Uses:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Tables:
-    """Everything that the launches read of the step, in host memory. width: rows of h."""
+    """Everything that the launches read of the step, in host memory. width: rows of h. Offsets
+    in the arena are tagged (see tags.py)."""
 
     items: Ints
-    entries: Ints
+    entries: Tagged
     strengths: Floats
-    page_a: Ints
-    page_b: Ints
+    page_a: Tagged
+    page_b: Tagged
     page_col: Ints
     page_lo: Ints
     page_hi: Ints
     page_scale: Floats
     page_bounds: Ints
-    vec_offset: Ints
+    vec_offset: Tagged
     vec_lo: Ints
     vec_hi: Ints
     vec_strength: Floats
     vec_bounds: Ints
-    in_offset: Ints
+    in_offset: Tagged
     in_lo: Ints
     in_hi: Ints
     in_strength: Floats
@@ -74,7 +76,7 @@ def build(
     items = np.concatenate([work.bits, work.panels, work.sells, shrinks])
     return Tables(
         items=items,
-        entries=np.array(work.entries, dtype=np.int32).reshape(-1, 4),
+        entries=np.array(work.entries, dtype=np.int64).reshape(-1, 4),
         strengths=np.array(work.strengths, dtype=np.float32),
         **pages,
         **vectors,

@@ -6,6 +6,7 @@ import numpy as np
 
 from deltaserve.kernels.gpu.installed import Floats, Installed, Ints
 from deltaserve.kernels.gpu.plan.tiling import Slots, Table, Tiling, token_tiles
+from deltaserve.kernels.gpu.tags import Tagged
 from deltaserve.kernels.segments import Segments
 from deltaserve.kernels.table import Group
 
@@ -71,10 +72,11 @@ def _scales_inputs(own: list[tuple[Installed, float]], part: int) -> bool:
 
 def _sorted(
     rows: list[tuple[int, int, int, int, float]], keys: int
-) -> tuple[Ints, Ints, Ints, Floats, Ints]:
+) -> tuple[Tagged, Ints, Ints, Floats, Ints]:
     """(offset, lo, hi, strength, bounds by key)."""
     rows.sort(key=lambda row: row[0])
-    numbers = np.array([row[:4] for row in rows], dtype=np.int32).reshape(-1, 4)
+    offsets = np.array([row[1] for row in rows], dtype=np.int64)
+    numbers = np.array([(row[0], *row[2:4]) for row in rows], dtype=np.int32).reshape(-1, 3)
     strengths = np.array([row[4] for row in rows], dtype=np.float32)
     bounds = np.searchsorted(numbers[:, 0], np.arange(keys + 1)).astype(np.int32)
-    return numbers[:, 1], numbers[:, 2], numbers[:, 3], strengths, bounds
+    return offsets, numbers[:, 1], numbers[:, 2], strengths, bounds
