@@ -149,7 +149,7 @@ def test_sigterm_lets_a_stream_finish_and_exits_0(server: tuple) -> None:  # typ
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "cuda"], "--device cuda: "),
+        (["--device", "tpu"], "--device tpu: "),
         (["--quantize", "int5"], "--quantize int5: "),
         (["--adapter", "a=nowhere"], "--adapter a=nowhere: "),
         (["--adapter-bytes", "much"], "--adapter-bytes much: "),

@@ -1,7 +1,7 @@
 """Backend: what computes a step, and the forms in which it wants weights, adapters and the cache.
 
 Everything above this room is written against it once. `CpuBackend` computes in host memory, with
-native code where there is some.
+native code where there is some; `gpu/backend.py` on a GPU, with Triton.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ from deltaserve.kernels.pages import Pages
 from deltaserve.kernels.primitives import Primitive
 from deltaserve.kernels.segments import Segments
 from deltaserve.kernels.table import Group
+
+
+class DeviceUnavailable(RuntimeError):
+    """This machine, or this build of torch, has no such device; the message says which."""
 
 
 class UnsupportedWeights(ValueError):
@@ -164,3 +168,27 @@ class CpuBackend:
 
     def free_bytes(self) -> int:
         return int(psutil.virtual_memory().available)
+
+
+def open_backend(device: str) -> Backend:
+    """The backend of `--device`, "cpu" or "cuda". Raises DeviceUnavailable."""
+    if device == "cpu":
+        return CpuBackend()
+    if torch.version.cuda is None:
+        raise DeviceUnavailable(
+            f"cuda: torch {torch.__version__} was built without CUDA; install a build with it, or "
+            "use cpu"
+        )
+    if not torch.cuda.is_available():
+        raise DeviceUnavailable(
+            f"cuda: torch {torch.__version__} finds no CUDA device; is the driver installed, and "
+            "does CUDA_VISIBLE_DEVICES leave one?"
+        )
+    try:
+        from deltaserve.kernels.gpu.backend import TritonBackend
+        from deltaserve.kernels.gpu.device import interpreted
+    except ImportError as error:
+        raise DeviceUnavailable(f"cuda: {error}; install triton") from error
+    if interpreted():
+        raise DeviceUnavailable("cuda: with TRITON_INTERPRET set nothing runs on a GPU; unset it")
+    return TritonBackend()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +21,14 @@ class Segments:
 
     A run with k adapters becomes k entries of the flat arrays `start`, `end`, `slot` (int32) and
     `strength` (float32), so additive kernels loop over entries and need not know of mixes.
+
+    plans: what a backend has made of them, by what it is for.
     """
 
     def __init__(self, runs: Sequence[tuple[int, int, Mix]], tokens: int) -> None:
         self.runs = tuple(runs)
         self.tokens = tokens
+        self.plans: dict[Hashable, Any] = {}
         flat = [(s, e, slot, w) for s, e, mix in self.runs for slot, w in mix]
         self.slots = frozenset(slot for _, _, slot, _ in flat)
         self.start: npt.NDArray[np.int32] = np.array([f[0] for f in flat], dtype=np.int32)

@@ -20,6 +20,8 @@ DTYPES = ("float32", "bfloat16")
 QUANTIZATIONS = ("none", "int8", "int4")
 ACTIVATIONS = ("float", "int8")
 DEVICES = ("cpu", "cuda")
+DEVICE_DTYPES = {"cuda": "bfloat16"}
+"""What is computed in on a device unless the operator says; float32 elsewhere."""
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -39,7 +41,8 @@ class ModelConfig:
     base: checkpoint folder. dtype: of weights that are not quantized, and of activations.
     quantize: of the linear weights; group_size: input features that share a scale (int4).
     activations: ``int8`` multiplies in integers, quantizing each token's activations, which is
-    faster and slightly less exact; ``float`` does not. threads: of torch; None leaves it to torch.
+    faster and slightly less exact; ``float`` does not. device: ``cpu`` or ``cuda``. threads: of
+    torch; None leaves it to torch.
     allow_untested: also architectures that the test suite does not cover.
     """
 
@@ -57,17 +60,16 @@ class ModelConfig:
         _one_of("--quantize", self.quantize, QUANTIZATIONS)
         _one_of("--activations", self.activations, ACTIVATIONS)
         _one_of("--device", self.device, DEVICES)
-        if self.device == "cuda":
-            raise ConfigError(
-                "--device cuda: this version computes on the CPU only; use --device cpu"
-            )
         if self.activations == "int8" and self.quantize == "none":
             raise ConfigError(
                 "--activations int8: needs integer weights; add --quantize int8 or int4"
             )
-        _at_least("--group-size", self.group_size, 8)
-        if self.group_size % 8:
-            raise ConfigError(f"--group-size {self.group_size}: must be a multiple of 8")
+        if self.activations == "int8" and self.device == "cuda":
+            raise ConfigError("--activations int8: a GPU computes with float; leave it out")
+        unit = 32 if self.device == "cuda" else 8
+        _at_least("--group-size", self.group_size, unit)
+        if self.group_size % unit:
+            raise ConfigError(f"--group-size {self.group_size}: must be a multiple of {unit}")
         if self.threads is not None:
             _at_least("--threads", self.threads, 1)
         if not self.base.is_dir():

@@ -24,7 +24,8 @@ FORMATS = ("none", "int8", "int4", "fp8")
 class GpuLinear(BaseLinear):
     """A base linear on the GPU; made by `make_linear` and `concat`.
 
-    format: "dense", "int8", "int4" or "fp8". weights: what the kernels read.
+    format: "dense", "int8", "int4" or "fp8". weights: what the kernels read. workspace: one of its
+    own if not given.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class GpuLinear(BaseLinear):
         dtype: torch.dtype,
         group_size: int = 0,
         device: torch.device | None = None,
+        workspace: Workspace | None = None,
     ) -> None:
         if dtype not in COMPUTE_DTYPES:
             raise ValueError(f"dtype is {dtype}; a GPU linear computes in one of {COMPUTE_DTYPES}")
@@ -51,7 +53,7 @@ class GpuLinear(BaseLinear):
             self.nbytes += tensor_bytes(self.weights.scale)
         if format == "int4" and self.weights.scale.dtype != torch.int32:
             self.nbytes += tensor_bytes(self.weights.zero)
-        self._workspace = Workspace(self.device)
+        self._workspace = workspace or Workspace(self.device)
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.contiguous()

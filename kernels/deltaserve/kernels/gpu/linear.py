@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,10 +33,19 @@ RESIDENT = 2
 product may overlap it only once all of them run."""
 
 
+class Planner(Protocol):
+    """Plans steps for several groups at once."""
+
+    def plan(self, deltas: GpuLinearDeltas, base: GpuLinear, segments: Segments) -> StepPlan | None:
+        """The step's plan for a group; None if no adapter of the step acts on it."""
+        ...
+
+
 class GpuLinearDeltas:
     """in_features; out_features of each part; dtype: of x and y.
 
-    arena: where adapters lie; one of its own if not given. workspace: likewise.
+    arena: where adapters lie; one of its own if not given. workspace: likewise. planner: makes the
+    plans of `forward`'s steps; the group itself if not given.
     """
 
     def __init__(
@@ -47,11 +57,13 @@ class GpuLinearDeltas:
         device: torch.device | None = None,
         arena: Arena | None = None,
         workspace: Workspace | None = None,
+        planner: Planner | None = None,
     ) -> None:
         self.group = Group(in_features, tuple(out_features), dtype)
         self.device = device or gpu.default_device()
         self.arena = arena or Arena(self.device)
         self.workspace = workspace or Workspace(self.device)
+        self._planner = planner
         self.slots: dict[int, Installed] = {}
         self.spots: dict[int, Spot] = {}
         self.prepared: dict[int, GpuPrepared] = {}
@@ -95,6 +107,10 @@ class GpuLinearDeltas:
     def nbytes(self) -> int:
         """Exact bytes installed; a blob in several slots is there once."""
         return sum({id(p.home): p.nbytes for p in self.prepared.values()}.values())
+
+    def is_native(self, slot: int) -> bool:
+        """There is no native code here."""
+        return False
 
     def plan(
         self,
@@ -160,6 +176,8 @@ class GpuLinearDeltas:
             return base(x)
         if segments.slots.isdisjoint(self.slots):
             return self.run(x, base, None)
+        if self._planner is not None:
+            return self.run(x, base, self._planner.plan(self, base, segments))
         return self.run(x, base, self.plan(segments, base))
 
     def run(

@@ -111,7 +111,7 @@ def _part(
     for p in primitives:
         match p:
             case GatedLowRank():
-                raise ValueError("GatedLowRank is computed on the CPU only")
+                raise ValueError("experts with a gate (GatedLowRank) need --device cpu")
             case LowRank():
                 pages += pack_lowrank(p, group.dtype, blob)
             case SparseCols():

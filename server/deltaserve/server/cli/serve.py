@@ -62,7 +62,12 @@ def serve(
     loader_cores: Annotated[
         str, typer.Option(metavar="0,3", help="Processors that loading keeps to; any if left out.")
     ] = "",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32 or bfloat16; if left out float32 on a CPU and bfloat16 on a GPU."
+        ),
+    ] = None,
     quantize: Annotated[str, typer.Option(help="The base's weights: none, int8, int4.")] = "none",
     group_size: Annotated[int, typer.Option(help="Inputs that share an int4 scale.")] = 64,
     activations: Annotated[
@@ -132,7 +137,14 @@ def serve(
     try:
         config = c.Config(
             model=c.ModelConfig(
-                base, dtype, quantize, group_size, activations, device, threads, allow_untested
+                base,
+                dtype or c.DEVICE_DTYPES.get(device, "float32"),
+                quantize,
+                group_size,
+                activations,
+                device,
+                threads,
+                allow_untested,
             ),
             adapters=c.AdapterConfig(
                 preload=tuple(c.name_and_path(item) for item in adapter or ()),

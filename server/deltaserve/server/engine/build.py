@@ -19,8 +19,9 @@ from deltaserve.adapters.lowered_cache import LoweredCache
 from deltaserve.adapters.options import LoadOptions
 from deltaserve.adapters.parent import load_on
 from deltaserve.adapters.source import resolve
+from deltaserve.kernels.backend import DeviceUnavailable, open_backend
 from deltaserve.kernels.cache import folder as cache_root
-from deltaserve.server.config import AdapterConfig, Config, EngineConfig
+from deltaserve.server.config import AdapterConfig, Config, ConfigError, EngineConfig
 from deltaserve.server.engine.adapter_cache import AdapterCache
 from deltaserve.server.engine.backlog import Backlog
 from deltaserve.server.engine.cost import CostModel
@@ -55,6 +56,10 @@ def build_engine(
 ) -> tuple[Engine, Text]:
     """Load the base and return an engine that is ready to be started. Slow."""
     m = config.model
+    try:
+        backend = open_backend(m.device)
+    except DeviceUnavailable as error:
+        raise ConfigError(f"--device {error}") from error
     if m.threads is not None:
         torch.set_num_threads(m.threads)
     model = load_base(
@@ -66,6 +71,7 @@ def build_engine(
         max_length=config.engine.max_length,
         allow_untested=m.allow_untested,
         progress=progress,
+        backend=backend,
     )
     text = Text(m.base)
     engine = make_engine(

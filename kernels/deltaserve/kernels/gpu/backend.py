@@ -1,0 +1,96 @@
+"""TritonBackend: steps computed by the Triton kernels, on a GPU or in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import psutil
+import torch
+from torch import Tensor
+
+from deltaserve.kernels.attention.gpu_step import GpuStep
+from deltaserve.kernels.attention.step import AttentionStep, Span
+from deltaserve.kernels.backend import CacheMemory, Deltas, DeviceUnavailable, PreparedDeltas
+from deltaserve.kernels.base import BaseLinear
+from deltaserve.kernels.gpu import device as gpu
+from deltaserve.kernels.gpu.arena import Arena
+from deltaserve.kernels.gpu.base import GpuLinear
+from deltaserve.kernels.gpu.convert import held_on_gpu
+from deltaserve.kernels.gpu.linear import GpuLinearDeltas
+from deltaserve.kernels.gpu.prepared import prepare
+from deltaserve.kernels.gpu.stacks import Stacks
+from deltaserve.kernels.gpu.workspace import Workspace
+from deltaserve.kernels.primitives import Primitive
+from deltaserve.kernels.table import Group
+
+OLDEST = 80
+"""Compute capability from which on there is bfloat16 in matrix instructions."""
+
+
+class TritonBackend:
+    """device: the current GPU; in Triton's interpreter, host memory. For one model: its groups
+    share an arena, the plans of a step and, as they run one after the other, a workspace."""
+
+    name = "cuda"
+    fuses = False
+    returns_pages = False
+
+    def __init__(self) -> None:
+        """Raises DeviceUnavailable for a GPU that is too old."""
+        self.device = gpu.default_device()
+        if gpu.arch(self.device) < OLDEST:
+            raise DeviceUnavailable(
+                f"cuda: {torch.cuda.get_device_name(self.device)} has compute capability "
+                f"{gpu.arch(self.device) / 10}; the kernels need {OLDEST / 10} or more"
+            )
+        self.forks = self.device.type == "cpu"
+        self.arena = Arena(self.device)
+        self.workspace = Workspace(self.device)
+        self._stacks = Stacks()
+
+    def dense(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> BaseLinear:
+        held = {"weight": weight.detach()}
+        if bias is not None:
+            held["bias"] = bias.detach()
+        return GpuLinear(held, "dense", dtype, device=self.device, workspace=self.workspace)
+
+    def linear(self, held: BaseLinear) -> BaseLinear:
+        return held_on_gpu(held, self.device, self.workspace)
+
+    def deltas(self, in_features: int, out_features: Sequence[int], dtype: torch.dtype) -> Deltas:
+        made = GpuLinearDeltas(
+            in_features, out_features, dtype, device=self.device, arena=self.arena,
+            workspace=self.workspace, planner=self._stacks,
+        )  # fmt: skip
+        self._stacks.add(made)
+        return made
+
+    def packed(self, group: Group, parts: Mapping[int, tuple[Primitive, ...]]) -> PreparedDeltas:
+        return prepare(parts, group)
+
+    def attention(self, spans: Sequence[Span], decodes: int, block_size: int) -> AttentionStep:
+        return GpuStep.of(spans, block_size, self.device)
+
+    def cache(self, nbytes: int) -> CacheMemory:
+        return DeviceMemory(nbytes, self.device)
+
+    def free_bytes(self) -> int:
+        if self.device.type == "cpu":
+            return int(psutil.virtual_memory().available)
+        return int(torch.cuda.mem_get_info(self.device)[0])
+
+
+class DeviceMemory:
+    """All of it is taken from the start: a GPU has no pages that come with the first write."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self._data = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+
+    def tensor(self, start: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The bytes from `start` on, without copying them."""
+        end = start + torch.Size(shape).numel() * dtype.itemsize
+        return self._data[start:end].view(dtype).view(*shape)
+
+    def drop(self, start: int, end: int) -> None:
+        """Zeroes the bytes [start, end)."""
+        self._data[start:end].zero_()

@@ -1,0 +1,36 @@
+"""Stacks: the groups of a model by their shape, and a step's plans, made once for each shape."""
+
+from __future__ import annotations
+
+from deltaserve.kernels.gpu.base import GpuLinear
+from deltaserve.kernels.gpu.layers import LayerPlans
+from deltaserve.kernels.gpu.linear import GpuLinearDeltas
+from deltaserve.kernels.gpu.step import StepPlan
+from deltaserve.kernels.segments import Segments
+from deltaserve.kernels.table import Group
+
+
+class Stacks:
+    """Over one arena. The first group of a shape that is asked in a step has all of its shape
+    planned; the plans are kept with the step's segments."""
+
+    def __init__(self) -> None:
+        self._groups: dict[Group, list[GpuLinearDeltas]] = {}
+        self._stacks: dict[Group, LayerPlans] = {}
+
+    def add(self, deltas: GpuLinearDeltas) -> None:
+        """One more group."""
+        self._groups.setdefault(deltas.group, []).append(deltas)
+        self._stacks.pop(deltas.group, None)
+
+    def plan(self, deltas: GpuLinearDeltas, base: GpuLinear, segments: Segments) -> StepPlan | None:
+        """The step's plan for a group; None if no adapter of the step acts on it."""
+        weights, layers = base.weights, self._groups[deltas.group]
+        key = (deltas.group, weights.key(), weights.whole_zeros)
+        found: dict[int, StepPlan | None] | None = segments.plans.get(key)
+        if found is None:
+            stack = self._stacks.setdefault(deltas.group, LayerPlans(layers))
+            plans = stack.plan(segments, base)
+            found = {id(d): plan for d, plan in zip(layers, plans, strict=True)}
+            segments.plans[key] = found
+        return found[id(deltas)]

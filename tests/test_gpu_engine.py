@@ -1,0 +1,334 @@
+"""The engine on the Triton kernels gives what it gives on the CPU: every kind of adapter in one
+batch, and whatever a request may ask for. Where there is no GPU, on a device whose memory is apart
+from the host's (apart.py)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import apart
+import pytest
+import test_activated
+import test_adaption_prompt
+import torch
+from rig import request, running
+from safetensors.torch import save_file
+from variants import VARIANTS, make_base, open_base
+
+from deltaserve.adapters.delta_file import write_delta
+from deltaserve.adapters.errors import UnsupportedAdapter
+from deltaserve.kernels.backend import Backend, CpuBackend, DeviceUnavailable, open_backend
+from deltaserve.kernels.gpu import linear, plan
+from deltaserve.kernels.gpu.backend import TritonBackend
+from deltaserve.kernels.primitives import Replace
+from deltaserve.kernels.table import Group
+from deltaserve.server.config import Config, ConfigError, ModelConfig
+from deltaserve.server.engine.build import build_engine
+from deltaserve.server.engine.collector import Answer, generate
+from deltaserve.server.engine.constraint import Constraint
+from deltaserve.server.engine.core import (
+    AdapterRef,
+    Combination,
+    Member,
+    Request,
+    Rule,
+    Speculation,
+)
+from deltaserve.server.engine.engine import Engine
+from deltaserve.server.engine.matcher import Grammars
+from deltaserve.server.engine.observer import NullObserver
+from deltaserve.server.engine.text import Text
+from deltaserve.server.model import BaseModel, load
+
+TOLERANCE = 1e-4
+INVOCATION = test_activated.INVOCATION
+LORAMOE = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": "llama",
+    "inference_mode": True,
+    "r": 3,
+    "lora_alpha": 12,
+    "lora_nums": 4,
+    "lora_dropout": 0.0,
+    "fan_in_fan_out": False,
+    "bias": "none",
+    "modules_to_save": None,
+    "target_modules": ["up_proj"],
+}
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[TritonBackend]:
+    """The real one where there is one."""
+    there = torch.cuda.is_available()
+    with nullcontext(TritonBackend()) if there else apart.backend() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with an adapter of every kind."""
+    root = tmp_path_factory.mktemp("gpu")
+    make_base(root / "base", "llama")
+    (root / "adapters").mkdir()
+    generator = torch.Generator().manual_seed(1)
+    for name, variant in VARIANTS.items():
+        variant.make(root / "base", root / "adapters" / name, generator)
+    test_activated.ACTIVATED.make(open_base(root / "base"), root / "adapters" / "activated", seed=0)
+    prompts = test_adaption_prompt.CONFIGS["all"]()
+    wrapped = test_adaption_prompt.get_peft_model(
+        open_base(root / "base"), test_adaption_prompt.with_task(prompts)
+    )
+    test_adaption_prompt.randomize(wrapped, generator)
+    wrapped.save_pretrained(str(root / "adapters" / "adaption-prompt"))
+    return root
+
+
+@dataclass
+class Pair:
+    """The same base and adapters in two engines."""
+
+    cpu: Engine
+    gpu: Engine
+    model: BaseModel
+
+    def same(self, asked: Mapping[str, Request]) -> dict[str, Answer]:
+        """Both give the same, and it is returned: what the GPU gave."""
+        found = [
+            dict(zip(asked, generate(engine, asked.values(), timeout=120), strict=True))
+            for engine in (self.cpu, self.gpu)
+        ]
+        for what, right in found[0].items():
+            check(found[1][what], right, what)
+        return found[1]
+
+
+def check(got: Answer, want: Answer, what: str) -> None:
+    assert got.token_ids == want.token_ids, what
+    assert len(got.logprobs) == len(want.logprobs) and got.text == want.text, what
+    prompts = got.last.prompt_logprobs, want.last.prompt_logprobs
+    pairs = [*zip(got.logprobs, want.logprobs, strict=True), *zip(*prompts, strict=True)]
+    for ours, theirs in pairs:
+        both_missing = math.isnan(ours.logprob) and math.isnan(theirs.logprob)
+        assert both_missing or abs(ours.logprob - theirs.logprob) < TOLERANCE, what
+    for a, b in zip(got.disagreements, want.disagreements, strict=True):
+        assert a.divergence == pytest.approx(b.divergence, abs=TOLERANCE), what
+
+
+def pair(
+    stack: ExitStack,
+    gpu: Backend,
+    family: Path,
+    names: Sequence[str],
+    quantize: str = "none",
+    base: str = "base",
+    **config: Any,
+) -> Pair:
+    engines = []
+    backends: list[Backend] = [CpuBackend(), gpu]
+    for backend in backends:
+        model = load(
+            family / base, dtype=torch.float32, quantize=quantize, group_size=32, backend=backend
+        )
+        engine = stack.enter_context(running(model, [family / "adapters"], **config))
+        for name in names:
+            engine.adapters.load(name, str(family / "adapters" / name)).result(timeout=60)
+        engines.append(engine)
+    return Pair(*engines, model)
+
+
+@pytest.fixture(scope="module")
+def engines(gpu: TritonBackend, family: Path) -> Iterator[Pair]:
+    names = sorted(p.name for p in (family / "adapters").iterdir() if p.is_dir())
+    assert len(names) == len(VARIANTS) + 2
+    with ExitStack() as stack:
+        yield pair(stack, gpu, family, names, max_batch_tokens=32)
+
+
+def prompt(seed: int, length: int = 6) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(10, 250, (length,), generator=generator).tolist()
+
+
+def test_every_kind_in_one_batch(engines: Pair) -> None:
+    """With weighted and combined ones, base rows between, and prompts in chunks. Every kind changes
+    what the base says."""
+    mixes: dict[str, list[tuple[str, float]]] = {"base": []}
+    mixes |= {name: [(name, 1.0)] for name in VARIANTS}
+    mixes |= {
+        "at half": [("dora", 0.5)],
+        "three": [("bitdelta", 0.6), ("lora-r11", -0.5), ("sparse", 1.2)],
+        "halves": [("half-fine-tune", 0.3), ("lora-embedding", 0.7)],
+    }
+    asked = {
+        what: request(prompt(i, 4 + i % 3), mix, max_tokens=3)
+        for i, (what, mix) in enumerate(mixes.items())
+    }
+    asked["activated"] = request(
+        [*prompt(40), *INVOCATION, *prompt(41, 3)], "activated", max_tokens=3
+    )
+    asked["adaption-prompt"] = request(prompt(42), "adaption-prompt", max_tokens=3)
+    engines.same(asked)
+
+
+def test_whatever_may_be_asked_for(engines: Pair, family: Path) -> None:
+    long = prompt(7, 40)
+    kept = {"max_tokens": 3}
+    grammars = Grammars(Text(family / "base").backend, 260, [257])
+    with_matchers = []
+    for _ in range(2):
+        (matcher,) = grammars.matchers(Constraint("regex", "[0-9]{2}x"), 1)
+        with_matchers.append(replace(request(prompt(8), "lora", max_tokens=6), matcher=matcher))
+    again = prompt(9, 3) * 4
+    asked = {
+        "a long prompt": request(long, "lora", **kept),
+        "sampled": request(prompt(10), "dora", temperature=0.9, top_p=0.8, seed=5, **kept),
+        "penalties": request(
+            prompt(11), "ia3", repetition_penalty=1.5, presence_penalty=0.5,
+            frequency_penalty=0.2, min_tokens=2, bad_tokens=((5,), (6, 7)),
+            logit_bias=((9, 2.0),), **kept,
+        ),
+        "best of the vocabulary": request(prompt(12), "lora", logprobs=4, **kept),
+        "a prompt scored": request(prompt(13, 12), "bitdelta", score_from=1, **kept),
+        "drafts": replace(
+            request(again, "lora", max_tokens=6), speculation=Speculation(4, 1, 3)
+        ),
+        "some modules": replace(
+            request(prompt(14), **kept), adapters=(AdapterRef("dora", 1.0, ("*.q_proj",)),)
+        ),
+        "a combination": replace(
+            request(prompt(15), **kept),
+            combination=Combination(
+                (
+                    Member(adapters=(AdapterRef("lora"),)),
+                    Member(adapters=(AdapterRef("sparse"),), weight=0.5),
+                ),
+                Rule.PRODUCT,
+                disagreement=True,
+            ),
+        ),
+    }  # fmt: skip
+    try:
+        found = engines.same(asked)
+        assert found["drafts"].last.usage is not None
+        assert len(found["a combination"].disagreements) == 3
+        # a matcher follows one request
+        want, got = (
+            generate(engine, [asked], timeout=60)[0]
+            for engine, asked in zip((engines.cpu, engines.gpu), with_matchers, strict=True)
+        )
+        assert got.token_ids == want.token_ids and got.text.endswith("x")
+        cached = engines.same({"again": request(long, "lora", **kept)})["again"].last.usage
+        assert cached is not None and cached.cached_tokens >= 32
+    finally:
+        grammars.close()
+
+
+def test_adapters_come_and_go(engines: Pair, family: Path) -> None:
+    """What is unloaded gives its memory back, and can be loaded again."""
+    groups = engines.model.modules.groups.values()
+
+    def held() -> int:
+        return sum(group.deltas.nbytes for group in groups if group.deltas is not None)
+
+    before = held()
+    for engine in (engines.cpu, engines.gpu):
+        engine.adapters.unload("rslora").result(timeout=60)
+    assert held() < before
+    for engine in (engines.cpu, engines.gpu):
+        engine.adapters.load("rslora", str(family / "adapters" / "rslora")).result(timeout=60)
+    assert held() == before
+    engines.same({"rslora": request(prompt(20), "rslora", max_tokens=2)})
+
+
+def test_a_spoilt_adapter_leaves_others_alone(engines: Pair, family: Path) -> None:
+    """Its blocks are scrubbed: a NaN in the cache would reach whoever has the block next."""
+    linear = open_base(family / "base").get_submodule("model.layers.0.self_attn.v_proj").weight
+    folder = family / "adapters" / "spoilt"
+    write_delta(
+        folder,
+        {"model.layers.0.self_attn.v_proj": (Replace(torch.full_like(linear, 3e38)),)},
+        kind="spoilt",
+    )
+    gpu = engines.gpu
+    gpu.adapters.load("spoilt", str(folder)).result(timeout=60)
+    with pytest.raises(Exception, match="not finite"):
+        generate(gpu, [request(prompt(21, 20), "spoilt", max_tokens=2)], timeout=60)
+    gpu.adapters.unload("spoilt").result(timeout=60)
+    engines.same({"after": request(prompt(22, 20), "lora", max_tokens=2)})
+
+
+def test_a_step_is_planned_once_for_all_layers(
+    engines: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever other adapters have left room for it; for another structure once more."""
+    planned: list[Group] = []
+
+    def build(group: Group, *rest: Any) -> Any:
+        planned.append(group)
+        return plan.build(group, *rest)
+
+    monkeypatch.setattr(linear, "build", build)
+    layers = Counter(
+        g.deltas.group
+        for g in engines.model.modules.groups.values()
+        if g.deltas is not None and not g.logits
+    )
+    assert len(layers) == 4 and set(layers.values()) == {2}
+    for name in ("lora", "lora-patterns", "half-fine-tune"):
+        planned.clear()
+        generate(engines.gpu, [request(prompt(23), name, max_tokens=1)], timeout=60)
+        found = Counter(group for group in planned if group in layers)
+        if name == "half-fine-tune":  # other modules of each layer
+            assert layers.keys() == found.keys() and found.total() > len(layers)
+        else:  # of both layers, and of one
+            assert found == Counter(layers.keys())
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_a_quantized_base(gpu: TritonBackend, family: Path, quantize: str) -> None:
+    names = ["lora", "bitdelta", "half-fine-tune"]
+    with ExitStack() as stack:
+        both = pair(stack, gpu, family, names, quantize)
+        assert both.cpu.info().held_fingerprint == both.gpu.info().held_fingerprint
+        both.same(
+            {
+                n or "base": request(prompt(i, 5), n, max_tokens=2)
+                for i, n in enumerate(["", *names])
+            }
+        )
+
+
+def test_what_has_no_kernels_is_refused_by_name(
+    gpu: TritonBackend, engines: Pair, family: Path
+) -> None:
+    experts = family / "adapters" / "experts"
+    experts.mkdir(exist_ok=True)
+    (experts / "adapter_config.json").write_text(json.dumps(LORAMOE))
+    stored = {}
+    prefix = "base_model.model.model.layers.0.mlp.up_proj."
+    stored[prefix + "lora_route.weight"] = torch.randn(4, 64)
+    for i in range(4):
+        stored[f"{prefix}lora_A{i}.weight"] = torch.randn(3, 64)
+        stored[f"{prefix}lora_B{i}.weight"] = torch.randn(96, 3)
+    save_file(stored, experts / "adapter_model.safetensors")
+    with pytest.raises(UnsupportedAdapter, match=r"up_proj.*--device cpu"):
+        engines.gpu.adapters.load("experts", str(experts)).result(timeout=60)
+    engines.cpu.adapters.load("experts", str(experts)).result(timeout=60)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_machine_without_a_gpu_says_so(family: Path) -> None:
+    with pytest.raises(DeviceUnavailable, match=r"without CUDA|no CUDA device"):
+        open_backend("cuda")
+    config = Config(ModelConfig(family / "base", device="cuda"))
+    with pytest.raises(ConfigError, match=r"^--device cuda: torch"):
+        build_engine(config, NullObserver())
