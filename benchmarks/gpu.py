@@ -5,7 +5,8 @@
     python benchmarks/gpu.py report [--svg FILE]
 
 `check` compares every kernel with float64 at the sizes of Llama-3.1-8B, in mixed batches and in
-graphs replayed with other batches than they were captured with; it exits with 1 if any is wrong.
+graphs replayed with other batches than they were captured with; then the engine on the GPU with the
+engine on the CPU, on the zoo's variants in one batch. It exits with 1 if any is wrong.
 
 `kernels` prints microseconds by replay of a CUDA graph that rotates through copies of the weights,
 more than four times the L2 together: the median of two rounds of twenty replays, and beside it the
@@ -36,8 +37,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 try:
     import deltaserve.kernels  # noqa: F401
-except ImportError:  # the package is not installed: use the folder beside this one
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+except ImportError:  # the package is not installed: use the folders beside this one
+    root = Path(__file__).resolve().parents[1]
+    sys.path[:0] = [str(root / part) for part in ("kernels", "adapters", "server", "proto")]
 
 PARTS = ("ceilings", "base", "lowrank", "bit", "sparse", "mixed")
 CARRIED = Path(__file__).parent / "carried"

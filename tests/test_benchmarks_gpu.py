@@ -36,7 +36,16 @@ def test_check_in_the_interpreter_finds_every_kernel_right() -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     checks = [line for line in done.stdout.splitlines() if line.endswith(" ok")]
     assert f"{len(checks)} checks, 0 wrong" in done.stdout
-    for kind in ("base int4", "base fp8", "LowRank r=3", "Bit", "SparseCsr", "mixed", "graph of"):
+    for kind in (
+        "base int4",
+        "base fp8",
+        "LowRank r=3",
+        "Bit",
+        "SparseCsr",
+        "mixed",
+        "graph of",
+        "engine",
+    ):
         assert any(kind in line for line in checks), kind
 
 

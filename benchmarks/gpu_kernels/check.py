@@ -1,4 +1,5 @@
-"""Correctness of every kernel at real sizes: base products, each family, mixed batches, graphs."""
+"""Correctness of every kernel at real sizes: base products, each family, mixed batches, graphs; and
+of the whole engine on the zoo."""
 
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ from deltaserve.kernels.primitives import (
 from deltaserve.kernels.segments import Mix, Segments
 from gpu_kernels import data, ours, shapes
 from gpu_kernels.data import DEVICE, ON_GPU, Adapter
+from gpu_kernels.engines import FORMS, engines
 from gpu_kernels.reference import relative_error, served
 from gpu_kernels.shapes import Group
 
@@ -99,6 +101,8 @@ def units(quick: bool) -> list[Unit]:
         found.append(partial(families, group=group, dtype=first))
         for apart in (False, True):
             found.append(partial(graphs, group=group, dtype=first, apart=apart, quick=quick))
+    for quantize, dtype in FORMS if ON_GPU and not quick else FORMS[:1]:
+        found.append(partial(engines, quantize=quantize, dtype=dtype, quick=not ON_GPU))
     return found
 
 
