@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from deltaserve.kernels.backend import Backend
 from deltaserve.server.config import AdapterConfig, EngineConfig
 from deltaserve.server.engine.build import make_engine
 from deltaserve.server.engine.core import AdapterRef, Request, SamplingParams
@@ -20,8 +21,15 @@ from deltaserve.server.model import BaseModel, load
 _ids = itertools.count()
 
 
-def load_base(folder: Path, *, dtype: str = "float32", quantize: str = "none") -> BaseModel:
-    return load(folder, dtype=getattr(torch, dtype), quantize=quantize, group_size=32)
+def load_base(
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    quantize: str = "none",
+    backend: Backend | None = None,
+) -> BaseModel:
+    torch_dtype = getattr(torch, dtype)
+    return load(folder, dtype=torch_dtype, quantize=quantize, group_size=32, backend=backend)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ weighted pair in one batch get the tokens and log-probabilities of plain transfo
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from deltaserve.adapters.base import ModuleKind
 from deltaserve.adapters.delta_file import write_delta
+from deltaserve.kernels.backend import Backend
 from deltaserve.kernels.primitives import LowRank
 from deltaserve.server.engine.collector import generate
 from deltaserve.server.model import BaseModel
@@ -58,18 +60,30 @@ def tuned(
 
 @pytest.mark.parametrize("name", archs.ARCHS)
 def test_greedy_requests_equal_transformers(name: str, tmp_path: Path) -> None:
+    check(name, tmp_path, (7, 19, 5, 13, 11), 6)
+
+
+def check(
+    name: str,
+    tmp_path: Path,
+    lengths: Sequence[int],
+    tokens: int,
+    backend: Backend | None = None,
+) -> None:
+    """lengths: of prompts, the first of `MIXES`. tokens: of each answer."""
     reference: Any = archs.build(name).eval()
     reference.save_pretrained(tmp_path / "base")
-    model = load_base(tmp_path / "base")
+    model = load_base(tmp_path / "base", backend=backend)
     adapters = {n: make_adapter(model, tmp_path / n, seed) for n, seed in (("one", 1), ("two", 2))}
     g = torch.Generator().manual_seed(3)
-    prompts = [torch.randint(3, 250, (n,), generator=g).tolist() for n in (7, 19, 5, 13, 11)]
+    prompts = [torch.randint(3, 250, (n,), generator=g).tolist() for n in lengths]
     with running(model, [tmp_path], text=False, max_batch_tokens=16) as engine:
         for n in adapters:
             engine.adapters.load(n, str(tmp_path / n)).result(timeout=60)
-        asked = [request(p, m, max_tokens=6) for p, m in zip(prompts, MIXES, strict=True)]
+        mixes = MIXES[: len(prompts)]
+        asked = [request(p, m, max_tokens=tokens) for p, m in zip(prompts, mixes, strict=True)]
         answers = generate(engine, asked, timeout=120)
-    for prompt, mix, answer in zip(prompts, MIXES, answers, strict=True):
+    for prompt, mix, answer in zip(prompts, mixes, answers, strict=True):
         expected = tuned(reference, model, [(adapters[n], w) for n, w in mix])
         ids = torch.tensor([[*prompt, *answer.token_ids[:-1]]])
         with torch.inference_mode():

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import apart
+import archs
 import pytest
 import test_activated
 import test_adaption_prompt
+import test_architectures_served
 import torch
-from rig import request, running
+from rig import load_base, request, running
 from safetensors.torch import save_file
 from variants import VARIANTS, make_base, open_base
 
@@ -45,7 +47,7 @@ from deltaserve.server.engine.engine import Engine
 from deltaserve.server.engine.matcher import Grammars
 from deltaserve.server.engine.observer import NullObserver
 from deltaserve.server.engine.text import Text
-from deltaserve.server.model import BaseModel, load
+from deltaserve.server.model import BaseModel
 
 TOLERANCE = 1e-4
 INVOCATION = test_activated.INVOCATION
@@ -125,19 +127,16 @@ def check(got: Answer, want: Answer, what: str) -> None:
 
 def pair(
     stack: ExitStack,
-    gpu: Backend,
+    gpu: TritonBackend,
     family: Path,
     names: Sequence[str],
     quantize: str = "none",
-    base: str = "base",
     **config: Any,
 ) -> Pair:
     engines = []
-    backends: list[Backend] = [CpuBackend(), gpu]
+    backends: list[Backend] = [CpuBackend(), type(gpu)()]
     for backend in backends:
-        model = load(
-            family / base, dtype=torch.float32, quantize=quantize, group_size=32, backend=backend
-        )
+        model = load_base(family / "base", quantize=quantize, backend=backend)
         engine = stack.enter_context(running(model, [family / "adapters"], **config))
         for name in names:
             engine.adapters.load(name, str(family / "adapters" / name)).result(timeout=60)
@@ -307,9 +306,16 @@ def test_a_quantized_base(gpu: TritonBackend, family: Path, quantize: str) -> No
         )
 
 
-def test_what_has_no_kernels_is_refused_by_name(
-    gpu: TritonBackend, engines: Pair, family: Path
-) -> None:
+@pytest.mark.parametrize(
+    "name", archs.ARCHS if torch.cuda.is_available() else ["gpt2", "gpt-oss", "deepseek-v2"]
+)
+def test_architectures(gpu: TritonBackend, name: str, tmp_path: Path) -> None:
+    """Biases and transposed weights, experts and sinks, values narrower than keys; against
+    transformers."""
+    test_architectures_served.check(name, tmp_path, (4, 5), 2, type(gpu)())
+
+
+def test_what_has_no_kernels_is_refused_by_name(engines: Pair, family: Path) -> None:
     experts = family / "adapters" / "experts"
     experts.mkdir(exist_ok=True)
     (experts / "adapter_config.json").write_text(json.dumps(LORAMOE))
