@@ -5,51 +5,46 @@ from the host's (apart.py)."""
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import apart
 import archs
 import pytest
 import test_activated
 import test_adaption_prompt
 import test_architectures_served
 import torch
-from rig import load_base, request, running
+from engine_pair import Pair, on_gpu, pair, prompt
+from rig import request
 from safetensors.torch import save_file
 from variants import VARIANTS, make_base, open_base
 
 from deltaserve.adapters.delta_file import write_delta
 from deltaserve.adapters.errors import UnsupportedAdapter
-from deltaserve.kernels.backend import Backend, CpuBackend, DeviceUnavailable, open_backend
+from deltaserve.kernels.backend import DeviceUnavailable, open_backend
 from deltaserve.kernels.gpu import linear, plan
 from deltaserve.kernels.gpu.backend import TritonBackend
 from deltaserve.kernels.primitives import Replace
 from deltaserve.kernels.table import Group
 from deltaserve.server.config import Config, ConfigError, ModelConfig
 from deltaserve.server.engine.build import build_engine
-from deltaserve.server.engine.collector import Answer, generate
+from deltaserve.server.engine.collector import generate
 from deltaserve.server.engine.constraint import Constraint
 from deltaserve.server.engine.core import (
     AdapterRef,
     Combination,
     Member,
-    Request,
     Rule,
     Speculation,
 )
-from deltaserve.server.engine.engine import Engine
 from deltaserve.server.engine.matcher import Grammars
 from deltaserve.server.engine.observer import NullObserver
 from deltaserve.server.engine.text import Text
-from deltaserve.server.model import BaseModel
 
-TOLERANCE = 1e-4
 INVOCATION = test_activated.INVOCATION
 LORAMOE = {
     "peft_type": "LORA",
@@ -69,9 +64,7 @@ LORAMOE = {
 
 @pytest.fixture(scope="module")
 def gpu() -> Iterator[TritonBackend]:
-    """The real one where there is one."""
-    there = torch.cuda.is_available()
-    with nullcontext(TritonBackend()) if there else apart.backend() as found:
+    with on_gpu() as found:
         yield found
 
 
@@ -94,67 +87,12 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@dataclass
-class Pair:
-    """The same base and adapters in two engines."""
-
-    cpu: Engine
-    gpu: Engine
-    model: BaseModel
-
-    def same(self, asked: Mapping[str, Request]) -> dict[str, Answer]:
-        """Both give the same, and it is returned: what the GPU gave."""
-        found = [
-            dict(zip(asked, generate(engine, asked.values(), timeout=120), strict=True))
-            for engine in (self.cpu, self.gpu)
-        ]
-        for what, right in found[0].items():
-            check(found[1][what], right, what)
-        return found[1]
-
-
-def check(got: Answer, want: Answer, what: str) -> None:
-    assert got.token_ids == want.token_ids, what
-    assert len(got.logprobs) == len(want.logprobs) and got.text == want.text, what
-    prompts = got.last.prompt_logprobs, want.last.prompt_logprobs
-    pairs = [*zip(got.logprobs, want.logprobs, strict=True), *zip(*prompts, strict=True)]
-    for ours, theirs in pairs:
-        both_missing = math.isnan(ours.logprob) and math.isnan(theirs.logprob)
-        assert both_missing or abs(ours.logprob - theirs.logprob) < TOLERANCE, what
-    for a, b in zip(got.disagreements, want.disagreements, strict=True):
-        assert a.divergence == pytest.approx(b.divergence, abs=TOLERANCE), what
-
-
-def pair(
-    stack: ExitStack,
-    gpu: TritonBackend,
-    family: Path,
-    names: Sequence[str],
-    quantize: str = "none",
-    **config: Any,
-) -> Pair:
-    engines = []
-    backends: list[Backend] = [CpuBackend(), type(gpu)()]
-    for backend in backends:
-        model = load_base(family / "base", quantize=quantize, backend=backend)
-        engine = stack.enter_context(running(model, [family / "adapters"], **config))
-        for name in names:
-            engine.adapters.load(name, str(family / "adapters" / name)).result(timeout=60)
-        engines.append(engine)
-    return Pair(*engines, model)
-
-
 @pytest.fixture(scope="module")
 def engines(gpu: TritonBackend, family: Path) -> Iterator[Pair]:
     names = sorted(p.name for p in (family / "adapters").iterdir() if p.is_dir())
     assert len(names) == len(VARIANTS) + 2
     with ExitStack() as stack:
         yield pair(stack, gpu, family, names, max_batch_tokens=32)
-
-
-def prompt(seed: int, length: int = 6) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(10, 250, (length,), generator=generator).tolist()
 
 
 def test_every_kind_in_one_batch(engines: Pair) -> None:
