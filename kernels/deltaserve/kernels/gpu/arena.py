@@ -203,18 +203,22 @@ class Arena:
 
     def _move(self, place: Place, offset: int) -> None:
         """Down, to where nothing else lies."""
-        source, by, units = place.offset, place.offset - offset, place.units
-        if not by:
+        if place.offset == offset:
             return
+        self._copy(place.offset, offset, place.units)
+        del self._places[self._index(place.offset)]
+        place.offset = offset
+        self._places.insert(self._index(offset), place)
+        self.moves += 1
+
+    def _copy(self, source: int, offset: int, units: int) -> None:
+        """Down, in pieces that do not overlap what they are copied to."""
+        by = source - offset
         step = max(by, BOUNCE)
         for at in range(0, units, step):
             count = min(step, units - at)
             piece = self._span(source + at, count)
             self._span(offset + at, count).copy_(piece.clone() if count > by else piece)
-        del self._places[self._index(source)]
-        place.offset = offset
-        self._places.insert(self._index(offset), place)
-        self.moves += 1
 
     def _span(self, offset: int, units: int) -> Tensor:
         return self._data[offset * UNIT : (offset + units) * UNIT]

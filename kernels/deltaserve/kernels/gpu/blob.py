@@ -25,9 +25,11 @@ class Spot:
 
 @dataclass(slots=True)
 class Home:
-    """Where a blob is in device memory, if it is; one for all that is prepared over the blob."""
+    """Where a blob is in device memory, if it is; one for all that is prepared over the blob.
+    users: slots that have it."""
 
     spot: Spot | None = None
+    users: int = 0
 
 
 class BlobWriter:

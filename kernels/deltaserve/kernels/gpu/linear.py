@@ -89,6 +89,7 @@ class GpuLinearDeltas:
             home.spot = Spot(self.arena.put(prepared.blob))
         else:
             home.spot.place.users += 1
+        home.users += 1
         self.slots[slot], self.spots[slot] = install(prepared, slot), home.spot
         self.prepared[slot] = prepared
         self.changes += 1
@@ -99,9 +100,11 @@ class GpuLinearDeltas:
             return
         del self.slots[slot]
         self.changes += 1
-        if self.arena.drop(self.spots.pop(slot).place):
-            self.prepared[slot].home.spot = None
-        del self.prepared[slot]
+        home = self.prepared.pop(slot).home
+        home.users -= 1
+        if not home.users:
+            home.spot = None
+        self.arena.drop(self.spots.pop(slot).place)
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,56 @@
+"""Delivery: an adapter on its way to device memory, where all its blobs share one place."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from deltaserve.kernels.gpu.arena import UNIT, Arena
+from deltaserve.kernels.gpu.blob import Home, Spot
+from deltaserve.kernels.gpu.prepared import GpuPrepared
+from deltaserve.kernels.gpu.staging import Piece, Staging
+
+
+class Delivery:
+    """Blobs of one adapter (of all its groups) that are not in the arena yet. Engine thread:
+    between two steps, once `arrived`, call `publish`, install what was prepared in slots, and call
+    `finish`; or `cancel`, and `finish` once arrived. Raises OutOfArena when made.
+    """
+
+    def __init__(self, prepared: Collection[GpuPrepared], arena: Arena, staging: Staging) -> None:
+        blobs = {id(p.home): p for p in prepared if p.parts and p.home.spot is None}
+        self._arena = arena
+        self._place = arena.reserve(sum(p.nbytes for p in blobs.values()))
+        self._place.held = True  # until the copy is done, and nobody has read it before
+        memory, at = arena.bytes_of(self._place), 0
+        self._homes: list[tuple[Home, int]] = []
+        pieces: list[Piece] = []
+        for p in blobs.values():
+            self._homes.append((p.home, at // UNIT))
+            pieces.append((memory[at : at + p.nbytes], p.blob))
+            at += p.nbytes
+        self._landing = staging.begin(pieces)
+
+    @property
+    def arrived(self) -> bool:
+        """Asks the device; never waits for it. After `cancel`: nothing is written any more."""
+        return self._landing.done
+
+    def cancel(self) -> None:
+        """Copy no more of it."""
+        self._landing.cancel()
+
+    def publish(self) -> None:
+        """Tell what was prepared where it lies."""
+        assert self.arrived and not self._landing.cancelled
+        self._place.held = False
+        for home, units in self._homes:
+            home.spot = Spot(self._place, units)
+
+    def finish(self) -> None:
+        """From now on the memory is the slots' that have some of it; nobody's, if none has."""
+        assert self.arrived
+        self._place.held = False
+        for home, _ in self._homes:
+            if not home.users:
+                home.spot = None
+        self._arena.drop(self._place)
