@@ -8,6 +8,7 @@ from deltaserve.kernels.gpu.base import GpuLinear
 from deltaserve.kernels.gpu.config import AuxConfig, GemmConfig
 from deltaserve.kernels.gpu.linear import GpuLinearDeltas
 from deltaserve.kernels.gpu.prepared import GpuPrepared
+from deltaserve.kernels.gpu.static import StaticMemory
 from deltaserve.kernels.gpu.step import Limits, StepPlan, StepTooLarge
 from deltaserve.kernels.segments import Segments
 
@@ -59,12 +60,13 @@ class LayerPlans:
         *,
         config: GemmConfig | None = None,
         gated: bool = False,
+        memory: StaticMemory | None = None,
     ) -> StepPlan:
         """A plan without adapters for steps of `tokens` tokens, for `replan` to fill; its `layers`
-        are those of this."""
+        are those of this. memory: as in `step.make`."""
         spots = [deltas.spots for deltas in self.layers]
         empty = Segments((), tokens)
-        return self.layers[0].plan_for(spots, empty, base, limits, config, None, gated)
+        return self.layers[0].plan_for(spots, empty, base, limits, config, None, gated, memory)
 
     def replan(self, plan: StepPlan, segments: Segments) -> None:
         """Fills what `reserve` made. Raises StepTooLarge, also where layers differ in structure,

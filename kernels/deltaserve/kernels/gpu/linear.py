@@ -21,6 +21,7 @@ from deltaserve.kernels.gpu.inputs import run_inputs
 from deltaserve.kernels.gpu.installed import Installed, install
 from deltaserve.kernels.gpu.plan import Tiling, build
 from deltaserve.kernels.gpu.prepared import GpuPrepared, prepare
+from deltaserve.kernels.gpu.static import StaticMemory
 from deltaserve.kernels.gpu.step import Limits, StepPlan
 from deltaserve.kernels.gpu.tags import Spots
 from deltaserve.kernels.gpu.workspace import Workspace
@@ -139,8 +140,10 @@ class GpuLinearDeltas:
         config: GemmConfig | None = None,
         aux: AuxConfig | None = None,
         gated: bool = False,
+        memory: StaticMemory | None = None,
     ) -> StepPlan:
-        """A plan for several groups like this one. spots: where the blobs of each are."""
+        """A plan for several groups like this one. spots: where the blobs of each are. memory: as
+        in `step.make`."""
         config = config or choose(base.weights, segments.tokens, gated)
         aux = aux or aux_config(segments.tokens, self.group.in_features, gpu.arch(self.device))
         tiling = Tiling(
@@ -155,7 +158,9 @@ class GpuLinearDeltas:
         tiles = -(-segments.tokens // tiling.tokens)
         apart = limits is not None and limits.uses.apart
         tables = build(self.group, self.slots, segments, tiles, tiling, apart)
-        return step.make(tables, segments.tokens, tiles, tiling, aux, self.device, spots, limits)
+        return step.make(
+            tables, segments.tokens, tiles, tiling, aux, self.device, spots, limits, memory
+        )
 
     def replan(
         self, plan: StepPlan, segments: Segments, spots: Sequence[Spots] | None = None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deltaserve.kernels.gpu.config import AuxConfig
 from deltaserve.kernels.gpu.plan import Tables, Tiling, Uses
+from deltaserve.kernels.gpu.static import StaticMemory
 from deltaserve.kernels.gpu.tags import Spots, resolve
 
 ARRAYS = (
@@ -67,7 +68,7 @@ class StepPlan:
     again. tokens: rows of x; tiles: token tiles that the tables are laid out for. layers: the plan
     for each of the layers that share it, which differ in `OFFSETS` alone; the first is this one.
     room: numbers of the buffer that hold a table, `OFFSETS` of the first layer, whose like of the
-    next lie `stride` numbers further."""
+    next lie `stride` numbers further. apart: it has memory of its own."""
 
     tokens: int
     tiles: int
@@ -84,6 +85,7 @@ class StepPlan:
     stride: int
     buffer: Tensor
     staging: Tensor = field(repr=False)
+    apart: bool = True
     layers: Sequence[StepPlan] = ()
 
     @property
@@ -95,9 +97,10 @@ class StepPlan:
 def make(
     tables: Tables, tokens: int, tiles: int, tiling: Tiling, aux: AuxConfig,
     device: torch.device, spots: Sequence[Spots], limits: Limits | None = None,
+    memory: StaticMemory | None = None,
 ) -> StepPlan:  # fmt: skip
     """A plan with room for exactly these tables, or for what the limits say. spots: where the
-    blobs of each layer are."""
+    blobs of each layer are. memory: to lie in; what is filled in there is for others to send."""
     room: dict[str, slice] = {}
     at = ALIGN  # the number of items comes first
 
@@ -114,8 +117,7 @@ def make(
     lay(OFFSETS)
     stride = at - first
     count = first + stride * len(spots)
-    staging = torch.zeros(count, dtype=torch.int32, pin_memory=device.type == "cuda")
-    buffer = torch.zeros(count, dtype=torch.int32, device=device)
+    staging, buffer = (memory or StaticMemory(count, device)).take(count)
     floats = buffer.view(torch.float32)
 
     def of(layer: int) -> dict[str, Tensor]:
@@ -141,6 +143,7 @@ def make(
         stride=stride,
         buffer=buffer,
         staging=staging,
+        apart=memory is None,
     )
     plan.layers = (plan, *(replace(plan, tables=of(i)) for i in range(1, len(spots))))
     fill(plan, tables, spots)
@@ -148,9 +151,9 @@ def make(
 
 
 def fill(plan: StepPlan, tables: Tables, spots: Sequence[Spots]) -> None:
-    """Replaces the plan's content; one copy to the device. Raises StepTooLarge, and then the plan
-    holds what it held. spots: as many as it was made with. The last step that was given this plan
-    must have been waited for: its copy may still be reading `staging`."""
+    """Replaces the plan's content; one copy to the device, unless others send it. Raises
+    StepTooLarge, and then the plan holds what it held. spots: as many as it was made with. The last
+    step that was given this plan must have been waited for: its copy may still read `staging`."""
     _check(plan, tables)
     staging = plan.staging.numpy()
     staging[0] = len(tables.items)
@@ -164,7 +167,8 @@ def fill(plan: StepPlan, tables: Tables, spots: Sequence[Spots]) -> None:
         np.lib.stride_tricks.as_strided(rows, found.shape, (plan.stride * 4, 4), writeable=True)[
             :
         ] = found
-    plan.buffer.copy_(plan.staging, non_blocking=True)
+    if plan.apart:
+        plan.buffer.copy_(plan.staging, non_blocking=True)
 
 
 def _check(plan: StepPlan, tables: Tables) -> None:

@@ -26,6 +26,11 @@ class Workspace:
             self._buffers[key] = found
         return found
 
+    def buffers(self) -> tuple[Tensor, ...]:
+        """Those of now: who keeps them, as a captured graph must, keeps their addresses valid when
+        larger ones take their place."""
+        return tuple(self._buffers.values())
+
     def poison(self) -> None:
         """Fills all but the counters with NaN: for tests that nothing stale is read."""
         for (_, dtype), buffer in self._buffers.items():

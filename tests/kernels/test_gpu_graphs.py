@@ -1,0 +1,261 @@
+"""Steps replayed from graphs of other steps are what they would be by themselves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from graph_double import RecordedCapture
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from kernel_oracle import random_primitive, relative_error
+from torch import Tensor
+
+from deltaserve.kernels.attention.gpu import paged_attention, write_cells
+from deltaserve.kernels.attention.tables import AttentionTables
+from deltaserve.kernels.gpu.arena import Arena
+from deltaserve.kernels.gpu.base import make_linear
+from deltaserve.kernels.gpu.device import default_device
+from deltaserve.kernels.gpu.graphs import (
+    DecodeStep,
+    Family,
+    GraphTable,
+    StaticStep,
+    default_limits,
+)
+from deltaserve.kernels.gpu.layers import LayerPlans
+from deltaserve.kernels.gpu.linear import GpuLinearDeltas
+from deltaserve.kernels.gpu.step import Limits, StepPlan
+from deltaserve.kernels.gpu.workspace import Workspace
+from deltaserve.kernels.segments import Segments
+
+LAYERS, HIDDEN, HEADS, KV, DIM, VOCABULARY = 2, 64, 2, 1, 32, 50
+PARTS = ((HEADS * DIM, KV * DIM, KV * DIM), (HIDDEN,))
+BLOCK, LENGTH, BLOCKS = 4, 24, 64
+KINDS = {1: "low", 2: "bit", 3: "csr", 4: "rows", 5: "output", 6: "input", 7: "low", 8: "low"}
+BUCKETS = (1, 5)
+
+
+class Model:
+    """Two layers of attention, of which every linear takes adapters."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(1)
+        self.device = default_device()
+        self.workspace = Workspace(self.device)
+        self.arena = Arena(self.device, 1 << 18, grows=False)
+        self.embedding = torch.randn(VOCABULARY, HIDDEN, device=self.device)
+        ins = (HIDDEN, HEADS * DIM)
+        self.bases, self.deltas = [], []
+        for _ in range(LAYERS):
+            for inner, outs in zip(ins, PARTS, strict=True):
+                weight = torch.randn(sum(outs), inner) / inner**0.5
+                self.bases.append(make_linear(weight, None, dtype=torch.float32, quantize="int8"))
+                self.deltas.append(
+                    GpuLinearDeltas(
+                        inner, outs, torch.float32, arena=self.arena, workspace=self.workspace
+                    )
+                )
+        for slot, kind in KINDS.items():
+            made = []
+            for deltas in self.deltas:
+                group = deltas.group
+                parts = {
+                    p: (random_primitive(kind, out, group.in_features, 2 * slot),)
+                    for p, out in enumerate(group.out_features)
+                }
+                if kind == "input":  # one for all parts: others would need their inputs apart
+                    parts = dict.fromkeys(parts, parts[0])
+                if kind == "low":  # of one structure in all layers
+                    parts = {p: (replace(q, scale=0.5),) for p, (q,) in parts.items()}
+                made.append(deltas.prepare(parts))
+            if kind in ("csr", "rows"):  # likewise
+                made[2:] = made[:2]
+            for deltas, prepared in zip(self.deltas, made, strict=True):
+                deltas.install(slot, prepared)
+        cells = BLOCKS * BLOCK
+        self.cache = torch.randn(LAYERS, 2, cells, KV, DIM, device=self.device)
+        self.families = {
+            name: Family(LayerPlans(self.deltas[i::2]), self.bases[i])
+            for i, name in enumerate(("qkv", "o"))
+        }
+
+    def table(
+        self, capture: RecordedCapture, limits: Limits | None = None, buckets: tuple = BUCKETS
+    ) -> GraphTable:
+        return GraphTable(
+            self.forward,
+            self.families,
+            capture,
+            limits=lambda n: limits or replace(default_limits(n), items=500),
+            max_length=LENGTH,
+            block_size=BLOCK,
+            workspace=self.workspace,
+            buckets=buckets,
+        )
+
+    def forward(self, step: StaticStep) -> Tensor:
+        x = self.embedding[step.ids] + 0.01 * step.positions[:, None]
+        for layer in range(LAYERS):
+            qkv = self._linear(2 * layer, "qkv", x, step)
+            q, k, v = qkv.split(list(PARTS[0]), 1)
+            keys, values = self.cache[layer]
+            write_cells(keys, values, k.view(-1, KV, DIM), v.view(-1, KV, DIM), step.cells)
+            query = q.reshape(-1, HEADS, DIM)
+            y = paged_attention(query, keys, values, step.attention, DIM**-0.5)
+            x = x + self._linear(2 * layer + 1, "o", y.view(-1, HEADS * DIM), step)
+        return x @ self.embedding.T
+
+    def _linear(self, i: int, name: str, x: Tensor, step: StaticStep) -> Tensor:
+        plan: StepPlan | None = step.plans[name][i // 2] if name in step.plans else None
+        return self.deltas[i].run(x, self.bases[i], plan)
+
+    def eager(self, step: DecodeStep) -> Tensor:
+        """Without graphs: every table made for this step alone."""
+        count = len(step.ids)
+        lengths = [p + 1 for p in step.positions]
+        tables = AttentionTables.allocate(count, LENGTH, BLOCK, 1, self.device)
+        tables.fill([1] * count, lengths, step.blocks)
+        cells = [
+            b[p // BLOCK] * BLOCK + p % BLOCK
+            for b, p in zip(step.blocks, step.positions, strict=True)
+        ]
+        plans = {name: f.layers.plan(step.segments, f.base) for name, f in self.families.items()}
+        plans = {n: found for n, found in plans.items() if found[0] is not None}
+        numbers = [torch.tensor(n, device=self.device) for n in (step.ids, step.positions, cells)]
+        return self.forward(StaticStep(count, *numbers, tables, plans))
+
+
+def decode_step(mixes: list[tuple[tuple[int, float], ...]], positions: list[int]) -> DecodeStep:
+    """Sequences in blocks of their own, in no order."""
+    free = iter(torch.randperm(BLOCKS - 1).add(1).tolist())
+    blocks = [[next(free) for _ in range(p // BLOCK + 1)] for p in positions]
+    ids = torch.randint(0, VOCABULARY, (len(mixes),)).tolist()
+    return DecodeStep(ids, positions, blocks, Segments.of(mixes))
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model()
+
+
+@pytest.fixture(scope="module")
+def captured(model: Model) -> tuple[RecordedCapture, GraphTable]:
+    patch = pytest.MonkeyPatch()
+    capture = RecordedCapture(patch, model.workspace.poison)
+    table = model.table(capture)
+    seen: list[tuple[int, int, str]] = []
+    table.capture(lambda *said: seen.append(said))
+    assert [what for _, _, what in seen][:2] == ["5 tokens with adapters", "5 tokens"]
+    assert [done for done, _, _ in seen] == list(range(len(seen)))
+    return capture, table
+
+
+def check(model: Model, table: GraphTable, step: DecodeStep) -> Tensor | None:
+    before = model.cache.clone()
+    expected = model.eager(step)
+    after = model.cache.clone()
+    model.cache.copy_(before)
+    found = table.run(step)
+    if found is None:
+        return None
+    assert relative_error(found, expected) < 1e-5
+    assert torch.allclose(model.cache, after, atol=1e-4)  # padding wrote nothing
+    model.cache.copy_(before)
+    return found.clone()
+
+
+slot_mixes = st.one_of(
+    st.just(()),
+    st.sampled_from(sorted(KINDS)).map(lambda s: ((s, 1.0),)),
+    st.tuples(st.sampled_from([1, 2, 3]), st.sampled_from([5, 6, 7])).map(
+        lambda pair: ((pair[0], 0.5), (pair[1], 1.5))
+    ),
+)
+steps = st.lists(
+    st.tuples(slot_mixes, st.integers(0, LENGTH - 1)), min_size=1, max_size=BUCKETS[-1]
+)
+
+
+@settings(
+    max_examples=5,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(rows=steps)
+def test_any_step_is_replayed(
+    model: Model, captured: tuple[RecordedCapture, GraphTable], rows: list
+) -> None:
+    """More and fewer tokens, segments, adapters, pages and blocks than at capture, which had none;
+    everything that a step has not written is NaN."""
+    capture, table = captured
+    mixes, positions = [list(column) for column in zip(*rows, strict=True)]
+    replays = capture.replays
+    assert check(model, table, decode_step(mixes, positions)) is not None
+    assert capture.replays == replays + 1
+
+
+def test_base_rows_are_the_same_with_and_without_adapters(
+    model: Model, captured: tuple[RecordedCapture, GraphTable]
+) -> None:
+    _, table = captured
+    step = decode_step([(), (), ((1, 1.0),), ((2, 1.0),)], [3, 9, 4, 23])
+    mixed = check(model, table, step)
+    alone = check(model, table, replace(step, segments=Segments((), 4)))
+    assert mixed is not None and alone is not None
+    assert torch.equal(mixed[:2], alone[:2]) and not torch.equal(mixed[2:], alone[2:])
+
+
+def test_an_adapter_that_moves_between_two_replays(
+    model: Model, captured: tuple[RecordedCapture, GraphTable]
+) -> None:
+    _, table = captured
+    step = decode_step([((7, 1.0),), ((8, 1.0),)], [5, 6])
+    before = check(model, table, step)
+    for deltas in model.deltas:
+        deltas.remove(1)
+    moves = model.arena.moves
+    model.arena.drop(model.arena.reserve(model.arena.units * 16 - model.arena.used))
+    assert model.arena.moves > moves
+    after = check(model, table, step)
+    assert before is not None and after is not None and torch.equal(before, after)
+
+
+def test_steps_that_do_not_fit_are_for_the_caller(model: Model) -> None:
+    patch = pytest.MonkeyPatch()
+    capture = RecordedCapture(patch, model.workspace.poison)
+    small = replace(default_limits(2), width=16, pages=4)
+    table = model.table(capture, small, (2,))
+    assert table.run(decode_step([()], [3])) is None  # nothing is captured yet
+    table.capture()
+    assert check(model, table, decode_step([(), ()], [3, 4])) is not None
+    for step in (
+        decode_step([(), (), ()], [3, 4, 5]),  # more tokens
+        decode_step([()], [LENGTH]),  # longer
+        decode_step([((7, 1.0),)], [3]),  # a greater rank than there is room for
+        DecodeStep((), (), (), Segments((), 0)),
+    ):
+        assert table.run(step) is None
+    assert check(model, table, decode_step([((5, 1.0),), ()], [3, 4])) is not None
+
+
+def test_graphs_need_an_arena_that_stays() -> None:
+    model = Model()
+    model.arena.grows = True
+    with pytest.raises(ValueError, match="must not grow"):
+        model.table(RecordedCapture(pytest.MonkeyPatch(), lambda: None))
+
+
+def test_a_step_that_asks_the_device_cannot_be_captured(model: Model) -> None:
+    """The double refuses what a GPU would."""
+    capture = RecordedCapture(pytest.MonkeyPatch(), model.workspace.poison)
+    asks = (
+        lambda: torch.tensor([1.0]),
+        lambda: model.embedding[int(model.embedding[0, 0] > 0)],
+    )
+    for run in asks:
+        with pytest.raises(AssertionError, match="cannot be captured"):
+            capture(run)
