@@ -6,7 +6,7 @@ native code where there is some; `gpu/backend.py` on a GPU, with Triton.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import psutil
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deltaserve.kernels.attention.cpu_step import CpuStep
-from deltaserve.kernels.attention.step import AttentionStep, Span
+from deltaserve.kernels.attention.step import AttentionSpec, AttentionStep, Span
 from deltaserve.kernels.base import BaseLinear, DenseLinear
 from deltaserve.kernels.linear import LinearDeltas
 from deltaserve.kernels.native import library
@@ -26,6 +26,10 @@ from deltaserve.kernels.table import Group
 
 class DeviceUnavailable(RuntimeError):
     """This machine, or this build of torch, has no such device; the message says which."""
+
+
+class KernelError(RuntimeError):
+    """A kernel computes wrongly on this device, or does not run; the message names it."""
 
 
 class UnsupportedWeights(ValueError):
@@ -95,6 +99,41 @@ class CacheMemory(Protocol):
         ...
 
 
+class Parcel(Protocol):
+    """One adapter on its way to the device. Engine thread, between two steps: once it has arrived,
+    `publish`, install it in slots, `finish`; or `cancel`, and `finish` once arrived."""
+
+    @property
+    def arrived(self) -> bool:
+        """Asks, never waits. After `cancel`: nothing is written any more."""
+        ...
+
+    def cancel(self) -> None:
+        """Bring no more of it."""
+        ...
+
+    def publish(self) -> None:
+        """It may be read from now on."""
+        ...
+
+    def finish(self) -> None:
+        """Its memory is that of the slots it is in; nobody's, if it is in none."""
+        ...
+
+
+class Courier(Protocol):
+    """What brings packed adapters to the device, beside the steps. Engine thread."""
+
+    def send(self, prepared: Any) -> Parcel | None:
+        """Take a place for it and begin. None if there is room by bytes, but others on their way
+        are in between: try again after a step."""
+        ...
+
+    def pump(self) -> None:
+        """A bounded piece of work; returns at once."""
+        ...
+
+
 class Backend(Protocol):
     """name: of the device, as `--device` calls it. device: where every tensor of a step is.
     fuses: decoder layers may be run by `server.model.fused`. forks: a forked process can read the
@@ -137,6 +176,26 @@ class Backend(Protocol):
         """Of the memory that cache and adapters are in."""
         ...
 
+    def courier(self, nbytes: int) -> Courier | None:
+        """Takes so much memory for adapters, in one allocation. -> what brings them there; None
+        where they are served from where they were packed, and nothing is taken."""
+        ...
+
+    def make_ready(
+        self,
+        linears: Iterable[tuple[Any, Group]],
+        attention: Iterable[AttentionSpec],
+        dtype: torch.dtype,
+        *,
+        max_tokens: int,
+        block_size: int,
+        progress: Callable[[float, str], None],
+    ) -> None:
+        """Compile what a loaded model's steps need, and test it. linears: each group's base with
+        its shape. max_tokens: of a step. progress: called with the share done (0 to 1) and what is
+        done now. Raises KernelError."""
+        ...
+
 
 class CpuBackend:
     name = "cpu"
@@ -168,6 +227,21 @@ class CpuBackend:
 
     def free_bytes(self) -> int:
         return int(psutil.virtual_memory().available)
+
+    def courier(self, nbytes: int) -> Courier | None:
+        return None
+
+    def make_ready(
+        self,
+        linears: Iterable[tuple[Any, Group]],
+        attention: Iterable[AttentionSpec],
+        dtype: torch.dtype,
+        *,
+        max_tokens: int,
+        block_size: int,
+        progress: Callable[[float, str], None],
+    ) -> None:
+        """Nothing is compiled here."""
 
 
 def open_backend(device: str) -> Backend:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -33,6 +34,20 @@ class How:
         self.softcap = softcap
         self.sinks = sinks
         self.special = softcap is not None or sinks is not None  # SDPA knows neither
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """The attention of some layers of a model, of which kernels are compiled. window, softcap: as
+    `How` has them. sinks: whether there are any."""
+
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
 
 
 class AttentionStep(ABC):

@@ -12,6 +12,7 @@ import torch
 from deltaserve.kernels.attention import variants as attention
 from deltaserve.kernels.gpu import aux, gemm, inputs
 from deltaserve.kernels.gpu.aux_kernel import aux_kernel
+from deltaserve.kernels.gpu.base import GpuLinear
 from deltaserve.kernels.gpu.config import AuxConfig, GemmConfig, GroupKey, aux_config, gemm_config
 from deltaserve.kernels.gpu.device import NAMES
 from deltaserve.kernels.gpu.gemm_kernel import gemm_kernel
@@ -59,6 +60,21 @@ class GroupSpec:
     @property
     def group(self) -> Group:
         return Group(self.in_features, self.parts, self.dtype)
+
+
+def spec_of(base: GpuLinear, group: Group) -> GroupSpec:
+    """A group of linears of a loaded model, whose outputs are those of `base`."""
+    wide = base.format == "int4" and base.weights.scale.dtype != torch.int32
+    return GroupSpec(
+        name=f"{group.in_features} to {', '.join(map(str, group.out_features))}",
+        format=base.format,
+        in_features=group.in_features,
+        parts=group.out_features,
+        group_size=base.group_size or 128,
+        dtype=base.dtype,
+        bias=base.bias is not None,
+        wide_scales=wide,
+    )
 
 
 def gemm_variant(

@@ -1,0 +1,78 @@
+"""Before a server is ready: its kernels compiled, and found to be right on its device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+
+from deltaserve.kernels.attention import variants as attention_variants
+from deltaserve.kernels.attention.step import AttentionSpec
+from deltaserve.kernels.gpu import selftest
+from deltaserve.kernels.gpu.config import BUCKETS
+from deltaserve.kernels.gpu.device import arch as arch_of
+from deltaserve.kernels.gpu.device import interpreted
+from deltaserve.kernels.gpu.precompile import precompile
+from deltaserve.kernels.gpu.selftest import self_test
+from deltaserve.kernels.gpu.variant import Variant
+from deltaserve.kernels.gpu.variants import GroupSpec, of_group
+
+COMPILING = 0.95
+"""Share of the time that compiling takes where nothing is in the cache, for the progress."""
+
+
+def make_ready(
+    groups: Collection[GroupSpec],
+    attention: Collection[AttentionSpec],
+    dtype: torch.dtype,
+    device: torch.device,
+    max_tokens: int,
+    block_size: int,
+    progress: Callable[[float, str], None] = lambda share, what: None,
+) -> None:
+    """Compiles what steps of up to `max_tokens` tokens launch, on all processors, as far as it is
+    not in Triton's cache; then tests the kernels. groups, attention: of the model, each kind once.
+    block_size: cells of a block. progress: called with the share done (0 to 1) and what is done
+    now. Raises KernelError.
+    """
+    formats = sorted({"none" if g.format == "dense" else g.format for g in groups})
+    if not interpreted():
+        found = variants(groups, attention, dtype, arch_of(device), max_tokens, block_size)
+
+        def say(done: int, count: int, name: str) -> None:
+            progress(COMPILING * done / count, f"compiling kernels: {done} of {count}")
+
+        progress(0.0, "compiling kernels")
+        precompile(found, arch_of(device), progress=say)
+    progress(COMPILING, "testing kernels")
+    self_test(dtype, device, formats, sorted(attention, key=str), block_size)
+    progress(1.0, "testing kernels")
+
+
+def variants(
+    groups: Collection[GroupSpec],
+    attention: Collection[AttentionSpec],
+    dtype: torch.dtype,
+    arch: int,
+    max_tokens: int,
+    block_size: int,
+) -> list[Variant]:
+    """What serving launches, and the self-test before it."""
+    formats = sorted({"none" if g.format == "dense" else g.format for g in groups})
+    buckets = (*BUCKETS, *range(512, max_tokens + 256, 256))
+    found = [v for spec in groups for v in of_group(spec, buckets, arch)]
+    for spec in selftest.specs(formats, dtype):
+        found += of_group(spec, selftest.BUCKETS, arch)
+    for kind in attention:
+        found += attention_variants.variants(
+            kind.heads,
+            kind.kv_heads,
+            kind.key_dim,
+            kind.value_dim,
+            block_size,
+            dtype,
+            windowed=(kind.window is not None,),
+            softcap=kind.softcap is not None,
+            sinks=dtype if kind.sinks else None,
+        )
+    return list({v.identity: v for v in found}.values())
