@@ -102,6 +102,19 @@ def test_an_arena_that_may_not_grow() -> None:
     arena.put(torch.zeros(1024, dtype=torch.uint8))
 
 
+def test_one_that_grew_is_given_its_size() -> None:
+    arena = Arena(default_device(), 1 << 10)
+    blobs = [torch.full((3000,), i, dtype=torch.uint8) for i in range(3)]
+    places = [arena.put(blob) for blob in blobs]
+    arena.drop(places[0])
+    arena.fix(2 * LINE)
+    for place, blob in zip(places[1:], blobs[1:], strict=True):
+        assert torch.equal(arena.bytes_of(place)[:3000].cpu(), blob)
+    arena.put(torch.zeros(3 * 1024 + 2 * LINE, dtype=torch.uint8))
+    with pytest.raises(OutOfArena):
+        arena.put(torch.zeros(1, dtype=torch.uint8))
+
+
 def test_as_few_bytes_as_can_be_are_moved() -> None:
     """Of two gaps that would do, the one behind the smaller blob is made."""
     arena = Arena(default_device(), 20 * LINE, grows=False)

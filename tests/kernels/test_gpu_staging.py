@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kernel_oracle import random_primitive
 
 from deltaserve.kernels.gpu.arena import LINE, UNIT, Arena, OutOfArena
-from deltaserve.kernels.gpu.delivery import Delivery
+from deltaserve.kernels.gpu.delivery import Delivery, DeviceCourier
 from deltaserve.kernels.gpu.device import default_device
 from deltaserve.kernels.gpu.linear import GpuLinearDeltas
 from deltaserve.kernels.gpu.prepared import GpuPrepared, Part
@@ -241,6 +242,19 @@ StagingMachine.TestCase.settings = settings(
     max_examples=60, stateful_step_count=50, deadline=None, derandomize=True
 )
 test_every_step_reads_its_adapters = StagingMachine.TestCase
+
+
+def test_the_courier_says_when_there_is_no_place() -> None:
+    own = Rig(8)
+    courier = DeviceCourier(own.arena, own.staging)
+    first = courier.send(SimpleNamespace(linears={"a": blob(1, 3), "b": blob(2, 3)}))
+    assert first is not None and courier.send(SimpleNamespace(linears={"a": blob(3, 3)})) is None
+    while not first.arrived:
+        courier.pump()
+        own.streams.advance_copies()
+    first.publish()
+    first.finish()
+    assert courier.send(SimpleNamespace(linears={"a": blob(3, 3)})) is not None
 
 
 def test_the_interpreter_has_streams_too() -> None:

@@ -96,7 +96,8 @@ class AdapterConfig:
     another base of the same shapes. patches: part of every request, in this order. parents:
     (adapter of preload, the one that its files are relative to). tasks: (adapter of preload, which
     of its tasks). max_errors: (adapter of preload, the relative error that smaller forms of its
-    weights may have).
+    weights may have). host_bytes: of the host's memory, for adapters that had to leave a device
+    with memory of its own.
     """
 
     preload: tuple[tuple[str, Path], ...] = ()
@@ -110,6 +111,7 @@ class AdapterConfig:
     registered: tuple[tuple[str, Path], ...] = ()
     cache_bytes: int = 0
     cache_folder: Path | None = None
+    host_bytes: int = 0
     loaders: int = 2
     loader_processes: bool = False
     loader_cores: tuple[int, ...] = ()
@@ -147,6 +149,7 @@ class AdapterConfig:
         if self.bytes is not None:
             _at_least("--adapter-bytes", self.bytes, 1)
         _at_least("--adapter-cache", self.cache_bytes, 0)
+        _at_least("--host-adapter-bytes", self.host_bytes, 0)
         folder = self.cache_folder
         if folder is not None and folder.exists() and not folder.is_dir():
             raise ConfigError(f"--adapter-cache-dir {folder}: is not a folder")

@@ -81,6 +81,15 @@ class Arena:
         """The whole arena as a flat tensor of a type."""
         return self._data.view(dtype)
 
+    def fix(self, nbytes: int) -> None:
+        """Grow no more: from now on there are `nbytes` beside what is in it, in one allocation."""
+        end = max((place.end for place in self._places), default=0)
+        old = self._data[: end * UNIT]
+        self._data = self._allocate(end + -(-nbytes // LINE) * ALIGN)
+        self._data[: old.numel()].copy_(old)
+        self._limit = min(self._data.numel() // LINE * ALIGN, MOST)
+        self.grows = False
+
     def reserve(self, nbytes: int) -> Place:
         """Room for a blob, moving others if need be. Raises OutOfArena."""
         units = max(1, -(-nbytes // LINE)) * ALIGN

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import psutil
 import torch
 from torch import Tensor
 
 from deltaserve.kernels.attention.gpu_step import GpuStep
-from deltaserve.kernels.attention.step import AttentionStep, Span
-from deltaserve.kernels.backend import CacheMemory, Deltas, DeviceUnavailable, PreparedDeltas
+from deltaserve.kernels.attention.step import AttentionSpec, AttentionStep, Span
+from deltaserve.kernels.backend import (
+    CacheMemory,
+    Courier,
+    Deltas,
+    DeviceUnavailable,
+    PreparedDeltas,
+)
 from deltaserve.kernels.base import BaseLinear
 from deltaserve.kernels.gpu import device as gpu
 from deltaserve.kernels.gpu.arena import Arena
 from deltaserve.kernels.gpu.base import GpuLinear
 from deltaserve.kernels.gpu.convert import held_on_gpu
+from deltaserve.kernels.gpu.delivery import DeviceCourier
 from deltaserve.kernels.gpu.linear import GpuLinearDeltas
 from deltaserve.kernels.gpu.prepared import prepare
+from deltaserve.kernels.gpu.ready import make_ready
 from deltaserve.kernels.gpu.stacks import Stacks
+from deltaserve.kernels.gpu.staging import Staging
+from deltaserve.kernels.gpu.streams import streams
+from deltaserve.kernels.gpu.variants import spec_of
 from deltaserve.kernels.gpu.workspace import Workspace
 from deltaserve.kernels.primitives import Primitive
 from deltaserve.kernels.table import Group
@@ -78,6 +89,23 @@ class TritonBackend:
         if self.device.type == "cpu":
             return int(psutil.virtual_memory().available)
         return int(torch.cuda.mem_get_info(self.device)[0])
+
+    def courier(self, nbytes: int) -> Courier:
+        self.arena.fix(nbytes)
+        return DeviceCourier(self.arena, Staging(streams(self.device)))
+
+    def make_ready(
+        self,
+        linears: Iterable[tuple[GpuLinear, Group]],
+        attention: Iterable[AttentionSpec],
+        dtype: torch.dtype,
+        *,
+        max_tokens: int,
+        block_size: int,
+        progress: Callable[[float, str], None],
+    ) -> None:
+        specs = {spec_of(base, group) for base, group in linears}
+        make_ready(specs, set(attention), dtype, self.device, max_tokens, block_size, progress)
 
 
 class DeviceMemory:

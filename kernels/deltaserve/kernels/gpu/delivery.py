@@ -1,10 +1,12 @@
-"""Delivery: an adapter on its way to device memory, where all its blobs share one place."""
+"""Delivery: an adapter on its way to device memory, where all its blobs share one place; the
+courier that makes deliveries."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Protocol
 
-from deltaserve.kernels.gpu.arena import UNIT, Arena
+from deltaserve.kernels.gpu.arena import UNIT, Arena, OutOfArena
 from deltaserve.kernels.gpu.blob import Home, Spot
 from deltaserve.kernels.gpu.prepared import GpuPrepared
 from deltaserve.kernels.gpu.staging import Piece, Staging
@@ -54,3 +56,30 @@ class Delivery:
             if not home.users:
                 home.spot = None
         self._arena.drop(self._place)
+
+
+class Linears(Protocol):
+    """An adapter, packed."""
+
+    @property
+    def linears(self) -> Mapping[str, GpuPrepared]: ...
+
+
+class DeviceCourier:
+    """Deliveries to one arena. per_pump: slices that the processor copies to pinned memory each
+    time it is called, between two steps."""
+
+    def __init__(self, arena: Arena, staging: Staging, per_pump: int = 1) -> None:
+        self._arena = arena
+        self._staging = staging
+        self._per_pump = per_pump
+
+    def send(self, prepared: Linears) -> Delivery | None:
+        """None while there is no place for it: others that are being copied cannot be moved."""
+        try:
+            return Delivery(list(prepared.linears.values()), self._arena, self._staging)
+        except OutOfArena:
+            return None
+
+    def pump(self) -> None:
+        self._staging.pump(self._per_pump)

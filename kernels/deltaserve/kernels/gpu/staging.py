@@ -62,7 +62,7 @@ class Ring:
 
     def __init__(self, streams: Streams, slices: int, nbytes: int) -> None:
         memory = streams.pinned(slices * nbytes)
-        self._free = list(memory.split(nbytes))
+        self._free = cut(memory, nbytes)
         self._busy: deque[tuple[Tensor, Event]] = deque()
         self._taken: Tensor | None = None
 
@@ -99,12 +99,12 @@ class Staging:
 
     def begin(self, pieces: Sequence[Piece]) -> Landing:
         """The targets may have been given back by somebody whom launched steps still read."""
-        cut = [
+        slices = [
             piece
             for target, source in pieces
-            for piece in zip(target.split(self._nbytes), source.split(self._nbytes), strict=True)
+            for piece in zip(cut(target, self._nbytes), cut(source, self._nbytes), strict=True)
         ]
-        landing = Landing(cut)
+        landing = Landing(slices)
         if not landing.launched:
             self._under_way.append(landing)
             self.streams.after_steps()
@@ -125,3 +125,8 @@ class Staging:
 
 def _slices(pieces: Sequence[Piece]) -> Iterator[Piece]:
     return (piece for piece in pieces if piece[1].numel())
+
+
+def cut(memory: Tensor, nbytes: int) -> list[Tensor]:
+    """Slices of `nbytes`, the last perhaps shorter."""
+    return [memory[at : at + nbytes] for at in range(0, memory.numel(), nbytes)]

@@ -60,7 +60,7 @@ class _CudaEvent:
         self._event = event
 
     def done(self) -> bool:
-        return bool(self._event.query())
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
 
 
 class HostStreams:

@@ -52,6 +52,10 @@ def serve(
     adapter_cache_dir: Annotated[
         Path | None, typer.Option(help="Where; in the user's cache folder if left out.")
     ] = None,
+    host_adapter_bytes: Annotated[
+        str,
+        typer.Option(help="Host memory for adapters that had to leave the GPU; 0: none."),
+    ] = "0",
     loaders: Annotated[int, typer.Option(help="Adapters that are loaded at once.")] = 2,
     loader_processes: Annotated[
         bool, typer.Option(help="Load in processes of their own (Linux).")
@@ -157,6 +161,7 @@ def serve(
                 max_errors=tuple(c.max_error(item) for item in max_error or ()),
                 cache_bytes=c.size("--adapter-cache", adapter_cache) or 0,
                 cache_folder=adapter_cache_dir,
+                host_bytes=c.size("--host-adapter-bytes", host_adapter_bytes) or 0,
                 loaders=loaders,
                 loader_processes=loader_processes,
                 loader_nice=loader_nice,

@@ -11,12 +11,15 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.options import DEFAULT, LoadOptions
+from deltaserve.kernels.backend import Courier, Parcel
 from deltaserve.server.engine.core import AdapterInfo, AdapterRef, AdapterState
 from deltaserve.server.engine.discard import Discard
+from deltaserve.server.engine.host_tier import HostTier
 from deltaserve.server.engine.loader import Loader
 from deltaserve.server.engine.make import Make
 from deltaserve.server.engine.masks import Chosen
@@ -48,7 +51,8 @@ log = logging.getLogger(__name__)
 class AdapterCache:
     """make: called on loader threads. ledger: of the memory that resident adapters take.
     wake: called from any thread when the engine thread has something to do here. loaders: threads
-    that load."""
+    that load. courier: brings what was loaded to a device; without one it is published where it is.
+    host_tier: has what was evicted from there."""
 
     def __init__(
         self,
@@ -59,6 +63,8 @@ class AdapterCache:
         wake: Callable[[], None],
         observer: Observer,
         loaders: int = 1,
+        courier: Courier | None = None,
+        host_tier: HostTier[Arrival] | None = None,
     ) -> None:
         self.loads = 0
         self._wake = wake
@@ -66,7 +72,12 @@ class AdapterCache:
         self._registry = Registry()
         self._lock = self._registry.lock
         self._discard = Discard()
-        self._residents = Residents(host, ledger, self._evicted, self._lock, self._discard)
+        self._residents = Residents(
+            host, ledger, self._evicted, self._lock, self._discard, self._evicting
+        )
+        self._courier = courier
+        self._host_tier = host_tier
+        self._coming: list[tuple[Arrival, Parcel]] = []
         self._leaving: Residencies = []
         self._loader = Loader(self._registry, make, wake, loaders)
 
@@ -234,6 +245,14 @@ class AdapterCache:
         self._loader.close()
         self._registry.close()
         with self._lock:
+            for arrival, parcel in self._coming:
+                parcel.cancel()
+                self._residents.unbook(arrival.residency)
+            while not all(parcel.arrived for _, parcel in self._coming):
+                time.sleep(1e-3)  # copies that were launched already
+            for _, parcel in self._coming:
+                parcel.finish()
+            self._coming.clear()
             self._residents.clear()
         self._discard.close()
 
@@ -245,9 +264,12 @@ class AdapterCache:
         in a step, as that takes about a millisecond; the others do in the next."""
         with self._lock:
             self._residents.begin_step()
+            landed = self._land()
             head = next((w for w in waiting if not all(r.ready for r in w)), ())
             changed, more = self._publish_one(waiting, head)
-            for residency in [r for r in self._leaving if not r.in_flight]:
+            changed = changed or landed
+            coming = {arrival.residency for arrival, _ in self._coming}
+            for residency in [r for r in self._leaving if not r.in_flight and r not in coming]:
                 if residency.ready and changed:
                     more = True
                 else:
@@ -256,7 +278,9 @@ class AdapterCache:
             for residency in to_load(waiting, head, self._loader, self._residents):
                 self._reload(residency, Urgency.WANTED)
             self._residents.promise([*head, *(a.residency for a in self._loader.arrived)])
-        if more:
+            if self._courier is not None:
+                self._courier.pump()
+        if more or self._coming:  # nobody else says when what is coming has arrived
             self._wake()
 
     def admitted(
@@ -307,7 +331,14 @@ class AdapterCache:
         """It was evicted and is wanted, if only by requests that an unload waits for."""
         if residency.state is AdapterState.REGISTERED:
             residency.state = AdapterState.LOADING
-        self._loader.start(residency, urgency)
+        kept = None if self._host_tier is None else self._host_tier.take(residency)
+        if kept is None:
+            self._loader.start(residency, urgency)
+            return
+        residency.loading = True
+        self._registry.notify(residency)
+        self._loader.arrived.append(replace(kept, at=time.perf_counter()))
+        self._wake()
 
     def _compare(
         self,
@@ -408,12 +439,40 @@ class AdapterCache:
         residency.crowded = not self._residents.make_room(prepared, frozenset(protected))
         if residency.crowded:
             return False
+        if self._courier is None:
+            self._put_in(arrival, booked=False)
+            return True
+        parcel = self._courier.send(prepared)
+        if parcel is None:
+            return False
+        self._residents.book(residency, prepared)
+        self._coming.append((arrival, parcel))
+        return True
+
+    def _land(self) -> bool:
+        """Publish the first that the courier has brought. -> whether there was one."""
+        pair = next((pair for pair in self._coming if pair[1].arrived), None)
+        if pair is None:
+            return False
+        arrival, parcel = pair
+        self._coming.remove(pair)
+        parcel.publish()
+        self._put_in(arrival, booked=True)
+        parcel.finish()
+        return True
+
+    def _put_in(self, arrival: Arrival, *, booked: bool) -> None:
+        """Have it served from now on. booked: its bytes are taken."""
+        residency, adapter, prepared = arrival.residency, arrival.adapter, arrival.prepared
+        assert adapter is not None and prepared is not None
         try:
-            self._residents.put_in(residency, prepared, arrival.seconds)
+            self._residents.put_in(residency, prepared, arrival.seconds, booked=booked)
         except Exception as error:  # a bug, but one adapter's: the others are served on
             log.exception("installing adapter %r failed", residency.name)
+            if booked:
+                self._residents.unbook(residency)
             self._fail(residency, error)
-            return True
+            return
         residency.describe(adapter)
         residency.structure, residency.prefix = adapter, prepared.prefix
         residency.loads += 1
@@ -425,7 +484,6 @@ class AdapterCache:
             self._registry.change(residency, AdapterState.READY)
         self._observer.on_adapter_load(residency.name, arrival.seconds)
         self._answer(residency, residency.waiting_for_load, residency.waiting_for_check)
-        return True
 
     def _checked(self, residency: Residency, adapter: Adapter, nbytes: int) -> None:
         """It is registered; who has asked for more meanwhile gets it."""
@@ -462,6 +520,25 @@ class AdapterCache:
         if not residency.format:  # it never was an adapter
             self._registry.forget(residency.name)
 
+    def _evicting(self, residency: Residency) -> None:
+        """It leaves the device: keep it beside, if that is worth it."""
+        if self._host_tier is not None and residency.unloading is None:
+            kept = Arrival(
+                residency,
+                residency.load_seconds,
+                residency.structure,
+                residency.prepared,
+                residency.nbytes,
+                cached=residency.cached,
+            )
+            self._host_tier.keep(
+                residency,
+                kept,
+                residency.nbytes,
+                uses=residency.uses,
+                seconds=residency.load_seconds,
+            )
+
     def _evicted(self, residency: Residency) -> None:
         self._observer.on_adapter_evicted(residency.name)
         residency.shrink()
@@ -471,6 +548,8 @@ class AdapterCache:
     def _finish_unload(self, residency: Residency) -> None:
         freed = self._residents.take_out(residency) if residency.ready else 0
         self._leaving.remove(residency)
+        if self._host_tier is not None:
+            self._host_tier.forget(residency)
         residency.own_text = None
         self._registry.forget(residency.name)
         self._observer.on_adapter_unloaded(residency.name)

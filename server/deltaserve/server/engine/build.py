@@ -19,13 +19,15 @@ from deltaserve.adapters.lowered_cache import LoweredCache
 from deltaserve.adapters.options import LoadOptions
 from deltaserve.adapters.parent import load_on
 from deltaserve.adapters.source import resolve
-from deltaserve.kernels.backend import DeviceUnavailable, open_backend
+from deltaserve.kernels.attention.step import AttentionSpec
+from deltaserve.kernels.backend import DeviceUnavailable, KernelError, open_backend
 from deltaserve.kernels.cache import folder as cache_root
 from deltaserve.server.config import AdapterConfig, Config, ConfigError, EngineConfig
 from deltaserve.server.engine.adapter_cache import AdapterCache
 from deltaserve.server.engine.backlog import Backlog
 from deltaserve.server.engine.cost import CostModel
 from deltaserve.server.engine.engine import Engine
+from deltaserve.server.engine.host_tier import HostTier
 from deltaserve.server.engine.kv_cache import BlockManager
 from deltaserve.server.engine.kv_pool import KVPool
 from deltaserve.server.engine.loader_process import LoaderProcesses
@@ -73,6 +75,23 @@ def build_engine(
         progress=progress,
         backend=backend,
     )
+    try:
+        backend.make_ready(
+            [(g.base, g.deltas.group) for g in model.modules.groups.values() if g.deltas],
+            {
+                AttentionSpec(
+                    la.q_heads, la.kv_heads, la.key_dim, la.value_dim, la.window, la.softcap,
+                    la.has_sinks,
+                )
+                for la in model.attention
+            },
+            model.dtype,
+            max_tokens=max(config.engine.max_batch_tokens, config.engine.max_sequences),
+            block_size=config.engine.block_size,
+            progress=progress or (lambda share, what: None),
+        )  # fmt: skip
+    except KernelError as error:
+        raise ConfigError(f"--device {m.device}: {error}") from error
     text = Text(m.base)
     engine = make_engine(
         model,
@@ -105,6 +124,12 @@ def make_engine(
     manager = BlockManager(
         plan.blocks + 1, config.block_size, prefix_cache=config.prefix_cache, memory=pool.memory
     )
+    courier = backend.courier(plan.adapter_most)
+    if courier is None and adapters.host_bytes:
+        raise ConfigError(
+            f"--host-adapter-bytes {adapters.host_bytes}: on --device {backend.name} adapters are "
+            "in the host's memory already; leave it out, or give more --memory"
+        )
     made: list[Engine] = []
     cache = AdapterCache(
         model,
@@ -113,6 +138,8 @@ def make_engine(
         wake=lambda: made[0].wake(),
         observer=observer,
         loaders=adapters.loaders,
+        courier=courier,
+        host_tier=HostTier(adapters.host_bytes) if adapters.host_bytes else None,
     )
     if text is not None:
         cache.read_texts(OwnTexts(text, locator(adapters, plan.adapter_most), model.vocab_size))

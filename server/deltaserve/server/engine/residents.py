@@ -37,8 +37,8 @@ MOST_SHARED = 16
 
 
 class Residents:
-    """Changed on the engine thread alone, under `lock`. on_evicted: called for each that has to
-    go. discard: takes what left the model."""
+    """Changed on the engine thread alone, under `lock`. on_evicting, on_evicted: called before and
+    after one has to go. discard: takes what left the model."""
 
     def __init__(
         self,
@@ -47,11 +47,13 @@ class Residents:
         on_evicted: Callable[[Residency], None],
         lock: threading.RLock,
         discard: Callable[[Prepared], None],
+        on_evicting: Callable[[Residency], None] = lambda residency: None,
     ) -> None:
         self.ledger = ledger
         self.evictions = 0
         self._host = host
         self._on_evicted = on_evicted
+        self._on_evicting = on_evicting
         self._lock = lock
         self._discard = discard
         self._in_slot: dict[int, Residency] = {}
@@ -161,14 +163,27 @@ class Residents:
                 ledger.promised = residency.nbytes
                 return
 
-    def put_in(self, residency: Residency, prepared: Prepared, seconds: float) -> None:
+    def book(self, residency: Residency, prepared: Prepared) -> None:
+        """It is on its way: its bytes are taken, and it is nobody's to evict."""
+        self._shares.add(residency, prepared.memory)
+        self._changed()
+
+    def unbook(self, residency: Residency) -> None:
+        """It does not come after all."""
+        self._shares.remove(residency)
+        self._changed()
+
+    def put_in(
+        self, residency: Residency, prepared: Prepared, seconds: float, *, booked: bool = False
+    ) -> None:
         """Publish it in a slot. seconds: its load took. Raises what the host raises, and the slot
         is not used again."""
         slot = self._install(prepared)
         residency.slot, residency.nbytes = slot, prepared.nbytes
         residency.prepared, residency.load_seconds = prepared, seconds
         self._in_slot[slot] = residency
-        self._shares.add(residency, prepared.memory)
+        if not booked:
+            self._shares.add(residency, prepared.memory)
         self._note_shares(residency)
         self._revalue(residency)
         self._changed()
@@ -266,6 +281,7 @@ class Residents:
         with self._lock:
             if not residency.ready or residency.running or residency.pinned:
                 return  # pinned since it was offered
+            self._on_evicting(residency)
             self.take_out(residency)
             self.evictions += 1
             self._on_evicted(residency)
