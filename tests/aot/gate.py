@@ -126,7 +126,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--budgets", type=Path, default=BUDGETS, help="another file of budgets")
     parser.add_argument(
         "--variants",
-        default="deltaserve.kernels.gpu.variants",
+        default="deltaserve.kernels.gpu.gate",
         metavar="MODULE",
         help="the module whose all_variants() is compiled",
     )

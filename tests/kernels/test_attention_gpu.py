@@ -18,6 +18,7 @@ from deltaserve.kernels.attention import gpu, reference
 from deltaserve.kernels.attention.launch import MAX_SPLITS, Shape, decode_splits
 from deltaserve.kernels.attention.tables import AttentionTables
 from deltaserve.kernels.attention.variants import variants
+from deltaserve.kernels.gpu.sums import Sums
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3}
@@ -177,6 +178,29 @@ def test_many_sequences() -> None:
     case.check(case.run(splits=1))
 
 
+@pytest.mark.parametrize(("dim", "step"), [(16, 16), (32, 16), (80, 16), (64, 64)])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_sums_of_the_output(dim: int, step: int, splits: int, dtype: torch.dtype) -> None:
+    case = make(4, 2, dim, dim, dtype, queries=(1, 5, 1), lengths=(70, 20, 3))
+    pieces, tokens = 4 * dim // step, len(case.query)
+    values = torch.full((pieces, tokens + 5), float("nan"), device=DEVICE)
+    out = case.run(splits=splits, sums=Sums(values.view(-1), step, tokens + 5))
+    case.check(out)
+    want = out.double().view(tokens, pieces, step).sum(-1).T
+    torch.testing.assert_close(
+        values[:, :tokens].double(), want, rtol=1e-5, atol=1e-5, equal_nan=True
+    )
+    assert values[:, tokens:].isnan().all()  # what is no sequence's stays as it was
+
+
+def test_heads_that_cannot_be_cut_have_no_sums() -> None:
+    assert [gpu.sum_step(d, 128) for d in (128, 64, 256, 80, 96, 72)] == [128, 64, 128, 16, 32, 0]
+    case = make(queries=(1,), lengths=(3,))
+    with pytest.raises(ValueError, match="sums over 32 columns of heads of 16"):
+        case.run(sums=Sums(torch.zeros(999, device=DEVICE), 32, 16))
+
+
 def test_no_sequences() -> None:
     case = make(queries=(2,), lengths=(2,))
     case.tables.fill((), (), ())
@@ -286,16 +310,18 @@ def test_launches_do_not_depend_on_the_step(launched: list[Launched]) -> None:
 
 
 @pytest.mark.parametrize("how", ["plain", "window", "softcap", "sinks", "all"])
-def test_everything_launched_is_a_variant(how: str, launched: list[Launched]) -> None:
+@pytest.mark.parametrize("step", [0, 16])
+def test_everything_launched_is_a_variant(how: str, step: int, launched: list[Launched]) -> None:
     case = make(10, 2, 80, 48, torch.float16)
     chosen = features(how, 10)
+    sums = Sums(torch.zeros(1, device=DEVICE), step, 48) if step else None
     for splits in (1, 2):
-        case.run(splits=splits, **chosen)
+        case.run(splits=splits, sums=sums, **chosen)
     cells = torch.zeros(3, dtype=torch.int64, device=DEVICE)
     gpu.write_cells(case.keys, case.values, case.keys[:3], case.values[:3], cells)
-    sinks = torch.float32 if "sinks" in chosen else None
+    kind = torch.float32 if "sinks" in chosen else None
     known = variants(
-        10, 2, 80, 48, 4, torch.float16, ("window" in chosen,), "softcap" in chosen, sinks
+        10, 2, 80, 48, 4, torch.float16, ("window" in chosen,), "softcap" in chosen, kind, sums=step
     )
     assert len({v.name for v in known}) == len(known)
     used = set()

@@ -85,6 +85,10 @@ class NormDeltas:
         """Exact bytes installed, memory shared between slots counted once."""
         return unique_bytes([t for p in self._prepared.values() for t in p.tensors()])
 
+    def touches(self, segments: Segments) -> bool:
+        """Whether an adapter of the step changes this norm."""
+        return not segments.slots.isdisjoint(self._prepared)
+
     def forward(
         self,
         x: Tensor,
@@ -99,7 +103,7 @@ class NormDeltas:
         gain of the same convention. A mix's gain is ``gain + sum of w (gain_a - gain)``.
         """
         y = norm(x, None)
-        if segments.slots.isdisjoint(self._prepared):
+        if not self.touches(segments):
             return y
         for mix, rows in self._by_mix(segments).items():
             new_gain, bias = self._mixed(mix, gain)
@@ -153,7 +157,7 @@ class NormDeltas:
         return found
 
     def _mixed(self, mix: Mix, base: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        changes = [(self._prepared[slot], w) for slot, w in mix if slot in self._prepared]
+        changes = [(self._installed(slot), w) for slot, w in mix if slot in self._prepared]
         gains = [(p.gain, w) for p, w in changes if p.gain is not None]
         biases = [p.bias * w for p, w in changes if p.bias is not None]
         bias = torch.stack(biases).sum(0) if biases else None
@@ -165,6 +169,10 @@ class NormDeltas:
         for own, strength in gains:
             total.add_(own - base.float(), alpha=strength)
         return total.to(base.dtype), bias
+
+    def _installed(self, slot: int) -> PreparedNorm:
+        """On the device."""
+        return self._prepared[slot]
 
     def _checked(self, name: str, tensor: Tensor) -> Tensor:
         if tuple(tensor.shape) != (self.hidden,):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deltaserve.kernels.attention.kernel import LOG2E, attend, finish, tile_heads
+from deltaserve.kernels.attention.kernel import LOG2E, attend, finish, tile_heads, write_out
 
 
 @triton.jit
@@ -26,16 +26,16 @@ def _split_cells(
 @triton.jit(
     do_not_specialize=[
         "sinks", "query_start", "lengths", "tables", "rows", "window", "width", "query_step",
-        "split_tiles",
+        "split_tiles", "padded",
     ]
 )  # fmt: skip
 def decode_kernel(
-    out, planes, stats, query, keys, values, sinks, query_start, lengths, tables, rows,
-    inner, outer, window, width, query_step, split_tiles,
+    out, sums, padded, planes, stats, query, keys, values, sinks, query_start, lengths, tables,
+    rows, inner, outer, window, width, query_step, split_tiles,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, HEAD_TILE: tl.constexpr, UNIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    SUM: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Grid: (captured rows, KV heads x head tiles, splits).
 
@@ -74,27 +74,28 @@ def decode_kernel(
         peak, total, acc, q, keys, values, tables, begin, end, position, inner, outer, window,
         KV_HEADS, KEY_DIM, VALUE_DIM, BLOCK_SIZE, BN, BK, BV, True, WINDOW, SOFTCAP,
     )  # fmt: skip
-    wanted = live[:, None] & (dv < VALUE_DIM)[None, :]
     if SPLIT:
+        wanted = live[:, None] & (dv < VALUE_DIM)[None, :]
         plane = (split.to(tl.int64) * tl.num_programs(0) + row) * HEADS + head
         tl.store(planes + (plane * VALUE_DIM)[:, None] + dv[None, :], acc, mask=wanted)
         tl.store(stats + plane * 2, peak, mask=live)
         tl.store(stats + plane * 2 + 1, total, mask=live)
     else:
         acc = finish(peak, total, acc, sinks, head, live)
-        at = token.to(tl.int64) * (HEADS * VALUE_DIM) + head * VALUE_DIM
-        tl.store(out + at[:, None] + dv[None, :], acc.to(out.dtype.element_ty), mask=wanted)
+        tokens = token + tl.zeros((BM,), tl.int32)
+        write_out(out, sums, padded, acc, tokens, head, live, HEADS, VALUE_DIM, BV, SUM)
 
 
 @triton.jit(
     do_not_specialize=[
-        "sinks", "query_start", "lengths", "rows", "window", "splits", "split_tiles",
+        "sinks", "query_start", "lengths", "rows", "window", "splits", "split_tiles", "padded",
     ]
 )  # fmt: skip
 def reduce_kernel(
-    out, planes, stats, sinks, query_start, lengths, rows, window, splits, split_tiles,
+    out, sums, padded, planes, stats, sinks, query_start, lengths, rows, window, splits,
+    split_tiles,
     HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr,
-    BS: tl.constexpr, MAX_SPLITS: tl.constexpr, WINDOW: tl.constexpr,
+    BS: tl.constexpr, MAX_SPLITS: tl.constexpr, SUM: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Sums the planes of `decode_kernel`, always in the same order. Grid: (captured rows, heads).
 
@@ -133,5 +134,6 @@ def reduce_kernel(
             other=0.0,
         )
         acc += tl.sum(part * fade[:, None], 0)
-    out += token.to(tl.int64) * (HEADS * VALUE_DIM) + head * VALUE_DIM
-    tl.store(out + dv, (acc / total).to(out.dtype.element_ty), mask=dv < VALUE_DIM)
+    one = tl.zeros((1,), tl.int32)
+    acc = (acc / total)[None, :]
+    write_out(out, sums, padded, acc, token + one, head + one, one == 0, HEADS, VALUE_DIM, BV, SUM)

@@ -6,6 +6,7 @@ a step serves every step that fits its maxima.
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from deltaserve.kernels.attention.prefill import prefill_kernel
 from deltaserve.kernels.attention.tables import AttentionTables
 from deltaserve.kernels.gpu.device import COMPUTE_DTYPES, multiprocessors
 from deltaserve.kernels.gpu.launch import launch
+from deltaserve.kernels.gpu.sums import Sums
 
 
 def paged_attention(
@@ -39,6 +41,7 @@ def paged_attention(
     sinks: Tensor | None = None,
     out: Tensor | None = None,
     splits: int | None = None,
+    sums: Sums | None = None,
 ) -> Tensor:
     """Every query attends to the cells of its sequence up to its own.
 
@@ -48,7 +51,9 @@ def paged_attention(
     a multiple of kv_heads. scale: > 0. window: a query sees itself and the window - 1 cells before
     it. softcap: logits become ``softcap * tanh(logits / softcap)``. sinks: one more logit per head
     [heads], without a value. splits: programs that share a decoding sequence and KV head; by
-    default what suits `steps`' bounds. Cells that a sequence does not own are never read.
+    default what suits `steps`' bounds. sums: where to write those of out as [T, heads * value_dim],
+    whose step divides value_dim and is a power of two. Cells that a sequence does not own are never
+    read.
 
     Returns out [T, heads, value_dim], a new tensor if none is given; rows of no sequence are left
     as they were. Raises ValueError if shapes, dtypes or layouts do not fit.
@@ -63,16 +68,21 @@ def paged_attention(
     sequences = (steps.query_start, steps.lengths, steps.tables, steps.rows)
     read = (query, keys, values, sinks, *sequences)
     how = (*logit_factors(scale, softcap), window or 0, steps.tables.stride(0), step)
-    forms = {"WINDOW": window is not None, "SOFTCAP": softcap is not None}
+    forms = {"WINDOW": window is not None, "SOFTCAP": softcap is not None, "SUM": 0}
+    padded = 0
+    if sums is not None:
+        _check_sums(sums, shape)
+        forms["SUM"], padded = sums.step, sums.padded
+    outs = (out, None if sums is None else sums.values, padded)
     if steps.max_queries > 1:
         prefill = shape.prefill(query.element_size())
         grid = (len(query) // prefill.tokens + steps.max_rows, shape.kv_programs)
-        _launch(prefill_kernel, grid, (out, *read, *how), prefill, forms)
+        _launch(prefill_kernel, grid, (*outs, *read, *how), prefill, forms)
     if splits is None:
         split = _default_splits(shape, steps, window, query)
     else:
         split = Splits(max(1, min(splits, MAX_SPLITS)), 1)
-    _decode(shape, steps, split, out, read, how, forms)
+    _decode(shape, steps, split, outs, read, how, forms)
     return out
 
 
@@ -80,27 +90,29 @@ def _decode(
     shape: Shape,
     steps: AttentionTables,
     split: Splits,
-    out: Tensor,
+    outs: tuple[Tensor, Tensor | None, int],
     read: tuple[Tensor | None, ...],
     how: tuple[float, ...],
-    forms: dict[str, bool],
+    forms: dict[str, int],
 ) -> None:
-    """The sequences of one query. read, how: the arguments that all attention kernels share."""
+    """The sequences of one query. outs, read, how: the arguments that all attention kernels
+    share."""
+    out = outs[0]
     rows, programs = steps.max_rows, split.programs
     planes = stats = None
     if programs > 1:
         planes = out.new_empty(programs, rows, shape.heads, shape.value_dim, dtype=torch.float32)
         stats = out.new_empty(programs, rows, shape.heads, 2, dtype=torch.float32)
     grid = (rows, shape.kv_programs, programs)
-    arguments = (out, planes, stats, *read, *how, split.tiles)
+    arguments = (*outs, planes, stats, *read, *how, split.tiles)
     size = out.element_size()
     _launch(decode_kernel, grid, arguments, shape.decode(size), {"SPLIT": programs > 1, **forms})
     if programs > 1:
         sinks, window = read[3], how[2]
-        sums = (out, planes, stats, sinks, steps.query_start, steps.lengths, steps.rows)
-        windowed = {"WINDOW": forms["WINDOW"]}
-        arguments = (*sums, window, programs, split.tiles)
-        _launch(reduce_kernel, (rows, shape.heads), arguments, shape.reduce(size), windowed)
+        parts = (*outs, planes, stats, sinks, steps.query_start, steps.lengths, steps.rows)
+        fewer = {name: forms[name] for name in ("SUM", "WINDOW")}
+        arguments = (*parts, window, programs, split.tiles)
+        _launch(reduce_kernel, (rows, shape.heads), arguments, shape.reduce(size), fewer)
 
 
 def write_cells(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, cells: Tensor) -> None:
@@ -136,7 +148,7 @@ def _launch(
     grid: tuple[int, ...],
     arguments: tuple[Tensor | float | None, ...],
     how: Launch,
-    forms: dict[str, bool],
+    forms: dict[str, int],
 ) -> None:
     launch(kernel, grid, arguments, {**how.constants, **forms}, how.num_warps, how.num_stages)
 
@@ -148,6 +160,13 @@ def _default_splits(
     tile = shape.block_n(query.element_size())
     programs = steps.max_rows * shape.kv_programs
     return decode_splits(programs, longest, tile, multiprocessors(query.device))
+
+
+def sum_step(value_dim: int, step: int) -> int:
+    """The columns of the sums that attention can take for linears that want them over `step`, a
+    power of two; 0 if its heads cannot be cut like that."""
+    found = gcd(value_dim, step)
+    return found if found >= 16 else 0
 
 
 def _token_rows(x: Tensor, unit: int) -> tuple[Tensor, int]:
@@ -162,6 +181,11 @@ def _token_rows(x: Tensor, unit: int) -> tuple[Tensor, int]:
 
 def _aligned(x: Tensor) -> bool:
     return x.is_contiguous() and x.data_ptr() % 16 == 0
+
+
+def _check_sums(sums: Sums, shape: Shape) -> None:
+    if sum_step(shape.value_dim, sums.step) != sums.step:
+        raise ValueError(f"sums over {sums.step} columns of heads of {shape.value_dim}")
 
 
 def _check(query: Tensor, keys: Tensor, values: Tensor, out: Tensor, sinks: Tensor | None) -> None:

@@ -76,6 +76,28 @@ def attend(
 
 
 @triton.jit
+def write_out(
+    out, sums, padded, acc, token, head, wanted,
+    HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, BV: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """Stores the outputs acc [rows, BV] of a (token, head) per row, where wanted. sums: unless it
+    is None, float32 [HEADS VALUE_DIM / SUM, padded], what was stored summed over SUM columns each:
+    what linears with 4-bit weights want of their input. SUM divides VALUE_DIM and BV."""
+    dv = tl.arange(0, BV)
+    mask = wanted[:, None] & (dv < VALUE_DIM)[None, :]
+    y = acc.to(out.dtype.element_ty)
+    place = token.to(tl.int64) * (HEADS * VALUE_DIM) + head * VALUE_DIM
+    tl.store(out + place[:, None] + dv[None, :], y, mask=mask)
+    if sums is not None:
+        ROWS: tl.constexpr = acc.shape[0]
+        at = tl.arange(0, BV // SUM)
+        total = tl.sum(tl.reshape(y.to(tl.float32), (ROWS, BV // SUM, SUM)), axis=2)
+        row = head[:, None] * (VALUE_DIM // SUM) + at[None, :]
+        mask = wanted[:, None] & (at * SUM < VALUE_DIM)[None, :]
+        tl.store(sums + row * padded + token[:, None], total, mask=mask)
+
+
+@triton.jit
 def finish(peak, total, acc, sinks, head, live):
     """The outputs [BM, BV] of a tile whose cells have all been seen."""
     if sinks is not None:

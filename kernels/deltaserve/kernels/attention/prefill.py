@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deltaserve.kernels.attention.kernel import attend, finish, tile_heads
+from deltaserve.kernels.attention.kernel import attend, finish, tile_heads, write_out
 
 
 @triton.jit
@@ -26,15 +26,16 @@ def _row_of_tile(tile, query_start, rows, TOKENS: tl.constexpr):
 @triton.jit(
     do_not_specialize=[
         "sinks", "query_start", "lengths", "tables", "rows", "window", "width", "query_step",
+        "padded",
     ]
 )  # fmt: skip
 def prefill_kernel(
-    out, query, keys, values, sinks, query_start, lengths, tables, rows,
+    out, sums, padded, query, keys, values, sinks, query_start, lengths, tables, rows,
     inner, outer, window, width, query_step,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, HEAD_TILE: tl.constexpr, UNIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    SUM: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tokens // (BM // HEAD_TILE) + captured rows, KV heads x head tiles). Tiles past those
     in use leave at once, and so do those of sequences of one query."""
@@ -53,7 +54,6 @@ def prefill_kernel(
     tokens = token + tl.arange(0, BM) // HEAD_TILE
     live = live & (tl.arange(0, BM) < TOKENS * HEAD_TILE) & (tokens < queries)
     dk = tl.arange(0, BK)
-    dv = tl.arange(0, BV)
     at = (start + tokens).to(tl.int64) * query_step * UNIT + head * KEY_DIM
     q_mask = live[:, None] & (dk < KEY_DIM)[None, :]
     q = tl.load(query + at[:, None] + dk[None, :], mask=q_mask, other=0.0)
@@ -78,6 +78,4 @@ def prefill_kernel(
         KV_HEADS, KEY_DIM, VALUE_DIM, BLOCK_SIZE, BN, BK, BV, True, WINDOW, SOFTCAP,
     )  # fmt: skip
     acc = finish(peak, total, acc, sinks, head, live)
-    to = (start + tokens).to(tl.int64) * (HEADS * VALUE_DIM) + head * VALUE_DIM
-    wanted = live[:, None] & (dv < VALUE_DIM)[None, :]
-    tl.store(out + to[:, None] + dv[None, :], acc.to(out.dtype.element_ty), mask=wanted)
+    write_out(out, sums, padded, acc, start + tokens, head, live, HEADS, VALUE_DIM, BV, SUM)

@@ -15,7 +15,7 @@ from deltaserve.kernels.gpu.device import NAMES
 from deltaserve.kernels.gpu.variant import Variant
 
 FLOATS = frozenset({"out", "query", "keys", "values", "key", "value"})
-PARTS = frozenset({"planes", "stats"})
+PARTS = frozenset({"planes", "stats", "sums"})
 TABLES = frozenset({"query_start", "lengths", "tables", "rows"})
 
 
@@ -30,20 +30,27 @@ def variants(
     softcap: bool = False,
     sinks: torch.dtype | None = None,
     cells: torch.dtype = torch.int64,
+    sums: int = 0,
 ) -> list[Variant]:
     """windowed: whether layers have a sliding window; (False, True) where some have. sinks: their
-    dtype, if there are any. cells: the dtype of the indices that `write_cells` is given."""
+    dtype, if there are any. cells: the dtype of the indices that `write_cells` is given. sums:
+    columns of the sums of the output, 0 if none are taken."""
     shape = Shape(heads, kv_heads, key_dim, value_dim, block_size)
     size = dtype.itemsize
     geometry = f"{heads}/{kv_heads} x {key_dim}/{value_dim} {NAMES[dtype]}"
     types = _types(dtype, sinks, cells)
     found = []
 
-    def add(name: str, kernel: Any, launch: Launch, **forms: bool | None) -> None:
+    def add(name: str, kernel: Any, launch: Launch, **forms: int | None) -> None:
         if sinks is None and "sinks" in kernel.arg_names:
             forms["sinks"] = None
+        if "SUM" in kernel.arg_names:
+            forms["SUM"] = sums
+            if not sums:
+                forms["sums"] = None
         words = ["attention", name, geometry]
         words += [word for word in ("WINDOW", "SOFTCAP") if forms.get(word)]
+        words += [f"sums of {sums}"] if forms.get("SUM") else []
         words += ["sinks"] if sinks is not None and "sinks" in kernel.arg_names else []
         found.append(_variant(" ".join(words).lower(), kernel, launch, forms, types))
 
@@ -72,7 +79,7 @@ def _variant(
     name: str,
     kernel: Any,
     launch: Launch,
-    forms: Mapping[str, bool | None],
+    forms: Mapping[str, int | None],
     types: Mapping[str, str],
 ) -> Variant:
     constants = {**launch.constants, **forms}

@@ -194,12 +194,14 @@ def product(
     x, sums, weight, scale, zero, n, live, m, k_from, k_to, M, MP,
     N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
     HOW: tl.constexpr, DT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    STAGES: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PACKED: tl.constexpr,
+    SUM: tl.constexpr, STAGES: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """float32 [BN, BM] of W x^T over the columns k_from..k_to of the rows n, `live` where n is a
     row of the weight, and the tokens m.
 
-    x: [M, K]. sums: float32 [K / BK, MP], x summed over each step, read by HOW "sums" alone.
+    x: [M, K]. sums: float32 [K / SUM, MP], x summed over SUM columns each, which divide a step;
+    read by HOW "sums" alone.
     scale, zero: [K / GROUP, N] of int4, see `scale_and_zero`; else scale is float32 [N].
     HOW, of int4: "sums" leaves the zeros to the sums of x, so that nothing touches a weight after
     it is unpacked, which pays while tokens are few; "after" subtracts whole zeros from the
@@ -234,7 +236,13 @@ def product(
             s, z = scale_and_zero(scale, zero, (k // GROUP) * N + n, live, DT)
             if HOW == "sums":
                 part = tl.dot(nibbles(w, BN, BK, DT, PACKED).to(X), xt, input_precision="ieee")
-                total = tl.load(sums + (k // BK) * MP + m)
+                total = tl.load(sums + (k // SUM) * MP + m)
+                for i in tl.static_range(1, BK // SUM):
+                    more = sums + (k // SUM + i) * MP + m
+                    if EVEN_K:
+                        total += tl.load(more)
+                    else:
+                        total += tl.load(more, mask=(m >= 0) & (k + i * SUM < K), other=0.0)
                 offset = z + (128 if DT == tl.bfloat16 else 1024)
                 acc += (part - offset[:, None] * total[None, :]) * s[:, None]
             else:

@@ -13,7 +13,7 @@ from deltaserve.kernels.base.quantize import dequantize
 from deltaserve.kernels.base.quantize import quantize as quantize_weight
 from deltaserve.kernels.gpu.device import COMPUTE_DTYPES, default_device
 from deltaserve.kernels.gpu.gemm import Output, choose, run_gemm
-from deltaserve.kernels.gpu.inputs import run_inputs
+from deltaserve.kernels.gpu.inputs import run_inputs, wanted
 from deltaserve.kernels.gpu.weights import Weights
 from deltaserve.kernels.gpu.workspace import Workspace
 
@@ -62,7 +62,8 @@ class GpuLinear(BaseLinear):
         config = choose(self.weights, len(x))
         parts = (self.out_features,)
         nothing = self._workspace.take("nothing", 1)
-        inputs = run_inputs(x, self.weights, None, config, 1, None, self._workspace)
+        want = wanted(len(x), self.weights, None, config, 1)
+        inputs = run_inputs(x, want, None, None, self._workspace)
         return run_gemm(
             inputs, nothing, nothing, self.weights, parts, None, config, None, self._workspace,
             Output(),

@@ -17,6 +17,7 @@ from deltaserve.kernels.gpu.gemm_kernel import gemm_kernel
 from deltaserve.kernels.gpu.inputs import Inputs
 from deltaserve.kernels.gpu.launch import launch
 from deltaserve.kernels.gpu.step import StepPlan
+from deltaserve.kernels.gpu.sums import Sums
 from deltaserve.kernels.gpu.weights import Weights
 from deltaserve.kernels.gpu.workspace import Workspace
 
@@ -29,16 +30,20 @@ class Output:
 
     activation: "silu" or "gelu_tanh" of a group of two equal parts, gate and up: y is
     ``activation(gate) * up`` [M, N / 2]. residual: added to y, of y's shape and dtype. y: where to
-    write, else a new tensor.
+    write, which may be the residual, else a new tensor. sums: where to write sums of y, over powers
+    of two of columns, at most those of a program.
     """
 
     activation: str | None = None
     residual: Tensor | None = None
     y: Tensor | None = None
+    sums: Sums | None = None
 
-    def check(self, parts: Sequence[int], apart: bool) -> None:
-        """Raises ValueError if the group cannot have this activation."""
+    def check(self, parts: Sequence[int]) -> None:
+        """Raises ValueError if the group cannot have this activation, or these sums."""
         if self.activation is None:
+            if self.sums is not None and len(parts) > 1:
+                raise ValueError("sums of y are over columns of one part")
             return
         if self.activation not in ACTIVATIONS:
             raise ValueError(
@@ -46,8 +51,6 @@ class Output:
             )
         if len(parts) != 2 or parts[0] != parts[1]:
             raise ValueError(f"an activation needs two equal parts, gate and up, not {parts}")
-        if apart:
-            raise ValueError("gate and up want different inputs: no activation in the epilogue")
 
 
 def choose(weights: Weights, tokens: int, gated: bool = False) -> GemmConfig:
@@ -60,6 +63,11 @@ def choose(weights: Weights, tokens: int, gated: bool = False) -> GemmConfig:
     if weights.dtype == torch.float32 and config.how == "sums":
         return replace(config, how="after")  # 1024 + q and back costs float32 its last digits
     return config
+
+
+def tile_rows(config: GemmConfig, gated: bool) -> int:
+    """Columns of y that a program makes."""
+    return config.bn // 2 if gated else config.bn
 
 
 def run_gemm(
@@ -75,27 +83,30 @@ def run_gemm(
     output: Output,
 ) -> Tensor:
     """Returns y [M, N], or [M, N / 2] with an activation."""
-    output.check(parts, inputs.apart)
+    output.check(parts)
     count = inputs.x.shape[0]
     width = weights.out_features // (2 if output.activation else 1)
     y = output.y
     if y is None:
         y = inputs.x.new_empty(count, width)
-    rows = config.bn // 2 if output.activation else config.bn
+    rows = tile_rows(config, output.activation is not None)
     tiles = column_tiles(tuple(parts), rows, output.activation is not None, inputs.x.device)
     columns, down = len(tiles), inputs.padded // config.bm
     split = config.split_k
     partial = config.bm * config.bn * columns * down * split if split > 1 else 1
     t = plan.tables if plan else {}
     ints, floats = workspace.take("nothing", 1, torch.int32), workspace.take("nothing", 1)
-    groups = -(-weights.in_features // config.bk)
+    step = inputs.step or config.bk
+    groups = -(-weights.in_features // step)
+    sums = output.sums
     pdl = gpu.overlaps(inputs.x.device) and plan is not None
     launch(
         gemm_kernel,
         (-(-count // config.bm), columns * split),
         (
             inputs.base, inputs.sums, weights.weight, weights.scale, weights.zero,
-            weights.bias, y, output.residual, workspace.take("partial", partial),
+            weights.bias, y, output.residual, None if sums is None else sums.values,
+            workspace.take("partial", partial),
             workspace.take("counters", columns * down, torch.int32), tiles,
             arena.view(inputs.x.dtype) if arena else inputs.x,
             arena.view(torch.float32) if arena else floats, h, planes,
@@ -105,11 +116,13 @@ def run_gemm(
             t.get("vec_bounds", ints), t.get("plane_count", ints),
             count, inputs.tiles, plan.width // 8 if plan else 0,
             count if inputs.apart else 0, groups if inputs.apart else 0,
+            0 if sums is None else sums.padded,
         ),
         constants(
             weights.key(), weights.dtype, tuple(parts), config, tokens=inputs.tokens,
             h_split=plan.aux.h_split if plan else 0, activation=output.activation,
             bias=weights.bias is not None, residual=output.residual is not None, pdl=pdl,
+            step=step, y_step=0 if sums is None else sums.step, apart=inputs.apart,
         ),
         config.num_warps,
         config.num_stages,
@@ -121,10 +134,12 @@ def run_gemm(
 def constants(
     key: GroupKey, dtype: torch.dtype, parts: tuple[int, ...], config: GemmConfig, *,
     tokens: int, h_split: int, activation: str | None, bias: bool, residual: bool, pdl: bool,
+    step: int = 0, y_step: int = 0, apart: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """The kernel's constants: facts of the base and of the launch, none of an adapter. h_split: 0
-    without adapters."""
-    rows = config.bn // 2 if activation else config.bn
+    without adapters. step: columns of the sums of x, 0 for those of a step. y_step: of the sums of
+    y, 0 for none. apart: whether the parts have inputs of their own."""
+    rows = tile_rows(config, activation is not None)
     starts = [sum(parts[:i]) for i in range(len(parts))]
     part1, part2 = [*starts[1:3], key.out_features, key.out_features][:2]
     return dict(
@@ -133,6 +148,7 @@ def constants(
         GROUP=key.group_size or 1, HOW=config.how, DT=gpu.unpacked_type(dtype),
         BM=config.bm, BN=config.bn, BK=config.bk, SPLIT_K=config.split_k, TOKENS=tokens,
         ROWS=32 if config.bm >= 128 else 64, H_SPLIT=max(h_split, 1), ACTIVATION=activation,
+        SUM=step or config.bk, Y_SUM=y_step, APART=apart and activation is not None,
         EVEN_N=len(parts) <= 3 and all(n % rows == 0 for n in parts),
         EVEN_K=key.in_features % (config.bk * config.split_k) == 0,
         HAS_BIAS=bias, RESIDUAL=residual, ADAPTERS=h_split > 0,

@@ -76,20 +76,20 @@ def gated(gate, up, ACTIVATION: tl.constexpr):
     return g * up
 
 
-@triton.jit(do_not_specialize=["M", "TILES", "WIDTH8", "x_part", "sums_part"])
+@triton.jit(do_not_specialize=["M", "TILES", "WIDTH8", "x_part", "sums_part", "y_padded"])
 def gemm_kernel(
-    x, sums, weight, scale, zero, bias, y, residual, partial, counter, tiles,
+    x, sums, weight, scale, zero, bias, y, residual, y_sums, partial, counter, tiles,
     arena, arena_float, h, planes, page_b, page_col, page_lo, page_hi, page_bounds,
     vec_offset, vec_lo, vec_hi, vec_strength, vec_bounds, plane_count,
-    M, TILES, WIDTH8, x_part, sums_part,
+    M, TILES, WIDTH8, x_part, sums_part, y_padded,
     N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, PART1: tl.constexpr,
     PART2: tl.constexpr, FORMAT: tl.constexpr, STAGES: tl.constexpr,
     GROUP: tl.constexpr, HOW: tl.constexpr, DT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT_K: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, H_SPLIT: tl.constexpr,
-    ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ADAPTERS: tl.constexpr,
-    PACKED: tl.constexpr, PDL: tl.constexpr,
+    ACTIVATION: tl.constexpr, SUM: tl.constexpr, Y_SUM: tl.constexpr, APART: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    ADAPTERS: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = the group's output for x [M, K]; grid (token tiles, column tiles * SPLIT_K).
 
@@ -100,6 +100,9 @@ def gemm_kernel(
     here; WIDTH8: rows of h / 8. x_part, sums_part: in units of K and MP, from one part's inputs to
     the next one's, 0 if all share them.
     ACTIVATION "silu" or "gelu_tanh": of two parts of equal size, gate and up; y is [M, N / 2].
+    APART: then each is the product of inputs of its own, else they are one product.
+    SUM: columns of one of sums. Y_SUM: unless it is 0, y_sums float32 [y's columns / Y_SUM,
+    y_padded] are the sums of y for the group after this one.
     SPLIT_K: the last program of a tile adds the others' sums, in order, and goes on alone.
     """
     mt, nt = tl.program_id(0), tl.program_id(1) // SPLIT_K
@@ -133,8 +136,15 @@ def gemm_kernel(
     acc = product(
         x + (part * x_part).to(tl.int64) * K, sums + (part * sums_part) * MP, weight, scale, zero,
         n, live, m, k_from, tl.minimum(k_from + span, K), M, MP, N, K, FORMAT, GROUP, HOW, DT,
-        BM, BN, BK, STAGES, EVEN_N, EVEN_K, PACKED,
+        BM, BN, BK, SUM, STAGES, EVEN_N, EVEN_K, PACKED,
     )  # fmt: skip
+    if APART:
+        ups = product(
+            x + x_part.to(tl.int64) * K, sums + sums_part * MP, weight, scale, zero,
+            n, live, m, k_from, tl.minimum(k_from + span, K), M, MP, N, K, FORMAT, GROUP, HOW, DT,
+            BM, BN, BK, SUM, STAGES, EVEN_N, EVEN_K, PACKED,
+        )  # fmt: skip
+        acc = tl.where((r < HALF)[:, None], acc, ups)
     if PDL:
         tl.extra.cuda.gdc_wait()  # the first launch's h and planes are needed only now
     last = True
@@ -182,4 +192,13 @@ def gemm_kernel(
             mask = mask & (n0 + i < out_features)[:, None]
         if RESIDUAL:
             out += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y + place, out.to(y.dtype.element_ty), mask=mask)
+        out = out.to(y.dtype.element_ty)
+        tl.store(y + place, out, mask=mask)
+        if Y_SUM > 0:
+            counted = out.to(tl.float32)
+            if not EVEN_N:
+                counted = tl.where((n0 + i < out_features)[:, None], counted, 0.0)
+            at = first // Y_SUM + tl.arange(0, HALF // Y_SUM)
+            total = tl.sum(tl.reshape(counted, (HALF // Y_SUM, Y_SUM, BM)), axis=1)
+            inside = (at * Y_SUM < WIDE)[:, None] & (m < M)[None, :]
+            tl.store(y_sums + at[:, None] * y_padded + m[None, :], total, mask=inside)

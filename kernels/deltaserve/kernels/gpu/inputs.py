@@ -1,4 +1,5 @@
-"""The launch of inputs_kernel: what a group's launches are given beside x."""
+"""What a group's launches are given beside x, and the launch of inputs_kernel, which makes it where
+no kernel before has."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from deltaserve.kernels.gpu.inputs_kernel import inputs_kernel
 from deltaserve.kernels.gpu.launch import launch
 from deltaserve.kernels.gpu.plan import Uses
 from deltaserve.kernels.gpu.step import StepPlan
+from deltaserve.kernels.gpu.sums import Sums
 from deltaserve.kernels.gpu.weights import Weights
 from deltaserve.kernels.gpu.workspace import Workspace
 
@@ -27,15 +29,16 @@ BLOCK = 16
 @dataclass(frozen=True, eq=False, slots=True)
 class Inputs:
     """x: what the adapters read, [M, K]. base: what the base reads, [M, K] or [parts, M, K].
-    sums: float32 [parts or 1, steps, padded]; turned: [K, padded]; biases: float32 [K / 128,
-    padded]. padded: tokens in whole tiles of `tokens`. apart: whether base and sums have one copy
-    per part."""
+    sums: float32 [parts or 1, K / step, padded]; turned: [K, padded]; biases: float32 [K / 128,
+    padded]. step: columns of a sum, 0 if there are none. padded: tokens in whole tiles of `tokens`.
+    apart: whether base and sums have one copy per part."""
 
     x: Tensor
     base: Tensor
     sums: Tensor
     turned: Tensor
     biases: Tensor
+    step: int
     tiles: int
     tokens: int
     apart: bool
@@ -45,50 +48,106 @@ class Inputs:
         return self.tiles * self.tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a group's launches want of its input x [count, width]. step: columns of the base's steps
+    whose sums it reads, 0 for none. tiles, tokens: see `Inputs`. parts: of the group."""
+
+    count: int
+    width: int
+    parts: int
+    step: int
+    tiles: int
+    tokens: int
+    uses: Uses
+
+    @property
+    def padded(self) -> int:
+        return self.tiles * self.tokens
+
+    @property
+    def copies(self) -> int:
+        return self.parts if self.uses.apart else 1
+
+    @property
+    def something(self) -> bool:
+        """Whether anything beside x is wanted."""
+        uses = self.uses
+        return bool(self.step or uses.scaled or uses.turned or uses.biased)
+
+    def room(self, x: Tensor, step: int, sums: Tensor | None, workspace: Workspace) -> Inputs:
+        """Places for it. step: columns of a sum. sums: those there are already."""
+        uses, padded = self.uses, self.padded
+        if sums is None:
+            size = self.copies * -(-self.width // step) * padded if step else 1
+            sums = workspace.take("sums", size)
+        scaled = self.copies * x.numel()
+        return Inputs(
+            x=x,
+            base=workspace.take("scaled", scaled, x.dtype) if uses.scaled else x,
+            sums=sums,
+            turned=workspace.take("turned", self.width * padded if uses.turned else 1, x.dtype),
+            biases=workspace.take("biases", -(-self.width // 128) * padded if uses.biased else 1),
+            step=step,
+            tiles=self.tiles,
+            tokens=self.tokens,
+            apart=uses.apart,
+        )
+
+
+def wanted(
+    count: int, weights: Weights, plan: StepPlan | None, config: GemmConfig, parts: int
+) -> Wanted:
+    """Of a step of so many tokens."""
+    tokens = plan.tiling.tokens if plan else max(config.bm, 16)
+    return Wanted(
+        count=count,
+        width=weights.in_features,
+        parts=parts,
+        step=config.bk if weights.format == "int4" and config.how == "sums" else 0,
+        tiles=plan.tiles if plan else -(-count // tokens),
+        tokens=tokens,
+        uses=plan.uses if plan else Uses(),
+    )
+
+
 def run_inputs(
     x: Tensor,
-    weights: Weights,
+    want: Wanted,
     plan: StepPlan | None,
-    config: GemmConfig,
-    parts: int,
     arena: Arena | None,
     workspace: Workspace,
+    sums: Sums | None = None,
 ) -> Inputs:
-    """x: [M, K], contiguous. One launch, or none if nothing beside x is wanted."""
-    count, width = x.shape
-    tokens = plan.tiling.tokens if plan else max(config.bm, 16)
-    tiles = plan.tiles if plan else -(-count // tokens)
-    uses = plan.uses if plan else Uses()
-    step = config.bk if weights.format == "int4" and config.how == "sums" else 0
-    copies = parts if uses.apart else 1
-    chunks = -(-width // 128)
-    padded = tiles * tokens
-    inputs = Inputs(
-        x=x,
-        base=workspace.take("scaled", copies * x.numel(), x.dtype) if uses.scaled else x,
-        sums=workspace.take("sums", copies * -(-width // step) * padded if step else 1),
-        turned=workspace.take("turned", width * padded if uses.turned else 1, x.dtype),
-        biases=workspace.take("biases", chunks * padded if uses.biased else 1),
-        tiles=tiles,
-        tokens=tokens,
-        apart=uses.apart,
-    )
-    if not (step or uses.scaled or uses.turned or uses.biased):
+    """x: [count, width], contiguous. sums: those of x, if whoever made it took them. One launch, or
+    none if nothing else is wanted."""
+    uses = want.uses
+    step = want.step and (sums.step if sums else want.step)
+    if sums is not None and want.step and (want.step % sums.step or sums.padded != want.padded):
+        raise ValueError(
+            f"sums over {sums.step} columns of {sums.padded} tokens; the base wants them over "
+            f"{want.step} of {want.padded}"
+        )
+    given = sums.values if sums is not None and step else None
+    inputs = want.room(x, step, None if uses.scaled else given, workspace)
+    summing = step if given is None or uses.scaled else 0
+    if not (summing or uses.scaled or uses.turned or uses.biased):
         return inputs
     t = plan.tables if plan else {}
     ints, floats = workspace.take("nothing", 1, torch.int32), workspace.take("nothing", 1)
     pdl = gpu.overlaps(x.device)
     launch(
         inputs_kernel,
-        (padded // BLOCK, chunks, copies),
+        (want.padded // BLOCK, -(-want.width // 128), want.copies),
         (
-            x, inputs.base, inputs.sums, inputs.turned, inputs.biases,
+            x, inputs.base, inputs.sums, floats if given is None else given, inputs.turned,
+            inputs.biases,
             column_offsets(x.dtype, x.device) if uses.biased else floats,
             arena.view(torch.float32) if arena else floats, t.get("in_offset", ints),
             t.get("in_lo", ints), t.get("in_hi", ints), t.get("in_strength", floats),
-            t.get("in_bounds", ints), count, tiles,
+            t.get("in_bounds", ints), want.count, want.tiles,
         ),
-        constants(width, parts, step, tokens, uses, pdl),
+        constants(want, summing, given is not None and summing > 0, pdl),
         num_warps=4,
         num_stages=1,
         pdl=pdl,
@@ -96,13 +155,13 @@ def run_inputs(
     return inputs
 
 
-def constants(
-    in_features: int, parts: int, step: int, tokens: int, uses: Uses, pdl: bool
-) -> dict[str, Any]:
-    """The kernel's constants. step: columns of a sum, 0 for none."""
+def constants(want: Wanted, step: int, given: bool, pdl: bool) -> dict[str, Any]:
+    """The kernel's constants. step: columns of a sum, 0 for none. given: whether there are sums of
+    the unscaled x."""
+    uses = want.uses
     return dict(
-        K=in_features, PARTS=parts, STEP=step, TOKENS=tokens, BT=BLOCK, SCALED=uses.scaled,
-        TURNED=uses.turned, BIASED=uses.biased, PDL=pdl,
+        K=want.width, PARTS=want.parts, STEP=step, TOKENS=want.tokens, BT=BLOCK,
+        SCALED=uses.scaled, TURNED=uses.turned, BIASED=uses.biased, GIVEN=given, PDL=pdl,
     )  # fmt: skip
 
 

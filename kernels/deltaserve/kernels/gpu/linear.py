@@ -17,12 +17,13 @@ from deltaserve.kernels.gpu.base import GpuLinear
 from deltaserve.kernels.gpu.blob import Spot
 from deltaserve.kernels.gpu.config import AuxConfig, GemmConfig, aux_config
 from deltaserve.kernels.gpu.gemm import Output, choose, run_gemm
-from deltaserve.kernels.gpu.inputs import run_inputs
+from deltaserve.kernels.gpu.inputs import Inputs, Wanted, run_inputs, wanted
 from deltaserve.kernels.gpu.installed import Installed, install
 from deltaserve.kernels.gpu.plan import Tiling, build
 from deltaserve.kernels.gpu.prepared import GpuPrepared, prepare
 from deltaserve.kernels.gpu.static import StaticMemory
 from deltaserve.kernels.gpu.step import Limits, StepPlan
+from deltaserve.kernels.gpu.sums import Sums
 from deltaserve.kernels.gpu.tags import Spots
 from deltaserve.kernels.gpu.workspace import Workspace
 from deltaserve.kernels.primitives import Primitive
@@ -37,8 +38,11 @@ product may overlap it only once all of them run."""
 class Planner(Protocol):
     """Plans steps for several groups at once."""
 
-    def plan(self, deltas: GpuLinearDeltas, base: GpuLinear, segments: Segments) -> StepPlan | None:
-        """The step's plan for a group; None if no adapter of the step acts on it."""
+    def plan(
+        self, deltas: GpuLinearDeltas, base: GpuLinear, segments: Segments, gated: bool
+    ) -> StepPlan | None:
+        """The step's plan for a group; None if no adapter of the step acts on it. gated: `run` will
+        be given an activation."""
         ...
 
 
@@ -184,34 +188,60 @@ class GpuLinearDeltas:
             return base(x)
         if segments.slots.isdisjoint(self.slots):
             return self.run(x, base, None)
+        return self.run(x, base, self.planned(segments, base))
+
+    def planned(self, segments: Segments, base: GpuLinear, gated: bool = False) -> StepPlan | None:
+        """The step's plan, if possible made for all groups of this shape at once; it holds as long
+        as `segments` are used. None if no adapter of the step acts on the group. gated: `run` will
+        be given an activation."""
         if self._planner is not None:
-            return self.run(x, base, self._planner.plan(self, base, segments))
-        return self.run(x, base, self.plan(segments, base))
+            return self._planner.plan(self, base, segments, gated)
+        return self.plan(segments, base, gated=gated)
+
+    def wanted(
+        self,
+        tokens: int,
+        base: GpuLinear,
+        plan: StepPlan | None,
+        *,
+        config: GemmConfig | None = None,
+        gated: bool = False,
+    ) -> Wanted:
+        """What `run` wants of its input in such a step, for the kernel that makes it."""
+        config = config or choose(base.weights, tokens, gated)
+        if plan is not None and (tokens != plan.tokens or plan.tiling.tokens % config.bm):
+            raise ValueError(
+                f"x has {tokens} tokens and {config} tiles of {config.bm}; the plan was made for "
+                f"{plan.tokens} in tiles of {plan.tiling.tokens}"
+            )
+        return wanted(tokens, base.weights, plan, config, len(self.group.out_features))
 
     def run(
         self,
-        x: Tensor,
+        x: Tensor | Inputs,
         base: GpuLinear,
         plan: StepPlan | None,
         *,
         config: GemmConfig | None = None,
         output: Output | None = None,
+        sums: Sums | None = None,
     ) -> Tensor:
         """The launches of a planned step: at most one for the inputs, one for what the adapters
         need first and the base product, whose epilogue does the rest. plan None: no adapters.
 
-        config: as given to `plan`. output: an activation, a residual, a place for y.
+        x: [T, in], or all that is wanted of it. config: as given to `plan`. output: an activation,
+        a residual, a place for y. sums: of x, if whoever made it took them.
         """
-        x = x.contiguous()
         output = output or Output()
         weights, parts, space = base.weights, self.group.out_features, self.workspace
-        config = config or choose(weights, len(x), output.activation is not None)
-        if plan is not None and (len(x) != plan.tokens or plan.tiling.tokens % config.bm):
-            raise ValueError(
-                f"x has {len(x)} tokens and {config} tiles of {config.bm}; the plan was made for "
-                f"{plan.tokens} in tiles of {plan.tiling.tokens}"
-            )
-        inputs = run_inputs(x, weights, plan, config, len(parts), self.arena, space)
+        tokens = len(x) if isinstance(x, Tensor) else len(x.x)
+        gated = output.activation is not None
+        config = config or choose(weights, tokens, gated)
+        if isinstance(x, Tensor):
+            want = self.wanted(tokens, base, plan, config=config)
+            inputs = run_inputs(x.contiguous(), want, plan, self.arena, space, sums)
+        else:
+            inputs = x
         h = planes = space.take("nothing", 1)
         if plan is not None:
             h, planes = run_aux(inputs, plan, self.group, self.arena, space)

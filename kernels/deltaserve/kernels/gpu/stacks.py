@@ -23,14 +23,17 @@ class Stacks:
         self._groups.setdefault(deltas.group, []).append(deltas)
         self._stacks.pop(deltas.group, None)
 
-    def plan(self, deltas: GpuLinearDeltas, base: GpuLinear, segments: Segments) -> StepPlan | None:
-        """The step's plan for a group; None if no adapter of the step acts on it."""
+    def plan(
+        self, deltas: GpuLinearDeltas, base: GpuLinear, segments: Segments, gated: bool = False
+    ) -> StepPlan | None:
+        """The step's plan for a group; None if no adapter of the step acts on it. gated: `run` will
+        be given an activation."""
         weights, layers = base.weights, self._groups[deltas.group]
-        key = (deltas.group, weights.key(), weights.whole_zeros)
+        key = (deltas.group, weights.key(gated), weights.whole_zeros)
         found: dict[int, StepPlan | None] | None = segments.plans.get(key)
         if found is None:
             stack = self._stacks.setdefault(deltas.group, LayerPlans(layers))
-            plans = stack.plan(segments, base)
+            plans = stack.plan(segments, base, gated=gated)
             found = {id(d): plan for d, plan in zip(layers, plans, strict=True)}
             segments.plans[key] = found
         return found[id(deltas)]

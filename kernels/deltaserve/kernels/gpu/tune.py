@@ -13,7 +13,7 @@ from torch import Tensor
 from deltaserve.kernels.gpu import device as gpu
 from deltaserve.kernels.gpu.config import BITS, GemmConfig, GroupKey, gemm_config
 from deltaserve.kernels.gpu.gemm import Output, run_gemm
-from deltaserve.kernels.gpu.inputs import Inputs, run_inputs
+from deltaserve.kernels.gpu.inputs import Inputs, run_inputs, wanted
 from deltaserve.kernels.gpu.plan import Uses
 from deltaserve.kernels.gpu.precompile import precompile
 from deltaserve.kernels.gpu.variant import Variant
@@ -104,7 +104,8 @@ def _best(
     times: list[tuple[float, GemmConfig]] = []
     expected: Tensor | None = None
     for config in configs:
-        inputs = run_inputs(x, copies[0], None, config, len(spec.parts), None, space)
+        want = wanted(tokens, copies[0], None, config, len(spec.parts))
+        inputs = run_inputs(x, want, None, None, space)
 
         def launch(i: int, config: GemmConfig = config, inputs: Inputs = inputs) -> Tensor:
             nothing, output = space.take("nothing", 1), Output(spec.activation)

@@ -1,4 +1,4 @@
-"""Every compiled form that a server of a model needs: what start-up compiles and the gate reads."""
+"""The compiled forms that a group of linears needs, to be compiled before a server serves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from deltaserve.kernels.attention import variants as attention
 from deltaserve.kernels.gpu import aux, gemm, inputs
 from deltaserve.kernels.gpu.aux_kernel import aux_kernel
 from deltaserve.kernels.gpu.base import GpuLinear
@@ -18,21 +17,28 @@ from deltaserve.kernels.gpu.device import NAMES
 from deltaserve.kernels.gpu.gemm_kernel import gemm_kernel
 from deltaserve.kernels.gpu.inputs_kernel import inputs_kernel
 from deltaserve.kernels.gpu.plan import Uses
-from deltaserve.kernels.gpu.step import EVERYTHING
 from deltaserve.kernels.gpu.variant import Variant
 from deltaserve.kernels.table import Group
 
 FLOATS = frozenset({
-    "sums", "partial", "arena_float", "h", "planes", "page_scale", "vec_strength", "strengths",
-    "biases", "columns",
+    "sums", "given", "y_sums", "partial", "arena_float", "norm_float", "h", "planes", "page_scale",
+    "vec_strength", "strengths", "mix_strength", "biases", "columns", "floats", "key_floats",
+    "key_strengths",
 })  # fmt: skip
-NUMBERS = frozenset({"M", "TILES", "WIDTH8", "x_part", "sums_part"})
+NUMBERS = frozenset({
+    "M", "TILES", "WIDTH8", "x_part", "sums_part", "y_padded", "copies", "uses",
+})  # fmt: skip
+FACTORS = frozenset({"eps", "offset"})
 TABLES = frozenset({
     "arena_int", "bounds", "counter", "entries", "his", "items", "los", "n_items", "offsets",
+    "key_bounds", "key_mixes", "key_offsets", "mix_bounds", "mix_offset", "mixes",
     "page_a", "page_b", "page_bounds", "page_col", "page_hi", "page_lo", "plane_count", "tiles",
     "vec_bounds", "vec_hi", "vec_lo", "vec_offset", "weight",
 })  # fmt: skip
-COMPUTE = frozenset({"x", "scaled", "turned", "arena", "bias", "y", "residual"})
+COMPUTE = frozenset({
+    "x", "scaled", "turned", "arena", "bias", "y", "residual", "gain", "key_gain", "normed", "qkv",
+    "cosine", "sine", "keys", "values",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +84,15 @@ def spec_of(base: GpuLinear, group: Group) -> GroupSpec:
 
 
 def gemm_variant(
-    spec: GroupSpec, config: GemmConfig, tokens: int, h_split: int, pdl: bool = True
-) -> Variant:
-    """h_split: 0 without adapters."""
+    spec: GroupSpec, config: GemmConfig, tokens: int, h_split: int, pdl: bool = True, *,
+    step: int = 0, y_step: int = 0, apart: bool = False,
+) -> Variant:  # fmt: skip
+    """h_split: 0 without adapters. step, y_step, apart: see `gemm.constants`."""
     adapters = h_split > 0
     constants = gemm.constants(
         spec.key, spec.dtype, spec.parts, config, tokens=tokens, h_split=h_split,
         activation=spec.activation, bias=spec.bias, residual=spec.residual, pdl=pdl and adapters,
+        step=step, y_step=y_step, apart=apart,
     )  # fmt: skip
     constants["PACKED"] = True
     types: dict[str, str] = {}
@@ -94,11 +102,15 @@ def gemm_variant(
         types = {"scale": "*fp32" if spec.wide_scales else "*i32", "zero": "*fp32"}
     else:
         types = {"scale": "*fp32", "zero": "*fp32"}
-    absent = [n for n, here in (("bias", spec.bias), ("residual", spec.residual)) if not here]
+    given = {"bias": spec.bias, "residual": spec.residual, "y_sums": y_step > 0}
+    absent = [name for name, here in given.items() if not here]
     name = f"gemm {spec.name} {spec.format} {config.bm}x{config.bn}x{config.bk}"
     name += f" {config.how}" if spec.format == "int4" else ""
+    name += f" by {step}" if step not in (0, config.bk) else ""
+    name += f" for sums of {y_step}" if y_step else ""
     name += " adapters" if adapters else ""
-    return _variant(
+    name += " apart" if apart else ""
+    return variant_of(
         name, gemm_kernel, constants, spec.dtype, config.num_warps, config.num_stages, types,
         absent, weights=config.bn * config.bk, pdl=pdl and adapters,
     )  # fmt: skip
@@ -110,22 +122,24 @@ def aux_variant(
     constants = {**aux.constants(spec.group, config, tokens, arch, pdl), "PACKED": True}
     columns = "*i16" if spec.in_features <= 1 << 16 else "*i32"
     name = f"aux {spec.name} {config.block} of {tokens} tokens by {config.gathers}"
-    return _variant(
+    return variant_of(
         name, aux_kernel, constants, spec.dtype,
         config.num_warps, config.num_stages, {"arena_column": columns}, pdl=pdl,
     )  # fmt: skip
 
 
 def inputs_variant(
-    spec: GroupSpec, tokens: int, step: int, uses: Uses, pdl: bool = True
+    spec: GroupSpec, tokens: int, step: int, uses: Uses, pdl: bool = True, given: bool = False
 ) -> Variant:
-    """step: columns of a sum, 0 for no sums."""
+    """step: columns of a sum, 0 for no sums. given: those of unscaled inputs are there already."""
     parts = len(spec.parts)
-    constants = inputs.constants(spec.in_features, parts, step, tokens, uses, pdl)
+    want = inputs.Wanted(tokens, spec.in_features, parts, step, 1, tokens, uses)
+    constants = inputs.constants(want, step, given, pdl)
     flags = [f"sums of {step}"] if step else []
     flags += [name for name in ("scaled", "turned", "biased") if getattr(uses, name)]
+    flags += ["given"] if given else []
     name = f"inputs {spec.name} {tokens} tokens {' '.join(flags)}"
-    return _variant(name, inputs_kernel, constants, spec.dtype, 4, 1, {}, pdl=pdl)
+    return variant_of(name, inputs_kernel, constants, spec.dtype, 4, 1, {}, pdl=pdl)
 
 
 def of_group(spec: GroupSpec, buckets: Sequence[int], arch: int) -> Iterator[Variant]:
@@ -153,41 +167,7 @@ def of_group(spec: GroupSpec, buckets: Sequence[int], arch: int) -> Iterator[Var
                 yield variant
 
 
-def llama_8b(format: str) -> list[GroupSpec]:
-    """The groups of Llama-3.1-8B, which the committed tables and the gate are about."""
-    return [
-        GroupSpec("qkv", format, 4096, (4096, 1024, 1024)),
-        GroupSpec("o", format, 4096, (4096,), residual=True),
-        GroupSpec("gate_up", format, 4096, (14336, 14336), activation="silu"),
-        GroupSpec("down", format, 14336, (4096,), residual=True),
-    ]
-
-
-def all_variants(arch: int = 90) -> list[Variant]:
-    """What the compile gate checks: int4 at every tile size, the other formats, small groups of
-    weights with a bias, whatever an adapter needs, attention."""
-    qkv, _, gate_up, down = llama_8b("int4")
-    found = [v for v in of_group(qkv, (1, 16, 64, 256), arch) if v.kernel is not inputs_kernel]
-    found.append(inputs_variant(qkv, 16, 128, EVERYTHING))
-    found += _gemms(gate_up, (1, 16, 64, 256), arch)
-    found += _gemms(down, (16, 256), arch)
-    for format in ("int8", "fp8", "dense"):
-        found += _gemms(llama_8b(format)[0], (16, 256), arch)
-    small = GroupSpec("qkv g64 bias", "int4", 2048, (2048, 512, 512), 64, bias=True)
-    found += _gemms(small, (16, 64), arch)
-    found += attention.variants(32, 8, 128, 128)
-    found += attention.variants(8, 4, 256, 256, windowed=(True,), softcap=True)
-    found += attention.variants(64, 8, 64, 64, windowed=(True,), sinks=torch.bfloat16)
-    return found
-
-
-def _gemms(spec: GroupSpec, buckets: Sequence[int], arch: int) -> Iterator[Variant]:
-    """Those of `of_group` that depend on the base's format, in their larger form."""
-    found = (v for v in of_group(spec, buckets, arch) if v.kernel is gemm_kernel)
-    return (v for v in found if v.constants["ADAPTERS"])
-
-
-def _variant(
+def variant_of(
     name: str,
     kernel: Any,
     constants: dict[str, Any],
@@ -199,6 +179,7 @@ def _variant(
     weights: int = 0,
     pdl: bool = False,
 ) -> Variant:
+    """types: of arguments that are not of the usual type of their name. absent: that are None."""
     constants = {**constants, **dict.fromkeys(absent)}
     signature = {
         argument: types.get(argument) or _type(argument, dtype)
@@ -212,6 +193,8 @@ def _variant(
 def _type(argument: str, dtype: torch.dtype) -> str:
     if argument in COMPUTE:
         return _pointer(dtype)
+    if argument in FACTORS:
+        return "fp32"
     if argument in FLOATS:
         return "*fp32"
     return {**dict.fromkeys(NUMBERS, "i32"), **dict.fromkeys(TABLES, "*i32")}[argument]

@@ -1,0 +1,140 @@
+"""The compiled forms that a decoder layer run by `GpuLayer` needs beside those of its groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+from deltaserve.kernels.attention import variants as attention
+from deltaserve.kernels.attention.cells import write_kernel
+from deltaserve.kernels.attention.gpu import sum_step
+from deltaserve.kernels.gpu import norm, rope
+from deltaserve.kernels.gpu.config import AuxConfig, GemmConfig, aux_config, gemm_config
+from deltaserve.kernels.gpu.gemm import tile_rows
+from deltaserve.kernels.gpu.inputs import Wanted
+from deltaserve.kernels.gpu.norm_kernel import norm_kernel
+from deltaserve.kernels.gpu.plan import Uses
+from deltaserve.kernels.gpu.rope_kernel import rope_kernel
+from deltaserve.kernels.gpu.variant import Variant
+from deltaserve.kernels.gpu.variants import (
+    GroupSpec,
+    aux_variant,
+    gemm_variant,
+    inputs_variant,
+    variant_of,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """A decoder layer as `GpuLayer` runs it. groups: q k v, o, gate up, down; the third with an
+    activation, the second and fourth with a residual. turned: elements of a head that are turned.
+    block_size: cells of a block. windowed: whether a query sees a window of its sequence."""
+
+    groups: tuple[GroupSpec, GroupSpec, GroupSpec, GroupSpec]
+    heads: int
+    kv_heads: int
+    dim: int
+    turned: int
+    block_size: int = 16
+    windowed: bool = False
+    softcap: bool = False
+    head_norms: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """How a group is cut for a number of tokens. step: columns of the sums that it wants."""
+
+    spec: GroupSpec
+    config: GemmConfig
+    aux: AuxConfig | None
+
+    @property
+    def tokens(self) -> int:
+        return max(self.config.bm, self.aux.block if self.aux else 0, 16)
+
+    @property
+    def step(self) -> int:
+        sums = self.spec.format == "int4" and self.config.how == "sums"
+        return self.config.bk if sums else 0
+
+
+def of_layer(spec: LayerSpec, buckets: Sequence[int], arch: int) -> Iterator[Variant]:
+    """What a layer needs for these numbers of tokens, with adapters and without; all of it."""
+    seen: set[tuple[object, ...]] = set()
+    for bucket, adapters in product(buckets, (False, True)):
+        for variant in _of_step(spec, bucket, adapters, arch):
+            if variant.identity not in seen:
+                seen.add(variant.identity)
+                yield variant
+
+
+def _of_step(spec: LayerSpec, bucket: int, adapters: bool, arch: int) -> Iterator[Variant]:
+    qkv, o, up, down = (
+        _Cut(g, gemm_config(g.key, bucket, arch), aux_config(bucket, g.in_features, arch))
+        if adapters
+        else _Cut(g, gemm_config(g.key, bucket, arch), None)
+        for g in spec.groups
+    )
+    dtype = qkv.spec.dtype
+    for cut in (qkv, up):
+        yield norm_variant(cut.spec, cut.tokens, cut.step, adapters)
+    for tuned in {False, adapters and spec.head_norms}:
+        yield rope_variant(spec, dtype, tuned)
+    mixed = sum_step(spec.dim, o.step) if o.step else 0
+    act = min(down.step, tile_rows(up.config, True))
+    found = attention.variants(
+        spec.heads, spec.kv_heads, spec.dim, spec.dim, spec.block_size, dtype, (spec.windowed,),
+        spec.softcap, sums=mixed,
+    )  # fmt: skip
+    yield from (v for v in found if v.kernel is not write_kernel)
+    for cut, step, y_step in ((qkv, 0, 0), (o, mixed, 0), (up, 0, act), (down, act, 0)):
+        h_split = cut.aux.h_split if cut.aux else 0
+        for apart in {False, adapters and cut is up}:
+            yield gemm_variant(
+                cut.spec, cut.config, cut.tokens, h_split, step=step, y_step=y_step, apart=apart
+            )
+        if cut.aux is not None:
+            yield aux_variant(cut.spec, cut.aux, cut.tokens, arch)
+    yield from _inputs(o, mixed)
+    yield from _inputs(down, act)
+
+
+def _inputs(cut: _Cut, given: int) -> Iterator[Variant]:
+    """For what was not made with x. given: columns of the sums that were, 0 for none."""
+    for scaled, turned, biased in product((False, True), repeat=3):
+        if (scaled or turned or biased) and not (cut.aux and (cut.aux.gathers > 1 or not turned)):
+            continue
+        step = (given or cut.step) if scaled or not given else 0
+        if step or scaled or turned or biased:
+            uses = Uses(scaled, False, turned, biased)
+            yield inputs_variant(cut.spec, cut.tokens, step, uses, given=bool(given and step))
+
+
+def norm_variant(spec: GroupSpec, tokens: int, step: int, adapters: bool) -> Variant:
+    """Of a norm before a group. step: columns of the sums that it wants, 0 for none."""
+    want = Wanted(tokens, spec.in_features, len(spec.parts), step, 1, tokens, Uses())
+    constants = norm.constants(want, False, adapters, True)
+    name = f"norm {spec.name} {tokens} tokens"
+    name += f" sums of {step}" if step else ""
+    name += " adapters" if adapters else ""
+    warps = norm.warps(spec.in_features)
+    return variant_of(name, norm_kernel, constants, spec.dtype, warps, 1, {}, pdl=True)
+
+
+def rope_variant(spec: LayerSpec, dtype: torch.dtype, tuned: bool) -> Variant:
+    """tuned: whether adapters tune the norms of heads."""
+    shape = (spec.heads, spec.kv_heads, spec.dim, spec.turned)
+    constants = rope.constants(*shape, spec.head_norms, tuned, True)
+    tables = ["floats", "mixes", "bounds", "offsets", "strengths"]
+    absent = [] if spec.head_norms else ["gain", "key_gain"]
+    absent += [] if tuned else [*tables, *(f"key_{name}" for name in tables)]
+    name = f"rope {spec.heads}/{spec.kv_heads} x {spec.dim} turned {spec.turned}"
+    name += " normed" if spec.head_norms else ""
+    name += " tuned" if tuned else ""
+    types = {"cells": "*i64"}
+    return variant_of(name, rope_kernel, constants, dtype, 4, 1, types, absent, pdl=True)

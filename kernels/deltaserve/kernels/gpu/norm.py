@@ -1,0 +1,114 @@
+"""The launch of norm_kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from deltaserve.kernels.gpu import device as gpu
+from deltaserve.kernels.gpu.arena import Arena
+from deltaserve.kernels.gpu.inputs import Inputs, Wanted, column_offsets
+from deltaserve.kernels.gpu.launch import launch
+from deltaserve.kernels.gpu.norm_deltas import Tuned
+from deltaserve.kernels.gpu.norm_kernel import BIASED, SCALED, TUNED, TURNED, norm_kernel
+from deltaserve.kernels.gpu.plan import Uses
+from deltaserve.kernels.gpu.step import StepPlan
+from deltaserve.kernels.gpu.workspace import Workspace
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Following:
+    """The linears that a norm's output goes to: what they want of it, of their step's plan, if they
+    have one, and of the arena that its tables point into."""
+
+    want: Wanted
+    plan: StepPlan | None = None
+    arena: Arena | None = None
+
+
+def run_norm(
+    x: Tensor,
+    gain: Tensor,
+    eps: float,
+    workspace: Workspace,
+    *,
+    residual: Tensor | None = None,
+    offset: float = 0.0,
+    tuned: Tuned | None = None,
+    following: Following | None = None,
+) -> Inputs:
+    """RMS norm (Zhang and Sennrich 2019) ``x / sqrt(mean(x^2) + eps) * (offset + gain)``, in
+    float32, rounded once, in one launch with what the next linears want beside it.
+
+    x: [M, K], contiguous. gain: [K]. residual: [M, K], is added to x in place before. tuned: the
+    gains and biases of the step's adapters. Returns inputs whose x is the norm, in the workspace.
+    """
+    count, width = x.shape
+    for name, other, shape in (("gain", gain, (width,)), ("residual", residual, (count, width))):
+        if other is not None and (other.shape != shape or not other.is_contiguous()):
+            raise ValueError(f"{name} is {tuple(other.shape)}; x {(count, width)} needs {shape}")
+    if not x.is_contiguous():
+        raise ValueError("x must be contiguous: it is updated in place")
+    want = following.want if following else Wanted(count, width, 1, 0, -(-count // 16), 16, Uses())
+    plan, arena = (following.plan, following.arena) if following else (None, None)
+    if (want.count, want.width) != (count, width):
+        raise ValueError(f"the next linears want {(want.count, want.width)}, not {(count, width)}")
+    normed = workspace.take("normed", x.numel(), x.dtype)[: x.numel()].view(count, width)
+    inputs = want.room(normed, want.step, None, workspace)
+    t, tables = plan.tables if plan else {}, tuned.plan if tuned else None
+    ints, floats = workspace.take("nothing", 1, torch.int32), workspace.take("nothing", 1)
+    adapters = tuned is not None or plan is not None
+    uses = sum(
+        bit.value
+        for bit, used in (
+            (TUNED, tuned is not None),
+            (SCALED, want.uses.scaled),
+            (TURNED, want.uses.turned),
+            (BIASED, want.uses.biased),
+        )
+        if used
+    )
+    pdl = gpu.overlaps(x.device)
+    launch(
+        norm_kernel,
+        (want.padded if want.something else count,),
+        (
+            x, x if residual is None else residual, gain, normed, inputs.base, inputs.sums,
+            inputs.turned, inputs.biases,
+            column_offsets(x.dtype, x.device) if want.uses.biased else floats,
+            arena.view(torch.float32) if arena else floats,
+            tuned.arena.view(torch.float32) if tuned else floats, t.get("in_offset", ints),
+            t.get("in_lo", ints), t.get("in_hi", ints), t.get("in_strength", floats),
+            t.get("in_bounds", ints), tables.mixes if tables else ints,
+            tables.bounds if tables else ints, tables.offsets if tables else ints,
+            tables.strengths if tables else floats, count, want.tiles, want.copies, uses, eps,
+            offset,
+        ),
+        constants(want, residual is not None, adapters, pdl),
+        num_warps=warps(width),
+        num_stages=1,
+        pdl=pdl,
+    )  # fmt: skip
+    return inputs
+
+
+def constants(want: Wanted, residual: bool, adapters: bool, pdl: bool) -> dict[str, Any]:
+    """The kernel's constants."""
+    return dict(
+        K=want.width, BLOCK=_block(want.width), PARTS=want.parts, STEP=want.step,
+        TOKENS=want.tokens, RESIDUAL=residual, ADAPTERS=adapters, PDL=pdl,
+    )  # fmt: skip
+
+
+def warps(width: int) -> int:
+    """8 numbers for each thread, one of the widest loads of 16-bit types; with more of them,
+    registers spill in the form with adapters."""
+    return max(1, min(32, _block(width) // 256))
+
+
+def _block(width: int) -> int:
+    return max(128, int(triton.next_power_of_2(width)))

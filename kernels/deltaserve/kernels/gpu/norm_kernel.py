@@ -1,0 +1,97 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""RMS norm, with what the launches of the linears after it want of its output (inputs_kernel.py):
+the row is in registers here, so none of that costs another launch or reads it again."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# What a step with adapters wants, bits of `uses`.
+TUNED = tl.constexpr(1)
+SCALED = tl.constexpr(2)
+TURNED = tl.constexpr(4)
+BIASED = tl.constexpr(8)
+
+
+@triton.jit(do_not_specialize=["M", "TILES", "copies", "uses"])
+def norm_kernel(
+    x, residual, gain, normed, scaled, sums, turned, biases, columns, arena_float, norm_float,
+    offsets, los, his, strengths, bounds, mixes, mix_bounds, mix_offset, mix_strength,
+    M, TILES, copies, uses, eps, offset,
+    K: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr,
+    TOKENS: tl.constexpr, RESIDUAL: tl.constexpr, ADAPTERS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """grid (tokens, in whole tiles if something beside the norm is wanted). x: [M, K].
+
+    RESIDUAL: x += residual [M, K] first, in place. normed [M, K] = ``x / sqrt(mean(x^2) + eps) *
+    (offset + gain)``, in float32, rounded once. TUNED: a token's gain is ``gain + sum of w (g -
+    gain)`` and ``sum of w b`` is added, over the gains g and then the biases b of its mix: mixes
+    int32 [MP], mix_bounds [2 (mixes + 1) + 1], vectors by offset in norm_float; mix 0 has none.
+    BLOCK: K rounded up to a power of two. The rest is what inputs_kernel makes of x, here of
+    normed; its tables are named as there. copies: PARTS, or 1 if all parts share the scaled copy.
+    Without ADAPTERS only STEP counts; with them what is made is chosen when it runs, so that one
+    compiled form serves every mix.
+    """
+    MP = TILES * TOKENS
+    row = tl.program_id(0)
+    k = tl.arange(0, BLOCK)
+    inside = k < K
+    seen = k < tl.where(row < M, K, 0)
+    place = row.to(tl.int64) * K + k
+    g = tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    value = tl.load(x + place, mask=seen, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        value += tl.load(residual + place, mask=seen, other=0.0).to(tl.float32)
+        total = value.to(x.dtype.element_ty)
+        tl.store(x + place, total, mask=seen)
+        value = total.to(tl.float32)
+    value *= tl.rsqrt(tl.sum(value * value, axis=0) / K + eps)
+    if ADAPTERS:
+        bias = tl.zeros((BLOCK,), tl.float32)
+        if uses & TUNED:
+            mix = mix_bounds + tl.load(mixes + row) * 2
+            first, middle, last = tl.load(mix), tl.load(mix + 1), tl.load(mix + 2)
+            base = g
+            for v in range(first, middle):
+                own = norm_float + tl.load(mix_offset + v).to(tl.int64) * 4
+                own = tl.load(own + k, mask=inside, other=0.0)
+                g += tl.load(mix_strength + v) * (own - base)
+            for v in range(middle, last):
+                own = norm_float + tl.load(mix_offset + v).to(tl.int64) * 4
+                bias += tl.load(mix_strength + v) * tl.load(own + k, mask=inside, other=0.0)
+        value = value * (offset + g) + bias
+    else:
+        value *= offset + g
+    y = tl.where(seen, value, 0.0).to(x.dtype.element_ty)
+    tl.store(normed + place, y, mask=seen)
+    if ADAPTERS:
+        if uses & TURNED:
+            tl.store(turned + k * MP + row, y, mask=inside)
+        if uses & BIASED:
+            chunks = tl.reshape(y.to(tl.float32), (BLOCK // 128, 128))
+            chunk = tl.arange(0, BLOCK // 128)
+            total = tl.sum(chunks * tl.load(columns + tl.arange(0, 128))[None, :], axis=1)
+            tl.store(biases + chunk * MP + row, total, mask=chunk * 128 < K)
+    for part in range(copies):
+        copy = y
+        if ADAPTERS:
+            if uses & SCALED:
+                f = tl.full((BLOCK,), 1.0, tl.float32)
+                tile = row // TOKENS * PARTS + part
+                for v in range(tl.load(bounds + tile), tl.load(bounds + tile + 1)):
+                    if (row >= tl.load(los + v)) & (row < tl.load(his + v)):
+                        s = arena_float + tl.load(offsets + v).to(tl.int64) * 4
+                        s = tl.load(s + k, mask=inside, other=1.0)
+                        f += tl.load(strengths + v) * (s - 1.0)
+                copy = (y.to(tl.float32) * f).to(x.dtype.element_ty)
+                tl.store(scaled + (part * M).to(tl.int64) * K + place, copy, mask=seen)
+        if STEP > 0:
+            STEPS: tl.constexpr = (K + STEP - 1) // STEP
+            at = tl.arange(0, BLOCK // STEP)
+            pieces = tl.reshape(copy.to(tl.float32), (BLOCK // STEP, STEP))
+            p = sums + (part * STEPS + at) * MP + row
+            tl.store(p, tl.sum(pieces, axis=1), mask=at < STEPS)
