@@ -16,8 +16,10 @@ from torch import Tensor
 from deltaserve.kernels.attention.cpu_step import CpuStep
 from deltaserve.kernels.attention.step import AttentionSpec, AttentionStep, Span
 from deltaserve.kernels.base import BaseLinear, DenseLinear
+from deltaserve.kernels.decoder import DecoderLayer, LayerParts
 from deltaserve.kernels.linear import LinearDeltas
 from deltaserve.kernels.native import library
+from deltaserve.kernels.norm import NormDeltas
 from deltaserve.kernels.pages import Pages
 from deltaserve.kernels.primitives import Primitive
 from deltaserve.kernels.segments import Segments
@@ -136,9 +138,9 @@ class Courier(Protocol):
 
 class Backend(Protocol):
     """name: of the device, as `--device` calls it. device: where every tensor of a step is.
-    fuses: decoder layers may be run by `server.model.fused`. forks: a forked process can read the
-    base's weights. returns_pages: cache memory is taken by the first write and given back by
-    `drop`, so that the cache and adapters may share what there is."""
+    fuses: what lies between a decoder layer's linears may be computed by `layer.py`. forks: a
+    forked process can read the base's weights. returns_pages: cache memory is taken by the first
+    write and given back by `drop`, so that the cache and adapters may share what there is."""
 
     name: str
     device: torch.device
@@ -162,6 +164,14 @@ class Backend(Protocol):
 
     def packed(self, group: Group, parts: Mapping[int, tuple[Primitive, ...]]) -> PreparedDeltas:
         """What `Deltas.prepare` of such a group makes of the primitives of its parts."""
+        ...
+
+    def norm_deltas(self, hidden: int, dtype: torch.dtype) -> NormDeltas:
+        """For one norm."""
+        ...
+
+    def layer(self, parts: LayerParts) -> DecoderLayer | None:
+        """A decoder layer in this backend's own launches. None if it has none for such parts."""
         ...
 
     def attention(self, spans: Sequence[Span], decodes: int, block_size: int) -> AttentionStep:
@@ -218,6 +228,12 @@ class CpuBackend:
 
     def packed(self, group: Group, parts: Mapping[int, tuple[Primitive, ...]]) -> PreparedDeltas:
         return LinearDeltas(group.in_features, group.out_features, group.dtype).prepare(parts)
+
+    def norm_deltas(self, hidden: int, dtype: torch.dtype) -> NormDeltas:
+        return NormDeltas(hidden, dtype)
+
+    def layer(self, parts: LayerParts) -> DecoderLayer | None:
+        return None
 
     def attention(self, spans: Sequence[Span], decodes: int, block_size: int) -> AttentionStep:
         return CpuStep.of(spans, decodes, block_size)

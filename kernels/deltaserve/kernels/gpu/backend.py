@@ -18,12 +18,15 @@ from deltaserve.kernels.backend import (
     PreparedDeltas,
 )
 from deltaserve.kernels.base import BaseLinear
+from deltaserve.kernels.decoder import DecoderLayer, LayerParts
 from deltaserve.kernels.gpu import device as gpu
 from deltaserve.kernels.gpu.arena import Arena
 from deltaserve.kernels.gpu.base import GpuLinear
 from deltaserve.kernels.gpu.convert import held_on_gpu
 from deltaserve.kernels.gpu.delivery import DeviceCourier
+from deltaserve.kernels.gpu.layer import GpuLayer
 from deltaserve.kernels.gpu.linear import GpuLinearDeltas
+from deltaserve.kernels.gpu.norm_deltas import GpuNormDeltas
 from deltaserve.kernels.gpu.prepared import prepare
 from deltaserve.kernels.gpu.ready import make_ready
 from deltaserve.kernels.gpu.stacks import Stacks
@@ -31,6 +34,7 @@ from deltaserve.kernels.gpu.staging import Staging
 from deltaserve.kernels.gpu.streams import streams
 from deltaserve.kernels.gpu.variants import spec_of
 from deltaserve.kernels.gpu.workspace import Workspace
+from deltaserve.kernels.norm import NormDeltas
 from deltaserve.kernels.primitives import Primitive
 from deltaserve.kernels.table import Group
 
@@ -78,6 +82,12 @@ class TritonBackend:
 
     def packed(self, group: Group, parts: Mapping[int, tuple[Primitive, ...]]) -> PreparedDeltas:
         return prepare(parts, group)
+
+    def norm_deltas(self, hidden: int, dtype: torch.dtype) -> NormDeltas:
+        return GpuNormDeltas(hidden, dtype, self.device, arena=self.arena)
+
+    def layer(self, parts: LayerParts) -> DecoderLayer | None:
+        return GpuLayer(parts, self.workspace) if GpuLayer.takes(parts) else None
 
     def attention(self, spans: Sequence[Span], decodes: int, block_size: int) -> AttentionStep:
         return GpuStep.of(spans, block_size, self.device)

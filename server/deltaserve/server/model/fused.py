@@ -1,8 +1,9 @@
-"""Decoder layers of Llama's form in a few native calls, where that is proven to be the same.
+"""Decoder layers of Llama's form in a few native calls, or launches, where that is proven to be the
+same.
 
 A layer of the modeling code is some forty small torch operations, which on a CPU cost more than
 the weights' bytes of a small model. Between its linears, which keep their adapters, the same is
-done by three native kernels:
+done by three native kernels; a GPU's linears take in what lies between them (kernels/gpu/layer.py):
 
     h = x + o(attend(rope(qkv(norm(x)))));  y = h + down(silu(gate) * up),  [gate, up] = up(norm(h))
 
@@ -20,10 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaserve.kernels.attention.step import Span
+from deltaserve.kernels.attention.step import How, Span
+from deltaserve.kernels.decoder import LayerParts, Linear, Norm
 from deltaserve.server.model.adapted import Modules
 from deltaserve.server.model.context import ForwardContext, KVStore
+from deltaserve.server.model.fused_gpu import FusedGpuLayer
 from deltaserve.server.model.fused_layer import FusedLayer
+from deltaserve.server.model.linear import LinearGroup
+from deltaserve.server.model.norm import DeltaNorm
 from deltaserve.server.model.probe import ArchReport, LayerAttention
 from deltaserve.server.model.stack import FusedStack, StackedLayer
 
@@ -44,8 +49,6 @@ def fuse(
 ) -> int:
     """Lets every layer that is proven to be of the form run fused; returns how many. `ctx` must
     not be in use."""
-    if not ctx.backend.fuses:
-        return 0
     provers = []
     for attention, path in zip(
         sorted(report.attention, key=lambda a: a.layer_idx), report.attention_modules, strict=True
@@ -57,8 +60,9 @@ def fuse(
     if provers:
         _run_once(model, report, modules, ctx, dtype)
     fused = sum(p.settle() for p in provers)
-    if fused == len(report.attention) and _one_after_another(provers):
-        stack = FusedStack.of(ctx, [p.fused for p in provers], modules.not_native)
+    native = [p.fused for p in provers if isinstance(p.fused, FusedLayer)]
+    if fused == len(report.attention) == len(native) and _one_after_another(provers):
+        stack = FusedStack.of(ctx, native, modules.not_native)
         if stack is not None:
             for i, prover in enumerate(provers):
                 prover.layer.forward = StackedLayer(stack, i)
@@ -73,18 +77,23 @@ def _of(
     report: ArchReport,
     modules: Modules,
     ctx: ForwardContext,
-) -> FusedLayer | None:
+) -> FusedLayer | FusedGpuLayer | None:
     """The layer in this form, if it is made of these parts and no others."""
     prefix = path.rpartition(".")[0] + "."
     groups = [g for names, g in modules.groups.items() if names.startswith(prefix)]
-    norms = [n for name, n in modules.norms.items() if name.startswith(prefix)]
+    norms = {name: n for name, n in modules.norms.items() if name.startswith(prefix)}
+    of_heads = [n for name, n in norms.items() if name.startswith(path + ".")]
+    of_tokens = [n for name, n in norms.items() if not name.startswith(path + ".")]
     heads, dim = attention.q_heads, attention.key_dim
     qkv = (heads + 2 * attention.kv_heads) * dim
     if (
         len(groups) != 4
-        or len(norms) != 2
-        or any(n.offset is None or n.token_dim is None for n in norms)
-        or len(list(layer.parameters())) != 2
+        or len(of_tokens) != 2
+        or len(of_heads) not in (0, 2)
+        or any(n.offset is None or n.token_dim is None for n in norms.values())
+        or len(list(layer.parameters())) != len(norms)
+        or any(n.weight.shape != (dim,) for n in of_heads)
+        or len({(n.offset, n.eps) for n in of_heads}) > 1
         or any(g.deltas is None for g in groups)
         or attention.value_dim != dim
         or attention.has_sinks
@@ -96,7 +105,31 @@ def _of(
     ours = groups[0].names[0].startswith(path + ".") and groups[1].names[0].startswith(path + ".")
     if shapes != form or not ours:
         return None
-    return FusedLayer(ctx, attention, (norms[0], norms[1]), tuple(groups))  # type: ignore[arg-type]
+    first, second = of_tokens
+    qkv_, o, up, down = groups
+    layer_parts = LayerParts(
+        norms=(_norm(first), _norm(second)),
+        linears=(_linear(qkv_), _linear(o), _linear(up), _linear(down)),
+        heads=heads,
+        kv_heads=attention.kv_heads,
+        dim=dim,
+        how=How(attention.scale, attention.window, attention.softcap, None),
+        head_norms=(_norm(of_heads[0]), _norm(of_heads[1])) if of_heads else None,
+    )
+    own = ctx.backend.layer(layer_parts)
+    if own is not None:
+        return FusedGpuLayer(ctx, attention, own)
+    if of_heads or not ctx.backend.fuses:
+        return None
+    return FusedLayer(ctx, attention, (first, second), (qkv_, o, up, down))
+
+
+def _norm(norm: DeltaNorm) -> Norm:
+    return Norm(norm.weight.detach(), norm.eps, norm.offset or 0.0, norm.deltas)
+
+
+def _linear(group: LinearGroup) -> Linear:
+    return Linear(group.deltas, group.base)
 
 
 def _one_after_another(provers: list[_Prover]) -> bool:
@@ -110,7 +143,9 @@ def _one_after_another(provers: list[_Prover]) -> bool:
 class _Prover:
     """Stands for a layer's forward while the model runs once, and runs it both ways."""
 
-    def __init__(self, layer: nn.Module, fused: FusedLayer, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layer: nn.Module, fused: FusedLayer | FusedGpuLayer, dtype: torch.dtype
+    ) -> None:
         self.layer, self.fused, self.dtype = layer, fused, dtype
         self.original = layer.forward
         self.same: bool | None = None
@@ -123,7 +158,7 @@ class _Prover:
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(x.shape, generator=generator)
         self.given, self.rotation = x, kwargs.get("position_embeddings")
-        inputs = [x, *((noise * m).to(self.dtype) for m in MAGNITUDES)]
+        inputs = [x, *((noise * m).to(x) for m in MAGNITUDES)]
         self.same = all(self._same(i, args, kwargs) for i in inputs)
         found: Tensor = self.original(x, *args, **kwargs)
         self.returned = found

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaserve.kernels.norm import NormDeltas, PreparedNorm
+from deltaserve.kernels.norm import PreparedNorm
 from deltaserve.kernels.rms_norm import rms_norm
 from deltaserve.server.model.context import ForwardContext
 
@@ -28,7 +28,7 @@ class DeltaNorm(nn.Module):
         self.ctx = ctx
         self.token_dim = token_dim
         self.slots: set[int] = set()  # of the installed adapters that have a part here
-        self.deltas = NormDeltas(weight.shape[0], dtype, ctx.backend.device)
+        self.deltas = ctx.backend.norm_deltas(weight.shape[0], dtype)
         form = rms_form(inner)
         self.offset: float | None = None if form is None else form[0]
         self.eps = 0.0 if form is None else form[1]

@@ -1,0 +1,55 @@
+"""One decoder layer of Llama's form, run by a backend in launches of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaserve.kernels.decoder import DecoderLayer
+from deltaserve.server.model.context import ForwardContext
+from deltaserve.server.model.gated_prefix import add_gated
+from deltaserve.server.model.probe import LayerAttention
+
+
+class FusedGpuLayer:
+    """layer: as the backend runs it."""
+
+    def __init__(self, ctx: ForwardContext, attention: LayerAttention, layer: DecoderLayer) -> None:
+        self.ctx = ctx
+        self.layer_idx = attention.layer_idx
+        self.scale = attention.scale
+        self.dim = attention.key_dim
+        self.layer = layer
+
+    def __call__(
+        self,
+        x: Tensor,
+        *_: Any,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **__: Any,
+    ) -> Tensor:
+        """x: [1, T, hidden] -> the same; arguments as the modeling code gives them to the layer."""
+        assert position_embeddings is not None
+        ctx = self.ctx
+        step, kv = ctx.attention, ctx.kv
+        assert step is not None and kv is not None
+        cosine, sine = (r[0].contiguous() for r in position_embeddings)
+        y = self.layer.run(
+            x[0].contiguous(),
+            (cosine, sine),
+            (kv.keys[self.layer_idx], kv.values[self.layer_idx]),
+            step,
+            ctx.segments,
+            None if ctx.segments.slots.isdisjoint(ctx.gated_prefixes) else self._gated,
+        )
+        return y.unsqueeze(0)
+
+    def _gated(self, out: Tensor, query: Tensor) -> Tensor:
+        """Adds what adapters attend to beside the sequence; returns their rows."""
+        ctx = self.ctx
+        add_gated(out, query, self.layer_idx, ctx.gated_prefixes, ctx.segments, self.scale)
+        own = (e for e in ctx.segments.entries if e[2] in ctx.gated_prefixes)
+        rows = sorted({row for start, end, _, _ in own for row in range(start, end)})
+        return torch.tensor(rows, device=out.device)
