@@ -66,8 +66,9 @@ class LayerRig:
         tuned: bool = False,
         turned: int = DIM,
         window: int | None = None,
+        group: int = 128,
     ) -> None:
-        self.dtype = dtype
+        self.dtype, self.group = dtype, group
         self.space = Workspace(DEVICE)
         self.adapters: list[list[dict[int, tuple[Primitive, ...]]]] = []
         linears = tuple(self._linear(i, quantize, kinds or {}) for i in range(4))
@@ -147,7 +148,7 @@ class LayerRig:
         inner, outs = SHAPES[i]
         weight = torch.randn(sum(outs), inner) / inner**0.5
         bias = 0.1 * torch.randn(sum(outs))
-        base = make_linear(weight, bias, dtype=self.dtype, quantize=quantize, group_size=32)
+        base = make_linear(weight, bias, dtype=self.dtype, quantize=quantize, group_size=self.group)
         deltas = GpuLinearDeltas(inner, outs, self.dtype, workspace=self.space)
         own: list[dict[int, tuple[Primitive, ...]]] = [{} for _ in range(5)]
         for slot, families in kinds.items():
@@ -186,7 +187,7 @@ CASES = [
     (torch.float32, "none", DECODES, {}),
     (torch.float32, "int8", PROMPTS, {"tuned": True, "window": 4}),
     (torch.bfloat16, "int4", DECODES, {"head_norms": True, "tuned": True}),
-    (torch.float16, "int4", PROMPTS, {"turned": 16}),
+    (torch.float16, "int4", PROMPTS, {"turned": 16, "group": 32}),
     (torch.bfloat16, "fp8", PROMPTS, {"head_norms": True}),
 ]
 
