@@ -460,11 +460,11 @@ def test_the_blocks_of_a_poisoned_request_are_clean(
 ) -> None:
     """Few blocks, so that everything is used again at once; with and without native attention.
     Of 84 tokens 4 are left to the last step: there, two equal requests share all but those."""
-    from deltaserve.server.model import attention
+    from deltaserve.kernels.attention import cpu_step
 
     huge(world.base, world.roots / "huge")
     if not native:
-        monkeypatch.setattr(attention, "paged_decode", lambda *a, **k: None)
+        monkeypatch.setattr(cpu_step, "paged_decode", lambda *a, **k: None)
     asked = [request(prompt(20 + i, 11 + i)) for i in range(6)]
     cache = {"kv_cache_bytes": 20 * 8 * 2 * 2 * 32 * 4, "max_batch_tokens": 16}
     with running(load_base(world.base), [world.roots], **cache) as engine:

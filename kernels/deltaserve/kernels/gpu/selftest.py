@@ -237,9 +237,13 @@ def _attention(
         tables.fill(counts, lengths, blocks)
         query = torch.randn(sum(counts), spec.heads, spec.key_dim).to(dtype)
         how = (spec.key_dim**-0.5, spec.window, spec.softcap)
+        # Memory that was used before may hold the right numbers, and a kernel write none.
+        nothing = torch.full(
+            (len(query), spec.heads, spec.value_dim), torch.nan, dtype=dtype, device=device
+        )
         found = paged_attention(
             query.to(device), keys, values, tables, *how,
-            None if sinks is None else sinks.to(device),
+            None if sinks is None else sinks.to(device), nothing,
         )  # fmt: skip
         expected = attention_reference.paged_attention(
             query.double(), keys.cpu().double(), values.cpu().double(), tables.query_start.cpu(),
