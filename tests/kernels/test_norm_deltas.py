@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import pytest
 import torch
 from kernel_oracle import relative_error
@@ -12,6 +14,7 @@ from deltaserve.kernels.primitives import Bias, LowRank, Replace
 from deltaserve.kernels.rms_norm import rms_norm
 from deltaserve.kernels.segments import Segments
 
+Held: TypeAlias = dict[int, tuple[Replace | Bias, ...]]
 HIDDEN = 37
 RUNS = [
     (1, 2, ((1, 1.0),)),
@@ -22,6 +25,33 @@ RUNS = [
 ]
 
 
+def installed(dtype: torch.dtype) -> tuple[Held, NormDeltas]:
+    held: Held = {
+        1: (Replace(torch.rand(HIDDEN) + 0.5), Bias(torch.randn(HIDDEN))),
+        2: (Replace(torch.rand(HIDDEN)),),
+        3: (Bias(torch.randn(HIDDEN)),),
+    }
+    deltas = NormDeltas(HIDDEN, dtype)
+    for slot, primitives in held.items():
+        deltas.install(slot, deltas.prepare(primitives))
+    return held, deltas
+
+
+def tuned(unit: Tensor, weight: Tensor, held: Held, offset: float = 0.0) -> Tensor:
+    """unit: float64 [T, ..., hidden], normed without a gain."""
+    expected = unit * (weight.double() + offset)
+    for start, end, mix in RUNS:
+        g, b = weight.double().clone(), torch.zeros(HIDDEN).double()
+        for slot, strength in mix:
+            for p in held.get(slot, ()):
+                if isinstance(p, Replace):
+                    g += strength * (p.weight.double() - weight.double())
+                else:
+                    b += strength * p.bias.double()
+        expected[start:end] = unit[start:end] * (g + offset) + b
+    return expected
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_gain_and_bias(dtype: torch.dtype) -> None:
     gain = torch.rand(HIDDEN).to(dtype) + 0.5
@@ -30,27 +60,11 @@ def test_gain_and_bias(dtype: torch.dtype) -> None:
         g = gain if other is None else other
         return (torch.nn.functional.rms_norm(x.double(), (HIDDEN,)) * g.double()).to(dtype)
 
-    held = {
-        1: (Replace(torch.rand(HIDDEN) + 0.5), Bias(torch.randn(HIDDEN))),
-        2: (Replace(torch.rand(HIDDEN)),),
-        3: (Bias(torch.randn(HIDDEN)),),
-    }
-    deltas = NormDeltas(HIDDEN, dtype)
-    for slot, primitives in held.items():
-        deltas.install(slot, deltas.prepare(primitives))
+    held, deltas = installed(dtype)
     x = torch.randn(12, HIDDEN).to(dtype)
     y = deltas.forward(x, norm, gain, Segments(RUNS, 12))
     unit = torch.nn.functional.rms_norm(x.double(), (HIDDEN,))
-    expected = unit * gain.double()
-    for start, end, mix in RUNS:
-        g, b = gain.double().clone(), torch.zeros(HIDDEN).double()
-        for slot, strength in mix:
-            for p in held.get(slot, ()):
-                if isinstance(p, Replace):
-                    g += strength * (p.weight.double() - gain.double())
-                else:
-                    b += strength * p.bias.double()
-        expected[start:end] = unit[start:end] * g + b
+    expected = tuned(unit, gain, held)
     assert relative_error(y, expected) < (2e-6 if dtype == torch.float32 else 5e-3)
     plain = norm(x, None)
     for row in (0, 5, 9, 10, 11):
@@ -65,27 +79,11 @@ def test_rms_norms(each: int, offset: float, dtype: torch.dtype) -> None:
     if offset and dtype == torch.bfloat16:
         pytest.skip("1 + weight would be rounded, so such norms are not proven to be RMS norms")
     weight, eps = torch.rand(HIDDEN).to(dtype) + 0.5, 1e-3
-    held = {
-        1: (Replace(torch.rand(HIDDEN) + 0.5), Bias(torch.randn(HIDDEN))),
-        2: (Replace(torch.rand(HIDDEN)),),
-        3: (Bias(torch.randn(HIDDEN)),),
-    }
-    deltas = NormDeltas(HIDDEN, dtype)
-    for slot, primitives in held.items():
-        deltas.install(slot, deltas.prepare(primitives))
+    held, deltas = installed(dtype)
     x = torch.randn(12, each, HIDDEN).to(dtype)
     y = deltas.rms(x, weight, offset, eps, Segments(RUNS, 12)).double()
     unit = torch.nn.functional.rms_norm(x.double(), (HIDDEN,), eps=eps)
-    expected = unit * (weight.double() + offset)
-    for start, end, mix in RUNS:
-        g, b = weight.double().clone(), torch.zeros(HIDDEN).double()
-        for slot, strength in mix:
-            for p in held.get(slot, ()):
-                if isinstance(p, Replace):
-                    g += strength * (p.weight.double() - weight.double())
-                else:
-                    b += strength * p.bias.double()
-        expected[start:end] = unit[start:end] * (g + offset) + b
+    expected = tuned(unit, weight, held, offset)
     assert relative_error(y, expected) < (2e-6 if dtype == torch.float32 else 5e-3)
     plain = rms_norm(x, weight + offset, eps).double()
     for row in (0, 5, 9, 10, 11):
