@@ -9,35 +9,30 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.options import DEFAULT, LoadOptions
-from deltaserve.kernels.backend import Courier, Parcel
+from deltaserve.kernels.backend import Courier
+from deltaserve.server.engine.arrivals import Arrivals
 from deltaserve.server.engine.core import AdapterInfo, AdapterRef, AdapterState
 from deltaserve.server.engine.discard import Discard
 from deltaserve.server.engine.host_tier import HostTier
+from deltaserve.server.engine.joins import Joins
 from deltaserve.server.engine.loader import Loader
 from deltaserve.server.engine.make import Make
 from deltaserve.server.engine.masks import Chosen
 from deltaserve.server.engine.memory import Ledger
 from deltaserve.server.engine.observer import Observer
-from deltaserve.server.engine.prefetch import needed_up_to, to_load
+from deltaserve.server.engine.prefetch import to_load
 from deltaserve.server.engine.registry import Infos, Registry, check_free
-from deltaserve.server.engine.residency import Arrival, Futures, Residency
+from deltaserve.server.engine.residency import Arrival, Residency
 from deltaserve.server.engine.residents import Host, Residencies, Residents
-from deltaserve.server.engine.shares import Memory
 from deltaserve.server.engine.workers import Urgency
 from deltaserve.server.errors import (
     AdapterBusy,
-    AdapterConflict,
-    AdapterTooLarge,
-    AdapterUnavailable,
     InvalidRequest,
-    RequestError,
     ShuttingDown,
 )
 
@@ -66,7 +61,6 @@ class AdapterCache:
         courier: Courier | None = None,
         host_tier: HostTier[Arrival] | None = None,
     ) -> None:
-        self.loads = 0
         self._wake = wake
         self._observer = observer
         self._registry = Registry()
@@ -77,9 +71,12 @@ class AdapterCache:
         )
         self._courier = courier
         self._host_tier = host_tier
-        self._coming: list[tuple[Arrival, Parcel]] = []
         self._leaving: Residencies = []
         self._loader = Loader(self._registry, make, wake, loaders)
+        self._arrivals = Arrivals(
+            self._registry, self._residents, self._loader, observer, wake, courier, host_tier
+        )
+        self._joins = Joins(self._registry, self._loader, self._arrivals.reload)
 
     # From any thread:
 
@@ -107,6 +104,10 @@ class AdapterCache:
     @property
     def used_bytes(self) -> int:
         return self._residents.used_bytes
+
+    @property
+    def loads(self) -> int:
+        return self._arrivals.loads
 
     @property
     def evictions(self) -> int:
@@ -148,7 +149,7 @@ class AdapterCache:
                 self._registry.add(residency)
                 self._loader.start(residency, Urgency.WHENEVER if register_only else Urgency.ASKED)
             else:
-                self._compare(known, uri, options, pinned, register_only, done)
+                self._joins.compare(known, uri, options, pinned, register_only, done)
         return done
 
     def unload(self, name: str) -> Future[int]:
@@ -245,14 +246,7 @@ class AdapterCache:
         self._loader.close()
         self._registry.close()
         with self._lock:
-            for arrival, parcel in self._coming:
-                parcel.cancel()
-                self._residents.unbook(arrival.residency)
-            while not all(parcel.arrived for _, parcel in self._coming):
-                time.sleep(1e-3)  # copies that were launched already
-            for _, parcel in self._coming:
-                parcel.finish()
-            self._coming.clear()
+            self._arrivals.close()
             self._residents.clear()
         self._discard.close()
 
@@ -264,11 +258,11 @@ class AdapterCache:
         in a step, as that takes about a millisecond; the others do in the next."""
         with self._lock:
             self._residents.begin_step()
-            landed = self._land()
+            landed = self._arrivals.land()
             head = next((w for w in waiting if not all(r.ready for r in w)), ())
-            changed, more = self._publish_one(waiting, head)
+            changed, more = self._arrivals.publish_one(waiting, head)
             changed = changed or landed
-            coming = {arrival.residency for arrival, _ in self._coming}
+            coming = {arrival.residency for arrival, _ in self._arrivals.coming}
             for residency in [r for r in self._leaving if not r.in_flight and r not in coming]:
                 if residency.ready and changed:
                     more = True
@@ -276,11 +270,11 @@ class AdapterCache:
                     changed = changed or residency.ready
                     self._finish_unload(residency)
             for residency in to_load(waiting, head, self._loader, self._residents):
-                self._reload(residency, Urgency.WANTED)
+                self._arrivals.reload(residency, Urgency.WANTED)
             self._residents.promise([*head, *(a.residency for a in self._loader.arrived)])
             if self._courier is not None:
                 self._courier.pump()
-        if more or self._coming:  # nobody else says when what is coming has arrived
+        if more or self._arrivals.coming:  # nobody else says when what is coming has arrived
             self._wake()
 
     def admitted(
@@ -326,199 +320,6 @@ class AdapterCache:
                     raise AssertionError(f"{r.name!r} is forgotten by its unload")
 
     # Inside:
-
-    def _reload(self, residency: Residency, urgency: Urgency) -> None:
-        """It was evicted and is wanted, if only by requests that an unload waits for."""
-        if residency.state is AdapterState.REGISTERED:
-            residency.state = AdapterState.LOADING
-        kept = None if self._host_tier is None else self._host_tier.take(residency)
-        if kept is None:
-            self._loader.start(residency, urgency)
-            return
-        residency.loading = True
-        self._registry.notify(residency)
-        self._loader.arrived.append(replace(kept, at=time.perf_counter()))
-        self._wake()
-
-    def _compare(
-        self,
-        known: Residency,
-        uri: str,
-        options: LoadOptions,
-        pinned: bool,
-        register_only: bool,
-        done: Future[AdapterInfo],
-    ) -> None:
-        """Is what `uri` holds what `known` is?"""
-
-        def join(digest: str) -> None:
-            with self._lock:
-                self._join(known, uri, digest, pinned, register_only, done)
-
-        self._loader.digest(uri, options, join, done)
-
-    def _join(
-        self,
-        known: Residency,
-        uri: str,
-        digest: str,
-        pinned: bool,
-        register_only: bool,
-        done: Future[AdapterInfo],
-    ) -> None:
-        """The same content under the same name: its load is this one's too."""
-        name = known.name
-        if known.loading and not known.digest:  # the first load says what the name stands for
-            first: Future[AdapterInfo] = self._registry.promise()
-            known.waiting_for_check.append(first)
-
-            def again(_: Future[AdapterInfo]) -> None:
-                with self._lock:
-                    if not self._registry.closed:  # which fails what was promised
-                        try:
-                            self._join(known, uri, digest, pinned, register_only, done)
-                        except RequestError as error:
-                            done.set_exception(error)
-
-            first.add_done_callback(again)
-            return
-        if known.state is AdapterState.FAILED:
-            raise AdapterUnavailable(f"adapter {name!r} could not be loaded: {known.error}")
-        if known.unloading is not None:
-            raise AdapterBusy(f"adapter {name!r} was unloaded meanwhile: load it again")
-        known.digest = known.digest or digest
-        if digest != known.digest:
-            raise AdapterConflict(
-                f"adapter {name!r} is registered with digest {known.digest[:16]}; "
-                f"{uri} has digest {digest[:16]}: unload the name first, or choose another",
-                field="name",
-            )
-        known.pinned = known.pinned or pinned
-        if known.ready or (register_only and not known.loading):
-            done.set_result(known.info())
-            return
-        known.waiting(register_only).append(done)
-        if not known.loading:
-            self._reload(known, Urgency.ASKED)
-
-    def _publish_one(
-        self, waiting: Sequence[Sequence[Residency]], head: Sequence[Residency]
-    ) -> tuple[bool, bool]:
-        """The first arrival that there is room for, and all before it that do not come into memory.
-        -> whether one came in, whether others are left that were not looked at."""
-        arrived, crowded, loads = self._loader.arrived, list[Arrival](), self.loads
-        while arrived and self.loads == loads:
-            arrival = arrived.popleft()
-            if not self._publish(arrival, needed_up_to(arrival.residency, waiting) or head):
-                crowded.append(arrival)
-        more = bool(arrived)
-        arrived.extendleft(reversed(crowded))
-        return self.loads > loads, more
-
-    def _publish(self, arrival: Arrival, protected: Collection[Residency]) -> bool:
-        """False if there is no room now. Nothing is evicted unless there will be room."""
-        residency = arrival.residency
-        if arrival.error is not None:
-            self._fail(residency, arrival.error)
-            return True
-        adapter, prepared = arrival.adapter, arrival.prepared
-        assert adapter is not None
-        try:
-            memory: Memory = {residency: arrival.nbytes}
-            if prepared is not None:
-                memory = prepared.memory
-            self._residents.check_room((), f"adapter {residency.name!r} needs", memory)
-        except AdapterTooLarge as error:
-            self._fail(residency, error)
-            return True
-        if prepared is None:
-            self._observe(arrival)
-            self._checked(residency, adapter, arrival.nbytes)
-            return True
-        residency.nbytes = arrival.nbytes
-        residency.crowded = not self._residents.make_room(prepared, frozenset(protected))
-        if residency.crowded:
-            return False
-        if self._courier is None:
-            self._put_in(arrival, booked=False)
-            return True
-        parcel = self._courier.send(prepared)
-        if parcel is None:
-            return False
-        self._residents.book(residency, prepared)
-        self._coming.append((arrival, parcel))
-        return True
-
-    def _land(self) -> bool:
-        """Publish the first that the courier has brought. -> whether there was one."""
-        pair = next((pair for pair in self._coming if pair[1].arrived), None)
-        if pair is None:
-            return False
-        arrival, parcel = pair
-        self._coming.remove(pair)
-        parcel.publish()
-        self._put_in(arrival, booked=True)
-        parcel.finish()
-        return True
-
-    def _put_in(self, arrival: Arrival, *, booked: bool) -> None:
-        """Have it served from now on. booked: its bytes are taken."""
-        residency, adapter, prepared = arrival.residency, arrival.adapter, arrival.prepared
-        assert adapter is not None and prepared is not None
-        try:
-            self._residents.put_in(residency, prepared, arrival.seconds, booked=booked)
-        except Exception as error:  # a bug, but one adapter's: the others are served on
-            log.exception("installing adapter %r failed", residency.name)
-            if booked:
-                self._residents.unbook(residency)
-            self._fail(residency, error)
-            return
-        residency.describe(adapter)
-        residency.structure, residency.prefix = adapter, prepared.prefix
-        residency.loads += 1
-        self.loads += 1
-        residency.loaded_at = time.time()
-        residency.error, residency.loading = "", False
-        self._observe(arrival)
-        if residency.state is not AdapterState.UNLOADING:
-            self._registry.change(residency, AdapterState.READY)
-        self._observer.on_adapter_load(residency.name, arrival.seconds)
-        self._answer(residency, residency.waiting_for_load, residency.waiting_for_check)
-
-    def _checked(self, residency: Residency, adapter: Adapter, nbytes: int) -> None:
-        """It is registered; who has asked for more meanwhile gets it."""
-        residency.describe(adapter)
-        residency.nbytes, residency.loading = nbytes, False
-        if residency.state is not AdapterState.UNLOADING:
-            self._registry.change(residency, AdapterState.REGISTERED)
-        self._answer(residency, residency.waiting_for_check)
-        residency.shrink()
-        if residency.waiting_for_load and not residency.loading:
-            self._reload(residency, Urgency.ASKED)
-
-    def _observe(self, arrival: Arrival) -> None:
-        stages = {**arrival.stages, "publish": time.perf_counter() - arrival.at}
-        for stage, seconds in stages.items():
-            self._observer.on_load_stage(stage, seconds)
-        arrival.residency.cached = arrival.cached
-        if arrival.hit is not None:
-            self._observer.on_cache(arrival.hit)
-
-    def _answer(self, residency: Residency, *waiting: Futures) -> None:
-        for futures in waiting:
-            for future in futures:
-                future.set_result(residency.info())
-            futures.clear()
-
-    def _fail(self, residency: Residency, error: Exception) -> None:
-        residency.error, residency.loading = str(error), False
-        self._registry.change(residency, AdapterState.FAILED)
-        for futures in (residency.waiting_for_load, residency.waiting_for_check):
-            for future in futures:
-                future.set_exception(error)
-            futures.clear()
-        if not residency.format:  # it never was an adapter
-            self._registry.forget(residency.name)
 
     def _evicting(self, residency: Residency) -> None:
         """It leaves the device: keep it beside, if that is worth it."""
