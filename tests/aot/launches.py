@@ -133,7 +133,7 @@ def layer() -> None:
         dim, How(0.1, None, None, None), (norms[2], norms[3]),
     )  # fmt: skip
     made = GpuLayer(parts_, space)
-    cache = tuple(torch.zeros(640, kv_heads, dim, dtype=DTYPE) for _ in range(2))
+    cache = tuple(torch.zeros(40, 16, kv_heads, dim, dtype=DTYPE) for _ in range(2))
 
     def run(tokens: int) -> None:
         cosine = torch.zeros(tokens, dim, dtype=DTYPE)

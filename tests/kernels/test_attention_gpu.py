@@ -27,7 +27,8 @@ MIXED = ((1, 37, 0, 1, 5, 1), (1, 37, 0, 150, 70, 64))  # queries and lengths of
 
 @dataclass
 class Case:
-    """One step's tensors, float32 or float16 on the device; cells that no sequence owns are NaN."""
+    """One step's tensors, float32 or float16 on the device; cells that no sequence owns are NaN.
+    keys, values: [blocks, block_size, kv_heads, dim]."""
 
     tables: AttentionTables
     queries: Sequence[int]
@@ -38,7 +39,7 @@ class Case:
 
     def run(self, tables: AttentionTables | None = None, **how: Any) -> Tensor:
         """Poisoned beforehand: what no sequence writes stays NaN."""
-        shape = (*self.query.shape[:2], self.values.shape[2])
+        shape = (*self.query.shape[:2], self.values.shape[3])
         out = torch.full(shape, float("nan"), dtype=self.query.dtype, device=DEVICE)
         tables = self.tables if tables is None else tables
         return gpu.paged_attention(self.query, self.keys, self.values, tables, 0.3, out=out, **how)
@@ -48,7 +49,8 @@ class Case:
         n, t = len(self.lengths), self.tables
         start, lengths, blocks = t.query_start[: n + 1].cpu(), t.lengths[:n].cpu(), t.tables.cpu()
         how = {k: v.double().cpu() if isinstance(v, Tensor) else v for k, v in how.items()}
-        wide = (x.double().cpu() for x in (self.query, self.keys, self.values))
+        cells = (x.flatten(0, 1) for x in (self.keys, self.values))
+        wide = (x.double().cpu() for x in (self.query, *cells))
         want = reference.paged_attention(*wide, start, lengths, blocks, t.block_size, 0.3, **how)
         want[start[-1] :] = float("nan")
         return want
@@ -95,11 +97,25 @@ def make(
     owned = place(tables, queries, lengths)
     query = torch.randn(sum(queries) + padding, heads, key_dim)
     query[sum(queries) :] = float("nan")
-    keys = torch.randn(len(owned), kv_heads, key_dim)
-    values = torch.randn(len(owned), kv_heads, value_dim)
-    keys[~owned] = values[~owned] = float("nan")
-    query, keys, values = (x.to(DEVICE, dtype) for x in (query, keys, values))
+    query = query.to(DEVICE, dtype)
+    dims = key_dim, value_dim
+    keys, values = blocks_of(query, len(owned) // block_size, block_size, kv_heads, *dims)
+    for x in (keys, values):
+        x.copy_(torch.randn(x.shape))
+        x[~owned.view(-1, block_size)] = float("nan")
     return Case(tables, queries, lengths, query, keys, values)
+
+
+def blocks_of(like: Tensor, count: int, size: int, kv_heads: int, *dims: int) -> list[Tensor]:
+    """A cache of NaN in which all that is in a block lies side by side, with another layer's before
+    and after it."""
+    sides = [-(-size * kv_heads * dim // 16) * 16 for dim in dims]
+    held = like.new_full((count, 16 + sum(sides) + 48), float("nan"))
+    parts = held.split([16, *sides, 48], 1)[1:-1]
+    return [
+        part[:, : size * kv_heads * dim].unflatten(1, (size, kv_heads, dim))
+        for part, dim in zip(parts, dims, strict=True)
+    ]
 
 
 def features(how: str, heads: int) -> dict[str, Any]:
@@ -248,7 +264,7 @@ STEPS = [
 
 def test_one_capture_serves_every_step_that_fits() -> None:
     tables = AttentionTables.allocate(6, 139, 4, 24, DEVICE)
-    keys, values = (torch.randn((6 * 35 + 1) * 4, 2, 16, device=DEVICE) for _ in range(2))
+    keys, values = (torch.randn(6 * 35 + 1, 4, 2, 16, device=DEVICE) for _ in range(2))
     query = torch.randn(26, 4, 16, device=DEVICE)
     out = torch.empty(26, 4, 16, device=DEVICE)
     chosen = {"window": 70, "softcap": 5.0, "sinks": torch.randn(4, device=DEVICE), "splits": 3}
@@ -261,7 +277,7 @@ def test_one_capture_serves_every_step_that_fits() -> None:
         owned = place(tables, queries, lengths).to(DEVICE)
         for tensor in (keys, values):
             tensor.copy_(torch.randn(tensor.shape))
-            tensor[~owned] = float("nan")
+            tensor[~owned.view(-1, 4)] = float("nan")
         if i == 0 and DEVICE == "cuda":
             replay = captured(call)
         out.fill_(float("nan"))
@@ -292,12 +308,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launched]:
 
 def test_launches_do_not_depend_on_the_step(launched: list[Launched]) -> None:
     tables = AttentionTables.allocate(6, 139, 4, 24, DEVICE)
-    x = torch.zeros(26, 4, 16, device=DEVICE)
+    x, cache = torch.zeros(26, 4, 16, device=DEVICE), torch.zeros(7, 4, 4, 16, device=DEVICE)
     seen = []
     for queries, lengths in STEPS:
         place(tables, queries, lengths)
-        gpu.paged_attention(x, x, x, tables, 0.3)
-        gpu.paged_attention(x, x, x, tables, 0.3, splits=2)
+        gpu.paged_attention(x, cache, cache, tables, 0.3)
+        gpu.paged_attention(x, cache, cache, tables, 0.3, splits=2)
         seen.append(
             [
                 (kernel, grid, [a for a in arguments if not isinstance(a, Tensor)], *rest)
@@ -318,7 +334,7 @@ def test_everything_launched_is_a_variant(how: str, step: int, launched: list[La
     for splits in (1, 2):
         case.run(splits=splits, sums=sums, **chosen)
     cells = torch.zeros(3, dtype=torch.int64, device=DEVICE)
-    gpu.write_cells(case.keys, case.values, case.keys[:3], case.values[:3], cells)
+    gpu.write_cells(case.keys, case.values, case.keys[0, :3], case.values[0, :3], cells)
     kind = torch.float32 if "sinks" in chosen else None
     known = variants(
         10, 2, 80, 48, 4, torch.float16, ("window" in chosen,), "softcap" in chosen, kind, sums=step
@@ -370,8 +386,10 @@ def test_no_number_of_a_step_leads_to_a_compilation() -> None:
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 def test_cells_are_written_where_they_belong(index: torch.dtype) -> None:
-    keys = torch.randn(9, 2, 20, device=DEVICE)
-    values = torch.randn(9, 2, 600, device=DEVICE)
+    keys, values = (
+        x.copy_(torch.randn(x.shape))
+        for x in blocks_of(torch.empty(0, device=DEVICE), 3, 3, 2, 20, 600)
+    )
     before = keys.clone(), values.clone()
     key = torch.randn(4, 5, 20, device=DEVICE)[:, 1:3]
     value = torch.randn(2, 4, 600, device=DEVICE).transpose(0, 1)
@@ -379,13 +397,13 @@ def test_cells_are_written_where_they_belong(index: torch.dtype) -> None:
     gpu.write_cells(keys, values, key, value, cells)
     for got, new, old in ((keys, key, before[0]), (values, value, before[1])):
         want = old.clone()
-        want[[7, 2, 3]] = new[[0, 2, 3]]
+        want[[2, 0, 1], [1, 2, 0]] = new[[0, 2, 3]]
         assert torch.equal(got, want)
 
 
 def test_nothing_to_write() -> None:
-    keys = torch.randn(3, 1, 4, device=DEVICE)
-    gpu.write_cells(keys, keys, keys[:0], keys[:0], torch.zeros(0, dtype=torch.int64))
+    keys = torch.randn(3, 1, 1, 4, device=DEVICE)
+    gpu.write_cells(keys, keys, keys[:0, 0], keys[:0, 0], torch.zeros(0, dtype=torch.int64))
 
 
 def test_splits_fill_the_device_and_bound_the_longest() -> None:
@@ -411,9 +429,12 @@ def test_a_group_is_never_wider_than_its_tile() -> None:
     ("change", "message"),
     [
         ({"keys": lambda x: x.half()}, "float16"),
-        ({"keys": lambda x: x[:, :, :8].contiguous()}, "do not fit"),
+        ({"keys": lambda x: x[..., :8].contiguous()}, "do not fit"),
+        ({"keys": lambda x: x[:, :2], "values": lambda x: x[:, :2]}, "blocks of 4 do not fit"),
         ({"values": lambda x: x[1:].contiguous()}, "do not fit"),
-        ({"keys": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)}, "contiguous"),
+        ({"keys": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)}, "contiguous"),
+        ({"keys": lambda x: odd(x, x.stride(0) + 8)}, "aligned"),
+        ({"keys": lambda x: odd(x, x.stride(0), 2)}, "aligned"),
         ({"sinks": lambda _: torch.zeros(3)}, "sinks"),
         ({"window": lambda _: 0}, "window is 0"),
         ({"softcap": lambda _: -1.0}, "softcap is -1"),
@@ -428,8 +449,12 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
         gpu.paged_attention(**given, steps=case.tables, scale=0.3)
 
 
+def odd(x: Tensor, step: int, start: int = 0) -> Tensor:
+    return torch.zeros(start + len(x) * step).as_strided(x.shape, (step, *x.stride()[1:]), start)
+
+
 def test_cells_that_do_not_fit_are_refused() -> None:
-    keys, new = torch.zeros(4, 2, 8), torch.zeros(3, 2, 8)
+    keys, new = torch.zeros(2, 2, 2, 8), torch.zeros(3, 2, 8)
     with pytest.raises(ValueError, match="for cells of"):
         gpu.write_cells(keys, keys, new[:, :1], new, torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="2 cells"):

@@ -74,8 +74,8 @@ class Model:
                 made[2:] = made[:2]
             for deltas, prepared in zip(self.deltas, made, strict=True):
                 deltas.install(slot, prepared)
-        cells = BLOCKS * BLOCK
-        self.cache = torch.randn(LAYERS, 2, cells, KV, DIM, device=self.device)
+        cache = torch.randn(BLOCKS, LAYERS, 2, BLOCK, KV, DIM, device=self.device)
+        self.cache = cache.movedim(0, 2)
         self.families = {
             name: Family(LayerPlans(self.deltas[i::2]), self.bases[i])
             for i, name in enumerate(("qkv", "o"))

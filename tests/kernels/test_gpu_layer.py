@@ -80,8 +80,7 @@ class LayerRig:
         assert GpuLayer.takes(parts)
         self.parts = parts
         self.layer = GpuLayer(parts, self.space)
-        cells = 33 * BLOCK
-        self.cache = tuple(self.draw(cells, KV_HEADS, DIM) for _ in range(2))
+        self.cache = tuple(self.draw(33, BLOCK, KV_HEADS, DIM) for _ in range(2))
         angles = torch.rand(len(DECODES), turned // 2).repeat(1, 2)
         self.rotation = tuple(t.to(DEVICE, dtype) for t in (angles.cos(), angles.sin()))
 
@@ -105,7 +104,7 @@ class LayerRig:
         if self.parts.head_norms:
             q, k = self.normed(2, q, segments), self.normed(3, k, segments)
         cosine, sine = (t.double().cpu()[: len(x), None] for t in self.rotation)
-        keys, values = (t.double().cpu() for t in self.cache)
+        keys, values = (t.double().cpu().flatten(0, 1) for t in self.cache)
         keys[step.cells.cpu()], values[step.cells.cpu()] = turn(k, cosine, sine), v
         t, n = step.tables, len(spans)
         start, lengths = t.query_start[: n + 1].cpu(), t.lengths[:n].cpu()

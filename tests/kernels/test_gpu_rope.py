@@ -17,6 +17,8 @@ from deltaserve.kernels.primitives import Bias, Replace
 from deltaserve.kernels.segments import Segments
 
 DEVICE = default_device()
+SIZE = 3
+"""Cells of a block."""
 
 
 def draw(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -47,8 +49,10 @@ def test_rope_write(
 ) -> None:
     qkv = draw(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype)
     cosine, sine = (draw(tokens, turned, dtype=dtype) for _ in range(2))
-    keys, values = (draw(tokens + 9, kv_heads, dim, dtype=dtype) for _ in range(2))
-    cells = torch.randperm(tokens + 9)[:tokens].to(DEVICE)
+    count = tokens + 4
+    cache = draw(count, 4, SIZE, kv_heads, dim, dtype=dtype)  # two layers side by side
+    keys, values = cache[:, 2], cache[:, 3]
+    cells = torch.randperm(count * SIZE)[:tokens].to(DEVICE)
     cells[tokens // 2] = -1
     norms = None
     q, k, v = qkv.double().cpu().view(tokens, -1, dim).split((heads, kv_heads, kv_heads), 1)
@@ -56,18 +60,16 @@ def test_rope_write(
         norms = HeadNorms(draw(dim, dtype=dtype), draw(dim, dtype=dtype), 1e-5)
         q, k = normed(q, norms.query, 1e-5), normed(k, norms.key, 1e-5)
     q, k = (rotated(x, cosine.double().cpu(), sine.double().cpu()) for x in (q, k))
-    written, before = cells[cells >= 0], (keys.clone(), values.clone())
+    written, before = cells[cells >= 0], cache.clone()
     rope_write(qkv, heads, cosine, sine, keys, values, cells, norms)
     got = qkv.view(tokens, -1, dim)
     close(got, torch.cat((q, k, v), 1))
     assert torch.equal(got[:, heads + kv_heads :].double().cpu(), v)
     rows = cells >= 0
-    assert torch.equal(keys[written], got[rows][:, heads : heads + kv_heads])
-    assert torch.equal(values[written], got[rows][:, heads + kv_heads :])
-    others = torch.ones(tokens + 9, dtype=torch.bool)
-    others[written] = False
-    assert torch.equal(keys[others], before[0][others])
-    assert torch.equal(values[others], before[1][others])
+    block, row = written // SIZE, written % SIZE
+    before[block, 2, row] = got[rows][:, heads : heads + kv_heads]
+    before[block, 3, row] = got[rows][:, heads + kv_heads :]
+    assert torch.equal(cache, before)
 
 
 def close(got: Tensor, want: Tensor) -> None:
@@ -92,7 +94,7 @@ def test_norms_of_heads_that_adapters_tune(dtype: torch.dtype, dim: int, turned:
             deltas[-1].install(slot, deltas[-1].prepare(p))
     qkv = draw(tokens, (heads + 2) * dim, dtype=dtype)
     cosine, sine = (draw(tokens, turned, dtype=dtype) for _ in range(2))
-    keys, values = (torch.zeros(tokens, 1, dim, dtype=dtype, device=DEVICE) for _ in range(2))
+    keys, values = (torch.zeros(tokens, 1, 1, dim, dtype=dtype, device=DEVICE) for _ in range(2))
     parts = list(qkv.double().cpu().view(tokens, -1, dim).split((heads, 1, 1), 1))
     for i in range(2):
         for row in range(tokens):
@@ -119,16 +121,16 @@ def test_norms_of_heads_that_adapters_tune(dtype: torch.dtype, dim: int, turned:
 def test_cells_and_rotations_of_other_types() -> None:
     """The rotation in float32 beside 16-bit heads, as some models make it; cells as int32."""
     qkv, (cosine, sine) = draw(3, 5 * 32, dtype=torch.float16), torch.randn(2, 3, 32)
-    keys, values = (torch.zeros(7, 1, 32, dtype=torch.float16, device=DEVICE) for _ in range(2))
+    keys, values = (torch.zeros(7, 1, 1, 32, dtype=torch.float16, device=DEVICE) for _ in range(2))
     q = rotated(qkv.double().cpu().view(3, 5, 32)[:, :4], cosine.double(), sine.double())
     cells = torch.tensor([6, 0, -1], dtype=torch.int32, device=DEVICE)
     rope_write(qkv, 3, cosine.to(DEVICE), sine.to(DEVICE), keys, values, cells)
     close(qkv.view(3, 5, 32)[:, :4], q)
-    assert torch.equal(values[[6, 0], 0], qkv.view(3, 5, 32)[:2, 4]) and not values[1:6].any()
+    assert torch.equal(values[[6, 0], 0, 0], qkv.view(3, 5, 32)[:2, 4]) and not values[1:6].any()
 
 
 def test_no_tokens() -> None:
-    none, keys = torch.zeros(0, 48), torch.zeros(2, 1, 16)
+    none, keys = torch.zeros(0, 48), torch.zeros(2, 1, 1, 16)
     rope_write(none, 1, none[:, :16], none[:, :16], keys, keys, torch.zeros(0, dtype=torch.int64))
 
 
@@ -137,10 +139,11 @@ def test_no_tokens() -> None:
     [
         ({"qkv": torch.zeros(3, 100)}, "do not fit 4 heads"),
         ({"cells": torch.zeros(2, dtype=torch.int64)}, "2 cells"),
-        ({"values": torch.zeros(7, 2, 16)}, "do not fit"),
+        ({"values": torch.zeros(7, 1, 2, 16)}, "do not fit"),
         ({"cosine": torch.zeros(3, 15), "sine": torch.zeros(3, 15)}, "even number"),
         ({"cosine": torch.zeros(3, 18), "sine": torch.zeros(3, 18)}, "at most 16"),
-        ({"keys": torch.zeros(7, 1, 16).half()}, "one dtype"),
+        ({"keys": torch.zeros(7, 1, 1, 16).half()}, "one dtype"),
+        ({"keys": torch.zeros(7, 2, 1, 16)[:, :1]}, "values of"),
         ({"sine": torch.zeros(3, 16).half()}, "likewise"),
         ({"qkv": torch.zeros(96, 3).T}, "contiguous"),
     ],
@@ -151,8 +154,8 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
         "heads": 4,
         "cosine": torch.zeros(3, 16),
         "sine": torch.zeros(3, 16),
-        "keys": torch.zeros(7, 1, 16),
-        "values": torch.zeros(7, 1, 16),
+        "keys": torch.zeros(7, 1, 1, 16),
+        "values": torch.zeros(7, 1, 1, 16),
         "cells": torch.zeros(3, dtype=torch.int64),
     }
     with pytest.raises(ValueError, match=message):

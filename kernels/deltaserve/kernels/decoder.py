@@ -67,5 +67,5 @@ class DecoderLayer(Protocol):
         beside: Beside | None = None,
     ) -> Tensor:
         """x: [T, hidden], left as it is; returns the same shape. rotation: cosine and sine [T,
-        turned]. cache: the layer's keys and values, [cells, kv_heads, dim]."""
+        turned]. cache: the layer's keys and values, as the backend's steps take them."""
         ...

@@ -36,16 +36,8 @@ class Stepper:
 
     def __init__(self, model: BaseModel, blocks: int = 64) -> None:
         self.model = model
-        cells = blocks * BLOCK_SIZE
-        keys, values = {}, {}
-        for layer in model.attention:
-            keys[layer.layer_idx] = torch.zeros(
-                cells, layer.kv_heads, layer.key_dim, dtype=model.dtype
-            )
-            values[layer.layer_idx] = torch.zeros(
-                cells, layer.kv_heads, layer.value_dim, dtype=model.dtype
-            )
-        model.ctx.kv = KVStore(keys, values, BLOCK_SIZE, blocks)
+        of = model.attention, blocks, BLOCK_SIZE, model.dtype, model.ctx.backend
+        model.ctx.kv = KVStore.zeros(*of)
         self.free = torch.randperm(blocks, generator=torch.Generator().manual_seed(1)).tolist()
 
     def step(self, plan: list[tuple[Sequence, int]]) -> None:

@@ -26,14 +26,15 @@ def _split_cells(
 @triton.jit(
     do_not_specialize=[
         "sinks", "query_start", "lengths", "tables", "rows", "window", "width", "query_step",
-        "split_tiles", "padded",
+        "split_tiles", "padded", "key_block", "value_block",
     ]
 )  # fmt: skip
 def decode_kernel(
-    out, sums, padded, planes, stats, query, keys, values, sinks, query_start, lengths, tables,
-    rows, inner, outer, window, width, query_step, split_tiles,
+    out, sums, padded, planes, stats, query, keys, values, key_block, value_block, sinks,
+    query_start, lengths, tables, rows, inner, outer, window, width, query_step, split_tiles,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, HEAD_TILE: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, KEY_STEP: tl.constexpr, VALUE_STEP: tl.constexpr,
+    HEAD_TILE: tl.constexpr, UNIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     SUM: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -71,8 +72,9 @@ def decode_kernel(
     tables += row.to(tl.int64) * width
     position = tl.where(live, length - 1, -1)
     peak, total, acc = attend(
-        peak, total, acc, q, keys, values, tables, begin, end, position, inner, outer, window,
-        KV_HEADS, KEY_DIM, VALUE_DIM, BLOCK_SIZE, BN, BK, BV, True, WINDOW, SOFTCAP,
+        peak, total, acc, q, keys, values, key_block, value_block, tables, begin, end, position,
+        inner, outer, window, KV_HEADS, KEY_DIM, VALUE_DIM, BLOCK_SIZE, KEY_STEP, VALUE_STEP,
+        BN, BK, BV, True, WINDOW, SOFTCAP,
     )  # fmt: skip
     if SPLIT:
         wanted = live[:, None] & (dv < VALUE_DIM)[None, :]

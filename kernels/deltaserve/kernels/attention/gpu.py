@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaserve.kernels.attention.blocks import block_step
 from deltaserve.kernels.attention.cells import write_kernel
 from deltaserve.kernels.attention.decode import decode_kernel, reduce_kernel
 from deltaserve.kernels.attention.launch import (
@@ -46,27 +47,28 @@ def paged_attention(
     """Every query attends to the cells of its sequence up to its own.
 
     query: [T, heads, key_dim], the tokens of sequence i in rows query_start[i]..query_start[i + 1];
-    they own the last cells of the sequence. keys [cells, kv_heads, key_dim], values [cells,
-    kv_heads, value_dim]: contiguous, of the query's dtype (float32, float16 or bfloat16); heads is
-    a multiple of kv_heads. scale: > 0. window: a query sees itself and the window - 1 cells before
-    it. softcap: logits become ``softcap * tanh(logits / softcap)``. sinks: one more logit per head
-    [heads], without a value. splits: programs that share a decoding sequence and KV head; by
-    default what suits `steps`' bounds. sums: where to write those of out as [T, heads * value_dim],
-    whose step divides value_dim and is a power of two. Cells that a sequence does not own are never
-    read.
+    they own the last cells of the sequence. keys [blocks, block_size, kv_heads, key_dim], values
+    [blocks, block_size, kv_heads, value_dim]: as in `blocks`, of the query's dtype (float32,
+    float16 or bfloat16); heads is a multiple of kv_heads. scale: > 0. window: a query sees itself
+    and the window - 1 cells before it. softcap: logits become ``softcap * tanh(logits / softcap)``.
+    sinks: one more logit per head [heads], without a value. splits: programs that share a decoding
+    sequence and KV head; by default what suits `steps`' bounds. sums: where to write those of out
+    as [T, heads * value_dim], whose step divides value_dim and is a power of two. Cells that a
+    sequence does not own are never read.
 
     Returns out [T, heads, value_dim], a new tensor if none is given; rows of no sequence are left
     as they were. Raises ValueError if shapes, dtypes or layouts do not fit.
     """
-    out = query.new_empty(*query.shape[:2], values.shape[2]) if out is None else out
-    _check(query, keys, values, out, sinks)
+    out = query.new_empty(*query.shape[:2], values.shape[3]) if out is None else out
+    _check(query, keys, values, out, sinks, steps.block_size)
     for name, number in (("scale", scale), ("window", window), ("softcap", softcap)):
         if number is not None and not number > 0:
             raise ValueError(f"{name} is {number}; it must be above 0")
-    shape = Shape(query.shape[1], keys.shape[1], keys.shape[2], values.shape[2], steps.block_size)
+    shape = Shape(query.shape[1], keys.shape[2], keys.shape[3], values.shape[3], steps.block_size)
     query, step = _token_rows(query, shape.query_unit)
     sequences = (steps.query_start, steps.lengths, steps.tables, steps.rows)
-    read = (query, keys, values, sinks, *sequences)
+    distances = (block_step(keys), block_step(values))
+    read = (query, keys, values, *distances, sinks, *sequences)
     how = (*logit_factors(scale, softcap), window or 0, steps.tables.stride(0), step)
     forms = {"WINDOW": window is not None, "SOFTCAP": softcap is not None, "SUM": 0}
     padded = 0
@@ -91,7 +93,7 @@ def _decode(
     steps: AttentionTables,
     split: Splits,
     outs: tuple[Tensor, Tensor | None, int],
-    read: tuple[Tensor | None, ...],
+    read: tuple[Tensor | int | None, ...],
     how: tuple[float, ...],
     forms: dict[str, int],
 ) -> None:
@@ -108,7 +110,7 @@ def _decode(
     size = out.element_size()
     _launch(decode_kernel, grid, arguments, shape.decode(size), {"SPLIT": programs > 1, **forms})
     if programs > 1:
-        sinks, window = read[3], how[2]
+        sinks, window = read[5], how[2]
         parts = (*outs, planes, stats, sinks, steps.query_start, steps.lengths, steps.rows)
         fewer = {name: forms[name] for name in ("SUM", "WINDOW")}
         arguments = (*parts, window, programs, split.tiles)
@@ -118,28 +120,33 @@ def _decode(
 def write_cells(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, cells: Tensor) -> None:
     """Writes the step's keys and values to the cache.
 
-    keys [cells, kv_heads, key_dim], values [cells, kv_heads, value_dim]: contiguous. key [T,
-    kv_heads, key_dim], value [T, kv_heads, value_dim]: of the same dtypes. cells: int32 or int64
-    [T], contiguous, the cell of each token; -1 writes nothing. Raises ValueError if shapes, dtypes
-    or layouts do not fit.
+    keys [blocks, block_size, kv_heads, key_dim], values [blocks, block_size, kv_heads, value_dim]:
+    as in `blocks`. key [T, kv_heads, key_dim], value [T, kv_heads, value_dim]: of the same dtypes.
+    cells: int32 or int64 [T], contiguous, the cell of each token, ``block * block_size + offset``;
+    -1 writes nothing. Raises ValueError if shapes, dtypes or layouts do not fit.
     """
-    if key.shape[1:] != keys.shape[1:] or value.shape[1:] != values.shape[1:]:
+    if key.shape[1:] != keys.shape[2:] or value.shape[1:] != values.shape[2:]:
         raise ValueError(
             f"key {tuple(key.shape)} and value {tuple(value.shape)} for cells of "
-            f"{tuple(keys.shape[1:])} and {tuple(values.shape[1:])}"
+            f"{tuple(keys.shape[2:])} and {tuple(values.shape[2:])}"
         )
     if not len(key) == len(value) == len(cells):
         raise ValueError(f"{len(key)} keys, {len(value)} values and {len(cells)} cells")
     if key.dtype != keys.dtype or value.dtype != values.dtype:
         raise ValueError(f"key is {key.dtype}, its cache {keys.dtype}")
-    if not (_aligned(keys) and _aligned(values) and cells.is_contiguous()):
-        raise ValueError("keys, values and cells must be contiguous, and the first two aligned")
+    if values.shape[:2] != keys.shape[:2] or not cells.is_contiguous():
+        raise ValueError(
+            f"keys {tuple(keys.shape)} and values {tuple(values.shape)} must have the same blocks, "
+            "and cells be contiguous"
+        )
     if not len(cells):
         return
-    how = write_launch(keys.shape[1], keys.shape[2], values.shape[2])
+    _, size, kv_heads, key_dim = keys.shape
+    how = write_launch(kv_heads, key_dim, values.shape[3], size)
     key, key_step = _token_rows(key, how.constants["KEY_UNIT"])
     value, value_step = _token_rows(value, how.constants["VALUE_UNIT"])
-    arguments = (keys, values, key, value, cells, key_step, value_step)
+    distances = (block_step(keys), block_step(values))
+    arguments = (keys, values, key, value, cells, key_step, value_step, *distances)
     _launch(write_kernel, (len(cells),), arguments, how, {})
 
 
@@ -179,31 +186,38 @@ def _token_rows(x: Tensor, unit: int) -> tuple[Tensor, int]:
     return x, x.stride(0) // unit
 
 
-def _aligned(x: Tensor) -> bool:
-    return x.is_contiguous() and x.data_ptr() % 16 == 0
-
-
 def _check_sums(sums: Sums, shape: Shape) -> None:
     if sum_step(shape.value_dim, sums.step) != sums.step:
         raise ValueError(f"sums over {sums.step} columns of heads of {shape.value_dim}")
 
 
-def _check(query: Tensor, keys: Tensor, values: Tensor, out: Tensor, sinks: Tensor | None) -> None:
+def _check(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    sinks: Tensor | None,
+    block_size: int,
+) -> None:
     tokens, heads, dim = query.shape
-    kv_heads = keys.shape[1]
+    size, kv_heads, key_dim = keys.shape[1:]
     if query.dtype not in COMPUTE_DTYPES or {keys.dtype, values.dtype, out.dtype} != {query.dtype}:
         raise ValueError(
             f"query {query.dtype}, keys {keys.dtype}, values {values.dtype}, out {out.dtype}: "
             "one of float32, float16 and bfloat16 for all"
         )
-    if heads % kv_heads or keys.shape[2] != dim or values.shape[:2] != keys.shape[:2]:
+    if (
+        heads % kv_heads
+        or (size, key_dim) != (block_size, dim)
+        or values.shape[:3] != keys.shape[:3]
+    ):
         raise ValueError(
             f"query {tuple(query.shape)}, keys {tuple(keys.shape)} and values "
-            f"{tuple(values.shape)} do not fit"
+            f"{tuple(values.shape)} in blocks of {block_size} do not fit"
         )
-    if out.shape != (tokens, heads, values.shape[2]):
+    if out.shape != (tokens, heads, values.shape[3]):
         raise ValueError(f"out is {tuple(out.shape)}")
     if sinks is not None and (sinks.shape != (heads,) or not sinks.is_contiguous()):
         raise ValueError(f"sinks are {tuple(sinks.shape)}; one for each of {heads} heads")
-    if not (_aligned(keys) and _aligned(values) and _aligned(out)):
-        raise ValueError("keys, values and out must be contiguous and aligned to 16 bytes")
+    if not out.is_contiguous() or out.data_ptr() % 16:
+        raise ValueError("out must be contiguous and aligned to 16 bytes")

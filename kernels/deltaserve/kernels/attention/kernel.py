@@ -28,15 +28,18 @@ def tile_heads(BM: tl.constexpr, HEAD_TILE: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def attend(
-    peak, total, acc, q, keys, values, table, begin, end, position, inner, outer, window,
+    peak, total, acc, q, keys, values, key_block, value_block, table, begin, end, position,
+    inner, outer, window,
     KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, KEY_STEP: tl.constexpr, VALUE_STEP: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Takes cells [begin, end) of a sequence into the running softmax of a tile of queries.
 
     peak, total [BM]: the largest logit so far, in base 2, and the sum of powers relative to it.
     acc [BM, BV]: the weighted sum of values, relative to it too. keys, values: of one KV head.
+    key_block, value_block: from block to block, in KEY_STEP and VALUE_STEP elements.
     position [BM]: where each query stands in its sequence; one that is negative sees nothing.
     Without MASKED every query sees every cell, and end - begin is a multiple of BN. inner and
     outer: see `logit_factors`.
@@ -54,9 +57,11 @@ def attend(
             block = tl.load(table + at // BLOCK_SIZE, mask=owned, other=0)
         else:
             block = tl.load(table + at // BLOCK_SIZE)
-        cell = block.to(tl.int64) * BLOCK_SIZE + at % BLOCK_SIZE
-        k = tl.load(keys + (cell * (KV_HEADS * KEY_DIM))[:, None] + dk[None, :], k_mask, 0.0)
-        v = tl.load(values + (cell * (KV_HEADS * VALUE_DIM))[:, None] + dv[None, :], v_mask, 0.0)
+        block, row = block.to(tl.int64), at % BLOCK_SIZE
+        key = block * (key_block * KEY_STEP) + row * (KV_HEADS * KEY_DIM)
+        value = block * (value_block * VALUE_STEP) + row * (KV_HEADS * VALUE_DIM)
+        k = tl.load(keys + key[:, None] + dk[None, :], k_mask, 0.0)
+        v = tl.load(values + value[:, None] + dv[None, :], v_mask, 0.0)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")
         if SOFTCAP:  # tanh(x) = 1 - 2 / (1 + exp(2 x)), which no argument overflows
             logits = 1.0 - 2.0 / (1.0 + tl.exp2(logits * inner))

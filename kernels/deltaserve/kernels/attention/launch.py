@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import triton
 
+from deltaserve.kernels.attention.blocks import step_unit
+
 LOG2E = 1.4426950408889634
 MAX_SPLITS = 64
 """Programs that may share one decoding sequence and KV head."""
@@ -101,6 +103,8 @@ class Shape:
             "KEY_DIM": self.key_dim,
             "VALUE_DIM": self.value_dim,
             "BLOCK_SIZE": self.block_size,
+            "KEY_STEP": step_unit(self.block_size, self.kv_heads * self.key_dim),
+            "VALUE_STEP": step_unit(self.block_size, self.kv_heads * self.value_dim),
             "HEAD_TILE": self.head_tile,
             "UNIT": self.query_unit,
             "BM": rows,
@@ -118,7 +122,7 @@ def logit_factors(scale: float, softcap: float | None) -> tuple[float, float]:
     return 2 * LOG2E * scale / softcap, softcap * LOG2E
 
 
-def write_launch(kv_heads: int, key_dim: int, value_dim: int) -> Launch:
+def write_launch(kv_heads: int, key_dim: int, value_dim: int, block_size: int) -> Launch:
     """Of the kernel that writes cells."""
     widest = kv_heads * max(key_dim, value_dim)
     block = min(1024, max(16, triton.next_power_of_2(widest)))
@@ -128,6 +132,9 @@ def write_launch(kv_heads: int, key_dim: int, value_dim: int) -> Launch:
         "KEY_UNIT": gcd(16, key_dim),
         "VALUE_UNIT": gcd(16, value_dim),
         "BLOCK": block,
+        "BLOCK_SIZE": block_size,
+        "KEY_STEP": step_unit(block_size, kv_heads * key_dim),
+        "VALUE_STEP": step_unit(block_size, kv_heads * value_dim),
     }
     return Launch(constants, max(1, block // 256), 1)
 

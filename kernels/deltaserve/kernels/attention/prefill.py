@@ -26,14 +26,15 @@ def _row_of_tile(tile, query_start, rows, TOKENS: tl.constexpr):
 @triton.jit(
     do_not_specialize=[
         "sinks", "query_start", "lengths", "tables", "rows", "window", "width", "query_step",
-        "padded",
+        "padded", "key_block", "value_block",
     ]
 )  # fmt: skip
 def prefill_kernel(
-    out, sums, padded, query, keys, values, sinks, query_start, lengths, tables, rows,
-    inner, outer, window, width, query_step,
+    out, sums, padded, query, keys, values, key_block, value_block, sinks,
+    query_start, lengths, tables, rows, inner, outer, window, width, query_step,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, HEAD_TILE: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, KEY_STEP: tl.constexpr, VALUE_STEP: tl.constexpr,
+    HEAD_TILE: tl.constexpr, UNIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     SUM: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -69,13 +70,15 @@ def prefill_kernel(
     else:  # the cells that every query of the tile sees need no masks
         begin = (past + token + 1) // BN * BN
         peak, total, acc = attend(
-            peak, total, acc, q, keys, values, tables, 0, begin, position, inner, outer, window,
-            KV_HEADS, KEY_DIM, VALUE_DIM, BLOCK_SIZE, BN, BK, BV, False, False, SOFTCAP,
+            peak, total, acc, q, keys, values, key_block, value_block, tables, 0, begin, position,
+            inner, outer, window, KV_HEADS, KEY_DIM, VALUE_DIM, BLOCK_SIZE, KEY_STEP, VALUE_STEP,
+            BN, BK, BV, False, False, SOFTCAP,
         )  # fmt: skip
     end = past + tl.minimum(token + TOKENS, queries)
     peak, total, acc = attend(
-        peak, total, acc, q, keys, values, tables, begin, end, position, inner, outer, window,
-        KV_HEADS, KEY_DIM, VALUE_DIM, BLOCK_SIZE, BN, BK, BV, True, WINDOW, SOFTCAP,
+        peak, total, acc, q, keys, values, key_block, value_block, tables, begin, end, position,
+        inner, outer, window, KV_HEADS, KEY_DIM, VALUE_DIM, BLOCK_SIZE, KEY_STEP, VALUE_STEP,
+        BN, BK, BV, True, WINDOW, SOFTCAP,
     )  # fmt: skip
     acc = finish(peak, total, acc, sinks, head, live)
     write_out(out, sums, padded, acc, start + tokens, head, live, HEADS, VALUE_DIM, BV, SUM)

@@ -61,7 +61,7 @@ def variants(
         add("decode", decode_kernel, decode, SPLIT=False, planes=None, stats=None, **forms)
         add("decode split", decode_kernel, decode, SPLIT=True, **forms)
         add("reduce", reduce_kernel, shape.reduce(size), WINDOW=window)
-    add("write", write_kernel, write_launch(kv_heads, key_dim, value_dim))
+    add("write", write_kernel, write_launch(kv_heads, key_dim, value_dim, block_size))
     return found
 
 

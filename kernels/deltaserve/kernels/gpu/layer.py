@@ -79,7 +79,7 @@ class GpuLayer:
         segments: Segments,
         beside: Beside | None = None,
     ) -> Tensor:
-        """See `DecoderLayer`. x, rotation and cache: contiguous."""
+        """See `DecoderLayer`. x, rotation: contiguous. cache: as in `attention.blocks`."""
         assert isinstance(step, GpuStep)
         parts, tokens = self.parts, len(x)
         first, second = parts.norms

@@ -128,7 +128,7 @@ def norm_variant(spec: GroupSpec, tokens: int, step: int, adapters: bool) -> Var
 
 def rope_variant(spec: LayerSpec, dtype: torch.dtype, tuned: bool) -> Variant:
     """tuned: whether adapters tune the norms of heads."""
-    shape = (spec.heads, spec.kv_heads, spec.dim, spec.turned)
+    shape = (spec.heads, spec.kv_heads, spec.dim, spec.turned, spec.block_size)
     constants = rope.constants(*shape, spec.head_norms, tuned, True)
     tables = ["floats", "mixes", "bounds", "offsets", "strengths"]
     absent = [] if spec.head_norms else ["gain", "key_gain"]

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from deltaserve.kernels.attention.blocks import block_step, step_unit
 from deltaserve.kernels.gpu import device as gpu
 from deltaserve.kernels.gpu.launch import launch
 from deltaserve.kernels.gpu.norm_deltas import Tuned
@@ -55,24 +56,26 @@ def rope_write(
     keys and values into the cache, in one launch whose grid follows from the shapes alone.
 
     qkv: [T, (heads + 2 kv_heads) * dim]. cosine, sine: [T, turned], of one dtype; of a head the
-    first `turned` elements are turned. keys, values: [cells, kv_heads, dim], of qkv's dtype. cells:
-    int32 or int64 [T]; -1 writes nothing. All contiguous. Raises ValueError for what does not fit.
+    first `turned` elements are turned. keys, values: [blocks, block_size, kv_heads, dim], of qkv's
+    dtype, as in `attention.blocks` and of the same strides. cells: int32 or int64 [T], ``block *
+    block_size + offset``; -1 writes nothing. The others are contiguous. Raises ValueError for what
+    does not fit.
     """
-    kv_heads, dim = keys.shape[1:]
+    _, block_size, kv_heads, dim = keys.shape
     tokens, turned = cosine.shape
     _check(qkv, heads, cosine, sine, keys, values, cells)
     if not tokens:
         return
     tuned = norms is not None and norms.tuned is not None
     pdl = gpu.overlaps(qkv.device)
-    how = constants(heads, kv_heads, dim, turned, norms is not None, tuned, pdl)
+    how = constants(heads, kv_heads, dim, turned, block_size, norms is not None, tuned, pdl)
     tiles = -(-(heads + 2 * kv_heads) // how["TILE"])
     of_norms = norms.arguments() if norms else (None,) * 12
     eps, offset = (norms.eps, norms.offset) if norms else (0.0, 0.0)
     launch(
         rope_kernel,
         (tokens, tiles),
-        (qkv, cosine, sine, keys, values, cells, eps, offset, *of_norms),
+        (qkv, cosine, sine, keys, values, block_step(keys), cells, eps, offset, *of_norms),
         how,
         num_warps=4,
         num_stages=1,
@@ -81,7 +84,14 @@ def rope_write(
 
 
 def constants(
-    heads: int, kv_heads: int, dim: int, turned: int, normed: bool, tuned: bool, pdl: bool
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    turned: int,
+    block_size: int,
+    normed: bool,
+    tuned: bool,
+    pdl: bool,
 ) -> dict[str, Any]:
     """The kernel's constants. normed: whether heads go through norms. tuned: whether adapters tune
     those."""
@@ -92,7 +102,8 @@ def constants(
     return dict(
         HEADS=heads, KV_HEADS=kv_heads, DIM=dim, TURNED=turned, TILE=tile,
         HALVES=int(triton.next_power_of_2(turned // 2)),
-        REST=int(triton.next_power_of_2(dim - turned)) if turned < dim else 0, NORMED=normed,
+        REST=int(triton.next_power_of_2(dim - turned)) if turned < dim else 0,
+        BLOCK_SIZE=block_size, STEP=step_unit(block_size, kv_heads * dim), NORMED=normed,
         TUNED=tuned, PDL=pdl,
     )  # fmt: skip
 
@@ -107,7 +118,7 @@ def _check(
     cells: Tensor,
 ) -> None:
     tokens, turned = cosine.shape
-    kv_heads, dim = keys.shape[1:]
+    kv_heads, dim = keys.shape[2:]
     width = (heads + 2 * kv_heads) * dim
     if qkv.shape != (tokens, width) or keys.shape != values.shape or len(cells) != tokens:
         raise ValueError(
@@ -124,5 +135,7 @@ def _check(
             f"qkv {qkv.dtype}, keys {keys.dtype}, values {values.dtype}: one dtype for all; "
             f"cosine {cosine.dtype} and sine {sine.dtype}: likewise"
         )
-    if not all(t.is_contiguous() for t in (qkv, cosine, sine, keys, values, cells)):
-        raise ValueError("qkv, cosine, sine, keys, values and cells must be contiguous")
+    if not all(t.is_contiguous() for t in (qkv, cosine, sine, cells)):
+        raise ValueError("qkv, cosine, sine and cells must be contiguous")
+    if block_step(values) != block_step(keys):
+        raise ValueError(f"keys of strides {keys.stride()} and values of {values.stride()}")

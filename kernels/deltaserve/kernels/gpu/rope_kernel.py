@@ -54,19 +54,20 @@ def _normed(
     return y + tl.where(asked, q_bias[None, :], k_bias[None, :])
 
 
-@triton.jit(do_not_specialize=["cells", "eps", "offset"])
+@triton.jit(do_not_specialize=["cells", "block_step", "eps", "offset"])
 def rope_kernel(
-    qkv, cosine, sine, keys, values, cells, eps, offset,
+    qkv, cosine, sine, keys, values, block_step, cells, eps, offset,
     gain, floats, mixes, bounds, offsets, strengths,
     key_gain, key_floats, key_mixes, key_bounds, key_offsets, key_strengths,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, TURNED: tl.constexpr,
-    TILE: tl.constexpr, HALVES: tl.constexpr, REST: tl.constexpr, NORMED: tl.constexpr,
-    TUNED: tl.constexpr, PDL: tl.constexpr,
+    TILE: tl.constexpr, HALVES: tl.constexpr, REST: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    STEP: tl.constexpr, NORMED: tl.constexpr, TUNED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """grid (tokens, tiles of TILE heads). qkv: [M, HEADS + 2 KV_HEADS, DIM], its queries and keys
     are turned in place: of a head the first TURNED elements, in halves (a, b) ->
     ``(a cos - b sin, b cos + a sin)``, in float32, rounded once. cosine, sine: [M, TURNED]. keys,
-    values: [cells, KV_HEADS, DIM]; cells: integers [M], -1 writes nothing.
+    values: blocks [BLOCK_SIZE, KV_HEADS, DIM], block_step STEP elements from one to the next.
+    cells: integers [M], -1 writes nothing.
     NORMED: each head goes through an RMS norm before it is turned, of gains ``offset + gain`` and
     ``offset + key_gain`` [DIM]; TUNED: as in norm_kernel, with tables for either.
     HALVES, REST: TURNED / 2 and DIM - TURNED rounded up to powers of two; REST 0 for none.
@@ -91,7 +92,8 @@ def rope_kernel(
     cell = tl.load(cells + token).to(tl.int64)
     kept = cell >= 0
     is_key = turns & (head >= tl.where(kept, HEADS, HEADS + KV_HEADS))
-    place = (cell * KV_HEADS + head - tl.where(is_value, HEADS + KV_HEADS, HEADS)) * DIM
+    place = cell % BLOCK_SIZE * KV_HEADS + head - tl.where(is_value, HEADS + KV_HEADS, HEADS)
+    place = cell // BLOCK_SIZE * (block_step * STEP) + place * DIM
     is_value = is_value & (head < tl.where(kept, HEADS + 2 * KV_HEADS, 0))
     a = tl.load(row + i[None, :], mask=known & half, other=0.0).to(tl.float32)
     b = tl.load(row + HALF + i[None, :], mask=known & half, other=0.0).to(tl.float32)

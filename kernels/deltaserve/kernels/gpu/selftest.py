@@ -216,21 +216,21 @@ def _attention(
     held = [-(-n // size) for n in lengths]
     order = torch.split(torch.randperm(sum(held) + 2), [*held, 2])[:3]
     blocks = [b.tolist() for b in order]
-    shape = ((sum(held) + 2) * size, spec.kv_heads)
-    keys, values = (
-        torch.full((*shape, n), float("nan"), dtype=dtype, device=device)
-        for n in (spec.key_dim, spec.value_dim)
-    )
+    shape, widths = (size, spec.kv_heads), (spec.key_dim, spec.value_dim)
+    sides = [size * spec.kv_heads * n for n in widths]
+    memory = torch.full((sum(held) + 2, sum(sides)), torch.nan, dtype=dtype, device=device)
+    keys = memory[:, : sides[0]].view(-1, *shape, spec.key_dim)
+    values = memory[:, sides[0] :].view(-1, *shape, spec.value_dim)
     cells = torch.cat([
         b.repeat_interleave(size)[:n] * size + torch.arange(n) % size
         for b, n in zip(order, lengths, strict=True)
     ])  # fmt: skip
-    key, value = (
-        torch.randn(len(cells), spec.kv_heads, n).to(dtype) for n in (spec.key_dim, spec.value_dim)
-    )
+    key, value = (torch.randn(len(cells), spec.kv_heads, n).to(dtype) for n in widths)
     write_cells(keys, values, key.to(device), value.to(device), cells.to(device))
-    yield "writing keys to the cache", keys[cells.to(device)], key.double()
-    yield "writing values to the cache", values[cells.to(device)], value.double()
+    at = (cells // size).to(device), (cells % size).to(device)
+    yield "writing keys to the cache", keys[at], key.double()
+    yield "writing values to the cache", values[at], value.double()
+    wide = [t.cpu().double().flatten(0, 1) for t in (keys, values)]
     sinks = torch.randn(spec.heads).to(dtype) if spec.sinks else None
     for what, counts in (("decoding", [1, 1, 1]), ("reading prompts", queries)):
         tables = AttentionTables.allocate(3, max(lengths), size, max(counts), device)
@@ -246,8 +246,8 @@ def _attention(
             None if sinks is None else sinks.to(device), nothing,
         )  # fmt: skip
         expected = attention_reference.paged_attention(
-            query.double(), keys.cpu().double(), values.cpu().double(), tables.query_start.cpu(),
-            tables.lengths.cpu(), tables.tables.cpu(), size, *how,
+            query.double(), wide[0], wide[1], tables.query_start.cpu(), tables.lengths.cpu(),
+            tables.tables.cpu(), size, *how,
             None if sinks is None else sinks.double(),
         )  # fmt: skip
         yield what, found, expected

@@ -25,6 +25,7 @@ from deltaserve.kernels.cache import folder as cache_root
 from deltaserve.server.config import AdapterConfig, Config, ConfigError, EngineConfig
 from deltaserve.server.engine.adapter_cache import AdapterCache
 from deltaserve.server.engine.backlog import Backlog
+from deltaserve.server.engine.block_pool import BlockPool
 from deltaserve.server.engine.cost import CostModel
 from deltaserve.server.engine.engine import Engine
 from deltaserve.server.engine.host_tier import HostTier
@@ -35,7 +36,7 @@ from deltaserve.server.engine.make import Make, MakeHere
 from deltaserve.server.engine.memory import Ledger
 from deltaserve.server.engine.observer import NullObserver, Observer
 from deltaserve.server.engine.own_text import OwnTexts
-from deltaserve.server.engine.plan import Base, plan_memory
+from deltaserve.server.engine.plan import Base, MemoryPlan, plan_memory
 from deltaserve.server.engine.runner import ModelRunner
 from deltaserve.server.engine.scheduler import Scheduler
 from deltaserve.server.engine.speculation import Speculator
@@ -118,9 +119,7 @@ def make_engine(
         model.max_length = min(model.max_length, config.max_length)
     plan = plan_memory(base_of(model), config, adapters, backend.free_bytes(), backend=backend)
     ledger = Ledger(plan.budget, kv_floor=plan.kv_floor, adapter_cap=plan.adapter_most)
-    pool = KVPool(
-        model.attention, plan.blocks + 1, config.block_size, model.dtype, ledger, backend.cache
-    )
+    pool = _pool(model, plan, ledger)
     manager = BlockManager(
         plan.blocks + 1, config.block_size, prefix_cache=config.prefix_cache, memory=pool.memory
     )
@@ -181,6 +180,15 @@ def make_engine(
         )
     )
     return made[0]
+
+
+def _pool(model: BaseModel, plan: MemoryPlan, ledger: Ledger) -> KVPool | BlockPool:
+    backend, blocks = model.ctx.backend, plan.blocks + 1
+    of = model.attention, blocks, plan.shape.block_size, model.dtype, ledger
+    if backend.returns_pages:
+        return KVPool(*of, backend.cache)
+    nbytes = blocks * plan.shape.block
+    return BlockPool(*of, backend.cache(nbytes).tensor(0, (nbytes,), torch.uint8))
 
 
 def base_of(model: BaseModel) -> Base:

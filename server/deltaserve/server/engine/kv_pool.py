@@ -17,22 +17,34 @@ from deltaserve.server.engine.memory import Ledger
 from deltaserve.server.model.context import KVStore
 from deltaserve.server.model.probe import LayerAttention
 
+LINE = 128
+"""Bytes to which a block's layers are aligned where they lie side by side."""
+
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """What blocks take. block: bytes of one, all layers together. extent: the fewest blocks whose
-    keys and whose values are whole pages in every layer."""
+    """What blocks take. block: bytes of one, all layers together. extent: blocks that come and go
+    together: by the page, the fewest whose keys and whose values are whole pages in every layer;
+    else one, whose layers lie side by side."""
 
     block_size: int
     block: int
     extent: int
 
     @classmethod
-    def of(cls, layers: Iterable[LayerAttention], block_size: int, dtype: torch.dtype) -> Self:
-        """block_size: tokens."""
-        sides = [la.kv_heads * dim for la in layers for dim in (la.key_dim, la.value_dim)]
-        row = [block_size * n * dtype.itemsize for n in sides]
-        return cls(block_size, sum(row), math.lcm(*(PAGE // math.gcd(PAGE, n) for n in row)))
+    def of(
+        cls,
+        layers: Iterable[LayerAttention],
+        block_size: int,
+        dtype: torch.dtype,
+        *,
+        by_page: bool = True,
+    ) -> Self:
+        """block_size: tokens. by_page: whether the backend's memory comes like that."""
+        sides = sides_of(layers, block_size, dtype)
+        if not by_page:
+            return cls(block_size, sum(map(whole_lines, sides)), 1)
+        return cls(block_size, sum(sides), math.lcm(*(PAGE // math.gcd(PAGE, n) for n in sides)))
 
     @property
     def token(self) -> int:
@@ -50,6 +62,17 @@ class KVShape:
     def bytes(self, blocks: int) -> int:
         """Memory of so many, and of the one that pads tables, in whole extents."""
         return -(-(blocks + 1) // self.extent) * self.extent * self.block
+
+
+def sides_of(layers: Iterable[LayerAttention], block_size: int, dtype: torch.dtype) -> list[int]:
+    """Bytes of a block's keys and of its values in each layer, in turn."""
+    widths = [la.kv_heads * dim for la in layers for dim in (la.key_dim, la.value_dim)]
+    return [block_size * n * dtype.itemsize for n in widths]
+
+
+def whole_lines(nbytes: int) -> int:
+    """`nbytes`, rounded up to whole cache lines."""
+    return -(-nbytes // LINE) * LINE
 
 
 class KVPool:

@@ -89,7 +89,7 @@ def plan_memory(
     """free: bytes that are free once the base is loaded. backend: the CPU if it is not given.
     ConfigError for what cannot be."""
     backend = backend or CpuBackend()
-    shape = KVShape.of(base.attention, config.block_size, base.dtype)
+    shape = KVShape.of(base.attention, config.block_size, base.dtype, by_page=backend.returns_pages)
     step = step_bytes(base, config)
     longest = shape.blocks(base.max_length)
     useful = longest * config.max_sequences

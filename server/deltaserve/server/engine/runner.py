@@ -80,7 +80,7 @@ class ModelRunner:
         """Zero what a failed sequence left behind: a NaN would pass through masked attention."""
         cells = self._cells(blocks, 0, len(blocks) * self.kv.block_size)
         for layer in (*self.kv.keys.values(), *self.kv.values.values()):
-            layer[cells] = 0
+            layer[self.kv.index(layer, cells)] = 0
 
     def _fill(self, sequence: Sequence, start: int, count: int) -> None:
         """Write the given keys and values of a prefix-tuned adapter's virtual tokens."""
@@ -90,7 +90,9 @@ class ModelRunner:
         for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
             store = self.kv.keys[layer], self.kv.values[layer]
             for held, given in zip(store, (keys, values), strict=True):
-                held[cells] = given[start : start + count].to(held.device, held.dtype)
+                held[self.kv.index(held, cells)] = given[start : start + count].to(
+                    held.device, held.dtype
+                )
 
     def _cells(self, blocks: list[int], start: int, end: int) -> Tensor:
         """int64 [end - start]: the cells of tokens [start, end) of a sequence with these blocks."""

@@ -6,6 +6,10 @@ before each forward pass, so nothing is threaded through the signatures of the m
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Self
+
+import torch
 from torch import Tensor
 
 from deltaserve.kernels.attention.step import AttentionStep
@@ -13,11 +17,16 @@ from deltaserve.kernels.backend import Backend
 from deltaserve.kernels.primitives import GatedPrefix
 from deltaserve.kernels.segments import EMPTY, Segments
 
+if TYPE_CHECKING:
+    from deltaserve.server.model.probe import LayerAttention
+
 
 class KVStore:
     """Keys and values of every attention layer, in cells of one token each.
 
-    keys[layer], values[layer]: [blocks * block_size, kv_heads, head_dim] in the compute dtype.
+    keys[layer], values[layer]: in the compute dtype, [blocks * block_size, kv_heads, head_dim]
+    where the backend's memory comes by the page; else [blocks, block_size, kv_heads, head_dim] at
+    any distance between blocks.
     """
 
     def __init__(
@@ -28,10 +37,30 @@ class KVStore:
         self.block_size = block_size
         self.blocks = blocks
 
-    @property
-    def nbytes(self) -> int:
-        held = [*self.keys.values(), *self.values.values()]
-        return sum(t.numel() * t.element_size() for t in held)
+    @classmethod
+    def zeros(
+        cls,
+        layers: Iterable[LayerAttention],
+        blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        backend: Backend,
+    ) -> Self:
+        """One in memory of its own."""
+        keys: dict[int, Tensor] = {}
+        values: dict[int, Tensor] = {}
+        rows = (blocks * block_size,) if backend.returns_pages else (blocks, block_size)
+        for la in layers:
+            for held, dim in ((keys, la.key_dim), (values, la.value_dim)):
+                shape = (*rows, la.kv_heads, dim)
+                held[la.layer_idx] = torch.zeros(shape, dtype=dtype, device=backend.device)
+        return cls(keys, values, block_size, blocks)
+
+    def index(self, held: Tensor, cells: Tensor) -> tuple[Tensor, ...]:
+        """What to index a layer's keys or values with. cells: int64 [n]."""
+        if held.dim() == 3:
+            return (cells,)
+        return cells // self.block_size, cells % self.block_size
 
 
 class ForwardContext:

@@ -197,12 +197,8 @@ def _run_once(
     dtype: torch.dtype,
 ) -> None:
     """A step of one prompt; its positions lie apart, so that rotations tell."""
-    keys, values, device = {}, {}, ctx.backend.device
-    for a in report.attention:
-        cells = TOKENS, a.kv_heads
-        keys[a.layer_idx] = torch.zeros(*cells, a.key_dim, dtype=dtype, device=device)
-        values[a.layer_idx] = torch.zeros(*cells, a.value_dim, dtype=dtype, device=device)
-    ctx.kv = KVStore(keys, values, TOKENS, 1)
+    device = ctx.backend.device
+    ctx.kv = KVStore.zeros(report.attention, 1, TOKENS, dtype, ctx.backend)
     ctx.attention = ctx.backend.attention([Span(0, TOKENS, [0])], 0, TOKENS)
     ids = torch.arange(TOKENS, device=device) * (modules.embedding.num_embeddings // TOKENS)
     positions = torch.tensor([0, 1, 5, 17, 64], device=device)
