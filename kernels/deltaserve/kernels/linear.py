@@ -26,12 +26,13 @@ from deltaserve.kernels.primitives import (
     ReplaceRows,
     Scale,
 )
-from deltaserve.kernels.product import product
+from deltaserve.kernels.product import change
 from deltaserve.kernels.replace import cpu as replace_cpu
 from deltaserve.kernels.scale import cpu as scale_cpu
 from deltaserve.kernels.segments import Segments
 from deltaserve.kernels.sparse import cpu as sparse_cpu
 from deltaserve.kernels.table import Group, Packed, Table, unique_bytes
+from deltaserve.kernels.wide import widen
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -162,10 +163,16 @@ class LinearDeltas:
         if segments.slots.isdisjoint(self._prepared):
             return base(x)
         x = x.contiguous()
-        y = product(x, base, segments, self._scale, self._replace)
+        changing = self._scale.touches(segments) or self._replace.touches(segments)
         adding = [table for table in self._additive if table.touches(segments)]
+        y = base(self._scale.scale_inputs(x, segments) if changing else x)
+        if not changing and len(adding) == 1 and adding[0].rounds_once:
+            adding[0].add(x, y, segments)
+            return y
         # Several families add up in float32 and are rounded once; base rows survive the round trip.
-        total = y if len(adding) == 1 and adding[0].rounds_once else y.float()
+        total = widen(y)
+        if changing:
+            change(x, total, base, segments, self._scale, self._replace)
         for table in adding:
             table.add(x, total, segments)
-        return total.to(x.dtype)
+        return y if total is y else y.copy_(total)

@@ -1,4 +1,4 @@
-"""The base product of a step, with the runs whose adapters scale or replace the base weight."""
+"""The runs of a base product whose adapters scale or replace the base weight."""
 
 from __future__ import annotations
 
@@ -10,27 +10,26 @@ from deltaserve.kernels.scale.cpu import ScaleTable
 from deltaserve.kernels.segments import Mix, Segments
 
 
-def product(
-    x: Tensor, base: BaseLinear, segments: Segments, scale: ScaleTable, replace: ReplaceTable
-) -> Tensor:
-    """``s_out * W (s_in * x) + b`` or ``W' x + b`` of each token, before any delta is added.
+def change(
+    x: Tensor,
+    y: Tensor,
+    base: BaseLinear,
+    segments: Segments,
+    scale: ScaleTable,
+    replace: ReplaceTable,
+) -> None:
+    """Makes y ``s_out * W (s_in * x) + b`` or ``W' x + b`` of each token, before any delta.
 
-    x: [T, in]. Returns [T, out]: of x's dtype when nothing is scaled or replaced, else float32.
+    x: [T, in]. y: float32 [T, out], ``base(scale.scale_inputs(x, segments))``, changed in place.
     """
-    scaled, replaced = scale.touches(segments), replace.touches(segments)
-    if not (scaled or replaced):
-        return base(x)
-    inputs = scale.scale_inputs(x, segments) if scaled else x
-    y = base(inputs).float()
-    if scaled:
+    if scale.touches(segments):
         for start, end, mix in scale.split_runs(segments):
             _split_inputs(x[start:end], y[start:end], base, mix, scale)
         scale.scale_outputs(y, base.bias, segments)
-    if replaced:
+    if replace.touches(segments):
         for start, end, mix in segments.runs:
             if any(slot in replace.items for slot, _ in mix):
                 _replace(x[start:end], y[start:end], base, mix, scale, replace)
-    return y
 
 
 def _split_inputs(x: Tensor, y: Tensor, base: BaseLinear, mix: Mix, scale: ScaleTable) -> None:
