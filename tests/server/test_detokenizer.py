@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from deltaserve.server.engine.detokenizer import Detokenizer
 
@@ -15,6 +15,24 @@ def tokenizer() -> Tokenizer:
     tok = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
+    tok.add_special_tokens(["<s>"])
+    return tok
+
+
+@pytest.fixture(scope="module")
+def fallback() -> Tokenizer:
+    """As sentencepiece makes them: some words, and bytes for all else; a run of byte tokens is text
+    as a whole, or none of it is."""
+    pieces = ["<unk>", "<s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "b", "▁a", "▁b", "x"]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    merges = [("▁", "a"), ("▁", "b")]
+    tok = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True))
+    tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tok.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+         decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    tok.add_special_tokens(["<s>"])
     return tok
 
 
@@ -38,6 +56,60 @@ def test_pieces_add_up(tokenizer: Tokenizer, text: str) -> None:
 def test_an_incomplete_character_is_flushed(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("aé").ids[:-1]
     assert "".join(stream(Detokenizer(tokenizer, ()), ids)) == "a\ufffd"
+
+
+KINDS = pytest.mark.parametrize("kind", ["tokenizer", "fallback"])
+
+
+@KINDS
+def test_a_prompt_may_end_within_a_character(kind: str, request: pytest.FixtureRequest) -> None:
+    """Wherever a text is cut, the output is what the prompt's whole characters leave of it."""
+    tok: Tokenizer = request.getfixturevalue(kind)
+    for text in ("a b é a", "日本語 ab", "b🎉🎉🎉x a", "éé�a b"):
+        ids = tok.encode(text).ids
+        for cut in range(1, len(ids)):
+            whole, end = tok.decode(ids[:cut]), cut
+            while whole.endswith("�"):
+                end -= 1
+                whole = tok.decode(ids[:end])
+            pieces = stream(Detokenizer(tok, tuple(ids[:cut])), ids[cut:])
+            real = text.startswith(whole + "�")  # that character itself may be the prompt's
+            assert "".join(pieces) in {text[len(whole) :], text[len(whole) + real :]}, (text, cut)
+
+
+@KINDS
+def test_a_character_that_is_not_completed_is_not_repeated(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    tok: Tokenizer = request.getfixturevalue(kind)
+    prompt = tok.encode("a bé🎉").ids[:-2]
+    for output in ("a b", "é"):
+        ids = tok.encode(output).ids[tok.encode(output).tokens[0] == "▁" :]
+        pieces = stream(Detokenizer(tok, tuple(prompt)), ids)
+        assert "".join(pieces).lstrip("� ") == output
+        assert "".join(pieces).count("�") <= 2 * (output == "é")
+    assert stream(Detokenizer(tok, tuple(prompt)), []) == [""]
+
+
+@KINDS
+def test_any_tokens_have_a_text(kind: str, request: pytest.FixtureRequest) -> None:
+    """Whatever comes, nothing raises, whole characters are shown in their order (bytes that a later
+    one makes none are shown before that is known), and what is decoded with each token does not
+    grow without end."""
+    tok: Tokenizer = request.getfixturevalue(kind)
+    rng = random.Random(2)
+    special, size = tok.token_to_id("<s>"), tok.get_vocab_size()
+    for _ in range(100):
+        draws = (lambda: rng.randrange(size), lambda: special, lambda: tok.encode("é").ids[-2])
+        prompt = [rng.choice(draws)() for _ in range(rng.randrange(9))]
+        ids = [rng.choice(draws)() for _ in range(60)]
+        detokenizer = Detokenizer(tok, tuple(prompt))
+        shown = iter("".join(stream(detokenizer, [*ids, *tok.encode("a b").ids])))
+        assert all(c in shown for c in tok.decode([*ids, *tok.encode("a b").ids]) if c in "abx")
+        waits = Detokenizer(tok, tuple(prompt))
+        for token in [special] * 99 + tok.encode("é").ids[-2:-1] * 99:
+            waits.add(token)
+            assert len(waits._pending) <= 16
 
 
 @pytest.mark.parametrize(
