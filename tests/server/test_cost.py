@@ -35,6 +35,20 @@ def test_it_learns_a_machine_from_its_steps(
         assert cost.seconds(tokens, size) == pytest.approx(true(tokens, size), rel=0.3)
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.02])
+@pytest.mark.parametrize("slower", [0.1, 10.0])
+def test_steps_with_the_same_adapters(slower: float, spread: float) -> None:
+    """What they cost is told from the base's cost by their bytes: all that is left to tell it by,
+    or nearly all."""
+    rng, cost, per_byte = random.Random(3), CostModel(300 * MB), slower / 20e9
+    for _ in range(800):
+        tokens, size = rng.randint(1, 64), 60 * MB * (1 + spread * rng.random())
+        seconds = per_byte * (300 * MB + size + 8 * MB * tokens) * rng.lognormvariate(0, 0.3)
+        cost.observe(tokens, int(size), seconds)
+    assert cost.per_byte == pytest.approx(per_byte, rel=0.3)
+    assert cost.fixed == pytest.approx(per_byte * 300 * MB, rel=0.3)
+
+
 def test_it_follows_a_machine_that_becomes_slower() -> None:
     cost = CostModel(300 * MB)
     for factor in (1.0, 4.0):

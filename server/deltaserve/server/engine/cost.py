@@ -5,7 +5,9 @@ each of its tokens:
 
     seconds = fixed + per_byte * bytes of the distinct adapters + per_token * tokens
 
-The three are fitted to the steps as they are measured.
+The three are fitted to the steps as they are measured. Steps that all have the same adapters do
+not tell what is the base's from what is theirs: both are read from one memory, and as far as the
+steps say nothing else, at one rate.
 """
 
 from __future__ import annotations
@@ -31,6 +33,10 @@ MEMORY = 0.99
 """A step weighs this much less with each later one."""
 TRUST = 1e-4
 """How many measured steps the first guess weighs as much as."""
+SAME = 0.03
+"""How many measured steps it weighs as much as that the base and the adapters are read at one rate,
+for a relative difference between the two."""
+APART = np.array([1.0, -1.0, 0.0])
 LEAST = 1e-3
 """Of its first guess, the least that a coefficient becomes."""
 
@@ -113,7 +119,8 @@ class CostModel:
         guess = (1 - MEMORY) * TRUST  # it stays where nothing is learnt
         self._square = MEMORY * self._square + np.outer(x, x) + guess * np.eye(3)
         self._right = MEMORY * self._right + x * (seconds / scale) + guess
-        self._factor = _solve(self._square, self._right)
+        apart = APART * 2 / self._factor[:2].sum()
+        self._factor = _solve(self._square + SAME * np.outer(apart, apart), self._right)
 
 
 def _solve(square: Array, right: Array) -> Array:
