@@ -28,6 +28,7 @@ from deltaserve.adapters.errors import UnsupportedAdapter
 from deltaserve.kernels.backend import DeviceUnavailable, open_backend
 from deltaserve.kernels.gpu import linear, plan
 from deltaserve.kernels.gpu.backend import TritonBackend
+from deltaserve.kernels.gpu.staging import Landing
 from deltaserve.kernels.primitives import Replace
 from deltaserve.kernels.table import Group
 from deltaserve.server.config import Config, ConfigError, ModelConfig
@@ -41,6 +42,7 @@ from deltaserve.server.engine.core import (
     Rule,
     Speculation,
 )
+from deltaserve.server.engine.engine import ARRIVAL
 from deltaserve.server.engine.matcher import Grammars
 from deltaserve.server.engine.observer import NullObserver
 from deltaserve.server.engine.text import Text
@@ -184,6 +186,31 @@ def test_adapters_come_and_go(engines: Pair, family: Path) -> None:
         engine.adapters.load("rslora", str(family / "adapters" / "rslora")).result(timeout=60)
     assert held() == before
     engines.same({"rslora": request(prompt(20), "rslora", max_tokens=2)})
+
+
+def test_what_is_on_its_way_is_not_awaited_awake(
+    engines: Pair, family: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine thread rests between two looks at it, while nothing runs."""
+    looks, rests = 0, list[float | None]()
+    gpu, done = engines.gpu, Landing.done.fget
+    assert done is not None
+    wait = gpu._lock.wait
+
+    def look(landing: Landing) -> Any:
+        nonlocal looks
+        looks += 1
+        return looks > 20 and done(landing)
+
+    def rest(seconds: float | None = None) -> bool:
+        rests.append(seconds)
+        return wait(seconds)
+
+    gpu.adapters.unload("rslora").result(timeout=60)
+    monkeypatch.setattr(Landing, "done", property(look))
+    monkeypatch.setattr(gpu._lock, "wait", rest)
+    gpu.adapters.load("rslora", str(family / "adapters" / "rslora")).result(timeout=60)
+    assert looks > 20 and rests.count(ARRIVAL) >= 10
 
 
 def test_a_spoilt_adapter_leaves_others_alone(engines: Pair, family: Path) -> None:

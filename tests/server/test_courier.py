@@ -47,6 +47,7 @@ class Courier:
         self.parcels: list[Parcel] = []
         self.place = True
         self.pumps = 0
+        self.left = 0
 
     def send(self, packed: Any) -> Parcel | None:
         if not self.place:
@@ -54,8 +55,9 @@ class Courier:
         self.parcels.append(Parcel(packed))
         return self.parcels[-1]
 
-    def pump(self) -> None:
+    def pump(self) -> bool:
         self.pumps += 1
+        return self.left > 0
 
 
 class DeviceRig(Rig):
@@ -98,9 +100,15 @@ def test_it_is_served_only_once_it_has_arrived() -> None:
         rig.cache.check_integrity()
     assert rig.cache.used_bytes == 30  # counted from the start
     assert not future.done() and not rig.host.slots and parcel.said == []
-    assert rig.wakes - wakes == rig.courier.pumps - pumps == 5  # the engine does not fall asleep
+    assert rig.courier.pumps - pumps == 5
+    assert rig.cache.expecting and rig.wakes == wakes  # the engine may rest, not sleep
+    rig.courier.left = 1
+    rig.cache.step([])
+    assert rig.wakes == wakes + 1  # nor rest while there is work
+    rig.courier.left = 0
     parcel.arrived = True
     rig.cache.step([])
+    assert not rig.cache.expecting
     assert future.result(0).state is AdapterState.READY and len(rig.host.slots) == 1
     assert parcel.said == ["publish", "finish"]
     wakes = rig.wakes

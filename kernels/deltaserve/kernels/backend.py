@@ -131,8 +131,9 @@ class Courier(Protocol):
         are in between: try again after a step."""
         ...
 
-    def pump(self) -> None:
-        """A bounded piece of work; returns at once."""
+    def pump(self) -> bool:
+        """A bounded piece of work; returns at once. Whether there is more that can be done now:
+        if not, whatever is still on its way comes without help."""
         ...
 
 

@@ -81,5 +81,5 @@ class DeviceCourier:
         except OutOfArena:
             return None
 
-    def pump(self) -> None:
-        self._staging.pump(self._per_pump)
+    def pump(self) -> bool:
+        return self._staging.pump(self._per_pump) and not self._staging.full

@@ -85,7 +85,8 @@ class Ring:
 
 class Staging:
     """Copies what is prepared through a ring of pinned memory; what is pinned itself, directly. One
-    after the other: the first is in use soonest that way.
+    after the other: the first is in use soonest that way. full: the last `pump` found no slice of
+    the ring free.
 
     Its methods are called by the engine thread between steps and return at once: a slice is copied
     by the processor to the ring, and launched from there.
@@ -96,6 +97,7 @@ class Staging:
         self._ring = Ring(streams, slices, nbytes)
         self._nbytes = nbytes
         self._under_way: deque[Landing] = deque()
+        self.full = False
 
     def begin(self, pieces: Sequence[Piece]) -> Landing:
         """The targets may have been given back by somebody whom launched steps still read."""
@@ -112,14 +114,18 @@ class Staging:
 
     def pump(self, slices: int = 1) -> bool:
         """Launch as many slices at most. Whether any is left to be launched."""
+        self.full = False
         while self._under_way:
             first = self._under_way[0]
             if first.launched:
                 self._under_way.popleft()
-            elif slices <= 0 or not first.launch(self.streams, self._ring):
+                continue
+            if slices <= 0:
                 return True
-            else:
-                slices -= 1
+            self.full = not first.launch(self.streams, self._ring)
+            if self.full:
+                return True
+            slices -= 1
         return False
 
 

@@ -272,10 +272,15 @@ class AdapterCache:
             for residency in to_load(waiting, head, self._loader, self._residents):
                 self._arrivals.reload(residency, Urgency.WANTED)
             self._residents.promise([*head, *(a.residency for a in self._loader.arrived)])
-            if self._courier is not None:
-                self._courier.pump()
-        if more or self._arrivals.coming:  # nobody else says when what is coming has arrived
+            pumping = self._courier is not None and self._courier.pump()
+        if more or pumping:
             self._wake()
+
+    @property
+    def expecting(self) -> bool:
+        """Something is on its way to the device, and nobody says when it has arrived: `step` asks.
+        Engine thread."""
+        return bool(self._arrivals.coming)
 
     def admitted(
         self, residencies: Sequence[Residency], chosen: Sequence[Chosen]

@@ -48,6 +48,10 @@ from deltaserve.server.model.base_model import BaseModel
 
 log = logging.getLogger(__name__)
 
+ARRIVAL = 5e-4
+"""Seconds between two looks at what is on its way to a device, while nothing runs: little beside a
+load, and long beside a look."""
+
 
 class Engine:
     """The loop is `step`: take in what came, schedule, run, hand out. Everything that blocks
@@ -216,7 +220,7 @@ class Engine:
             with self._lock:
                 while not (self._woken or self._stopping):
                     self._lock.wait(self._patience())
-                    if self._scheduler.running or self._scheduler.queue:
+                    if self._scheduler.running or self._scheduler.queue or self.adapters.expecting:
                         break
                 self._woken = bool(self._scheduler.running)
                 stopping = self._stopping
@@ -236,7 +240,10 @@ class Engine:
                     self._lock.notify_all()
 
     def _patience(self) -> float | None:
-        """Seconds to wait for news: deadlines of waiting requests are looked at now and then."""
+        """Seconds to wait for news: what comes to a device has to be asked for, and deadlines of
+        waiting requests are looked at now and then."""
+        if self.adapters.expecting:
+            return ARRIVAL
         return 0.05 if self._scheduler.queue else None
 
     def step(self) -> None:
