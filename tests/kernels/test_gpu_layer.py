@@ -30,12 +30,7 @@ from deltaserve.kernels.segments import Segments
 DEVICE = default_device()
 HIDDEN, INNER, HEADS, KV_HEADS, DIM, BLOCK = 160, 200, 4, 2, 32, 4
 QKV = (HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM)
-SHAPES = (
-    (HIDDEN, QKV),
-    (HEADS * DIM, (HIDDEN,)),
-    (HIDDEN, (INNER, INNER)),
-    (INNER, (HIDDEN,)),
-)
+SHAPES = ((HIDDEN, QKV), (HEADS * DIM, (HIDDEN,)))
 EPS = 1e-5
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 Group = Mapping[int, Sequence[Primitive]]
@@ -54,7 +49,8 @@ MIXED = Segments([(1, 2, ((1, 1.0),)), (2, 3, ((2, 0.5), (1, 0.5))), (4, 5, ((3,
 
 
 class LayerRig:
-    """A layer with random weights and adapters. kinds: slot -> families, on every module."""
+    """A layer with random weights and adapters. kinds: slot -> families, on every module. joined:
+    gate and up are one module."""
 
     def __init__(
         self,
@@ -67,8 +63,11 @@ class LayerRig:
         turned: int = DIM,
         window: int | None = None,
         group: int = 128,
+        joined: bool = False,
     ) -> None:
         self.dtype, self.group = dtype, group
+        gate_up = (HIDDEN, (2 * INNER,) if joined else (INNER, INNER))
+        self.shapes = (*SHAPES, gate_up, (INNER, (HIDDEN,)))
         self.space = Workspace(DEVICE)
         self.adapters: list[list[dict[int, tuple[Primitive, ...]]]] = []
         linears = tuple(self._linear(i, quantize, kinds or {}) for i in range(4))
@@ -119,7 +118,7 @@ class LayerRig:
     def linear(self, i: int, x: Tensor, segments: Segments) -> Tensor:
         base: Any = self.parts.linears[i].base
         weight, found, start = base.weight().cpu(), [], 0
-        for part, out in enumerate(SHAPES[i][1]):
+        for part, out in enumerate(self.shapes[i][1]):
             rows = slice(start, start + out)
             own = {slot: modules[part] for slot, modules in enumerate(self.adapters[i]) if modules}
             found.append(served(x, weight[rows], base.bias[rows].cpu(), own, segments))
@@ -144,7 +143,7 @@ class LayerRig:
         return y
 
     def _linear(self, i: int, quantize: str, kinds: Mapping[int, Sequence[str]]) -> Linear:
-        inner, outs = SHAPES[i]
+        inner, outs = self.shapes[i]
         weight = torch.randn(sum(outs), inner) / inner**0.5
         bias = 0.1 * torch.randn(sum(outs))
         base = make_linear(weight, bias, dtype=self.dtype, quantize=quantize, group_size=self.group)
@@ -186,7 +185,7 @@ CASES = [
     (torch.float32, "none", DECODES, {}),
     (torch.float32, "int8", PROMPTS, {"tuned": True, "window": 4}),
     (torch.bfloat16, "int4", DECODES, {"head_norms": True, "tuned": True}),
-    (torch.float16, "int4", PROMPTS, {"turned": 16, "group": 32}),
+    (torch.float16, "int4", PROMPTS, {"turned": 16, "group": 32, "joined": True}),
     (torch.bfloat16, "fp8", PROMPTS, {"head_norms": True}),
 ]
 
@@ -234,11 +233,13 @@ def adapted(base: Sequence[str]) -> list[str]:
     return [k for b in base for k in ((b,) if b != "gemm_kernel" else ("aux_kernel", b))]
 
 
-@pytest.mark.parametrize("quantize, dtype", [("int4", torch.bfloat16), ("none", torch.float32)])
-def test_launches(quantize: str, dtype: torch.dtype, launched: list[str]) -> None:
+@pytest.mark.parametrize(
+    "quantize, dtype, joined", [("int4", torch.bfloat16, False), ("none", torch.float32, True)]
+)
+def test_launches(quantize: str, dtype: torch.dtype, joined: bool, launched: list[str]) -> None:
     """Eight or nine of the base, twelve or thirteen with adapters, whatever mix and weights."""
     kinds = {1: ("low",), 2: ("low", "output", "bias"), 3: ("rows", "replace")}
-    rig = LayerRig(dtype, quantize, kinds, tuned=True, head_norms=True)
+    rig = LayerRig(dtype, quantize, kinds, tuned=True, head_norms=True, joined=joined)
     x = rig.draw(5, HIDDEN)
     for spans, segments, expected in (
         (DECODES, Segments([], 5), BASE),

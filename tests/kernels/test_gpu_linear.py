@@ -159,14 +159,17 @@ def test_empty_primitives() -> None:
 
 
 @pytest.mark.parametrize("activation", ("silu", "gelu_tanh"))
-@pytest.mark.parametrize("split", (1, 3))
+@pytest.mark.parametrize("outs, split", [((128, 128), 1), ((128, 128), 3), ((256,), 1)])
 @pytest.mark.parametrize("quantize", ("int4", "none"))
-def test_activation_and_residual(quantize: str, split: int, activation: str) -> None:
-    inner, outs = 384, (128, 128)
+def test_activation_and_residual(
+    quantize: str, outs: tuple[int, ...], split: int, activation: str
+) -> None:
+    """Of gate and up apart, and of one module that is both."""
+    inner, kinds = 384, ("low", "bit", "csr", "output", "bias")
     adapters = {
         slot: {
-            p: tuple(random_primitive(k, 128, inner, 5 + slot) for k in ("low", "bit", "csr"))
-            for p in (0, 1)
+            p: tuple(random_primitive(k, out, inner, 5 + slot) for k in kinds)
+            for p, out in enumerate(outs)
         }
         for slot in (1, 2)
     }
@@ -175,7 +178,7 @@ def test_activation_and_residual(quantize: str, split: int, activation: str) -> 
     config = GemmConfig(16, 128, 64, split, "after")
     plan = rig.deltas.plan(segments, rig.base, config=config)
     x, residual = rig.x(10), torch.randn(10, 128).to(rig.device)
-    gate, up = rig.parts(x, segments)
+    gate, up = torch.cat(rig.parts(x, segments), 1).split(128, 1)
     function = torch.nn.functional.silu if activation == "silu" else None
     acted = function(gate) if function else torch.nn.functional.gelu(gate, approximate="tanh")
     for _ in range(2):
@@ -189,6 +192,8 @@ def test_what_an_activation_cannot_have() -> None:
     x = rig.x(2)
     with pytest.raises(ValueError, match="two equal parts"):
         rig.deltas.run(x, rig.base, None, output=Output("silu"))
+    with pytest.raises(ValueError, match="halves of one"):
+        Output("silu").check((33,))
     with pytest.raises(ValueError, match='activation is "relu"'):
         rig.deltas.run(x, rig.base, None, output=Output("relu"))
 

@@ -124,6 +124,7 @@ MIXES: list[Mix] = [
         ("mistral", torch.bfloat16, "int8"),
         ("qwen2", torch.float32, "none"),
         ("qwen3", torch.bfloat16, "int4"),
+        ("phi3", torch.float32, "int8"),
     ],
 )
 def test_layers_give_what_the_general_path_gives(
@@ -160,7 +161,7 @@ def test_a_small_difference_is_seen(
     assert not layers(model)
 
 
-@pytest.mark.parametrize("name", ["phi3", "olmo2", "gpt-neox"])
+@pytest.mark.parametrize("name", ["olmo2", "gpt-neox"])
 def test_layers_of_another_form(name: str, saved: Save) -> None:
     model = load(saved(archs.build(name)), dtype=torch.float32, backend=TritonBackend())
     assert not layers(model)

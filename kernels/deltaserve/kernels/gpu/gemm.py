@@ -28,10 +28,10 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 class Output:
     """What the epilogue does after the deltas.
 
-    activation: "silu" or "gelu_tanh" of a group of two equal parts, gate and up: y is
-    ``activation(gate) * up`` [M, N / 2]. residual: added to y, of y's shape and dtype. y: where to
-    write, which may be the residual, else a new tensor. sums: where to write sums of y, over powers
-    of two of columns, at most those of a program.
+    activation: "silu" or "gelu_tanh" of gate and up, two equal parts of a group or the halves of
+    its only one: y is ``activation(gate) * up`` [M, N / 2]. residual: added to y, of y's shape and
+    dtype. y: where to write, which may be the residual, else a new tensor. sums: where to write
+    sums of y, over powers of two of columns, at most those of a program.
     """
 
     activation: str | None = None
@@ -49,8 +49,15 @@ class Output:
             raise ValueError(
                 f'activation is "{self.activation}"; it must be one of {", ".join(ACTIVATIONS)}'
             )
-        if len(parts) != 2 or parts[0] != parts[1]:
-            raise ValueError(f"an activation needs two equal parts, gate and up, not {parts}")
+        if not can_gate(parts):
+            raise ValueError(
+                f"an activation needs gate and up, two equal parts or halves of one, not {parts}"
+            )
+
+
+def can_gate(parts: Sequence[int]) -> bool:
+    """Whether a group may be gate and up."""
+    return parts[0] == parts[1] if len(parts) == 2 else len(parts) == 1 and parts[0] % 2 == 0
 
 
 def choose(weights: Weights, tokens: int, gated: bool = False) -> GemmConfig:
@@ -141,6 +148,7 @@ def constants(
     y, 0 for none. apart: whether the parts have inputs of their own."""
     rows = tile_rows(config, activation is not None)
     starts = [sum(parts[:i]) for i in range(len(parts))]
+    tiled = (key.out_features // 2,) if activation else parts
     part1, part2 = [*starts[1:3], key.out_features, key.out_features][:2]
     return dict(
         N=key.out_features, K=key.in_features, PARTS=len(parts), PART1=part1, PART2=part2,
@@ -148,8 +156,9 @@ def constants(
         GROUP=key.group_size or 1, HOW=config.how, DT=gpu.unpacked_type(dtype),
         BM=config.bm, BN=config.bn, BK=config.bk, SPLIT_K=config.split_k, TOKENS=tokens,
         ROWS=32 if config.bm >= 128 else 64, H_SPLIT=max(h_split, 1), ACTIVATION=activation,
-        SUM=step or config.bk, Y_SUM=y_step, APART=apart and activation is not None,
-        EVEN_N=len(parts) <= 3 and all(n % rows == 0 for n in parts),
+        SUM=step or config.bk, Y_SUM=y_step,
+        APART=apart and activation is not None and len(parts) == 2,
+        EVEN_N=len(parts) <= 3 and all(n % rows == 0 for n in tiled),
         EVEN_K=key.in_features % (config.bk * config.split_k) == 0,
         HAS_BIAS=bias, RESIDUAL=residual, ADAPTERS=h_split > 0,
         PACKED=gpu.packs(), PDL=pdl,
@@ -159,10 +168,10 @@ def constants(
 @cache
 def column_tiles(parts: tuple[int, ...], rows: int, gated: bool, device: torch.device) -> Tensor:
     """int32 [tiles, 4]: (part, number in it, first column of the part, rows of the part). A tile
-    lies in one part; gated: the tiles of the first part stand for both."""
+    lies in one part; gated: the tiles of the gate stand for both."""
     found = []
     start = 0
-    for part, size in enumerate(parts[:1] if gated else parts):
+    for part, size in enumerate((sum(parts) // 2,) if gated else parts):
         found += [(part, i, start, size) for i in range(-(-size // rows))]
         start += size
     return torch.tensor(found, dtype=torch.int32, device=device)

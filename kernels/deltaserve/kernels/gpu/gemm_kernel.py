@@ -99,7 +99,8 @@ def gemm_kernel(
     TILES: token tiles that the step's tables are laid out for, of TOKENS tokens each, BM of them
     here; WIDTH8: rows of h / 8. x_part, sums_part: in units of K and MP, from one part's inputs to
     the next one's, 0 if all share them.
-    ACTIVATION "silu" or "gelu_tanh": of two parts of equal size, gate and up; y is [M, N / 2].
+    ACTIVATION "silu" or "gelu_tanh": of gate and up, two parts of equal size or the halves of one;
+    y is [M, N / 2].
     APART: then each is the product of inputs of its own, else they are one product.
     SUM: columns of one of sums. Y_SUM: unless it is 0, y_sums float32 [y's columns / Y_SUM,
     y_padded] are the sums of y for the group after this one.
@@ -168,13 +169,14 @@ def gemm_kernel(
             gate = deltas(
                 gate, arena, arena_float, bias, h, planes, page_b, page_col, page_lo, page_hi,
                 page_bounds, vec_offset, vec_lo, vec_hi, vec_strength, vec_bounds, plane_count,
-                tile, 0, m, n0, first, N // 2, M, MP, WIDTH,
+                tile, 0, m, n0, first, N // PARTS, M, MP, WIDTH,
                 N, PARTS, BM, HALF, ROWS, H_SPLIT, EVEN_N, HAS_BIAS, ADAPTERS,
             )  # fmt: skip
             up = deltas(
                 up, arena, arena_float, bias, h, planes, page_b, page_col, page_lo, page_hi,
                 page_bounds, vec_offset, vec_lo, vec_hi, vec_strength, vec_bounds, plane_count,
-                tile, 1, m, n0, first + N // 2, N // 2, M, MP, WIDTH,
+                tile, PARTS - 1, m, n0 + (2 - PARTS) * (N // 2), first + N // 2, N // PARTS,
+                M, MP, WIDTH,
                 N, PARTS, BM, HALF, ROWS, H_SPLIT, EVEN_N, HAS_BIAS, ADAPTERS,
             )  # fmt: skip
             out = gated(gate, up, ACTIVATION)

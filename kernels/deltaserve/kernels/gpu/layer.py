@@ -17,7 +17,7 @@ from deltaserve.kernels.attention.gpu_step import GpuStep
 from deltaserve.kernels.attention.step import AttentionStep
 from deltaserve.kernels.decoder import Beside, LayerParts, Linear, Norm
 from deltaserve.kernels.gpu.base import GpuLinear
-from deltaserve.kernels.gpu.gemm import Output, choose, tile_rows
+from deltaserve.kernels.gpu.gemm import Output, can_gate, choose, tile_rows
 from deltaserve.kernels.gpu.inputs import Inputs, Wanted
 from deltaserve.kernels.gpu.linear import GpuLinearDeltas
 from deltaserve.kernels.gpu.norm import Following, run_norm
@@ -66,9 +66,8 @@ class GpuLayer:
 
     @staticmethod
     def takes(parts: LayerParts) -> bool:
-        """Whether the layer's gate and up are two modules, which are activated in the epilogue."""
-        out = parts.linears[2].deltas.group.out_features
-        return len(out) == 2 and out[0] == out[1]
+        """Whether the layer's gate and up are two modules, or one, which the epilogue activates."""
+        return can_gate(parts.linears[2].deltas.group.out_features)
 
     def run(
         self,
