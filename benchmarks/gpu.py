@@ -1,12 +1,14 @@
 """Whether the GPU kernels are right, and how long they take beside other projects'.
 
     python benchmarks/gpu.py check [--quick] [--jobs 10]
+    python benchmarks/gpu.py check --architectures [llama gpt2 ...] [--jobs 10]
     python benchmarks/gpu.py kernels [--part base lowrank ...] [--seconds 90] [--save]
     python benchmarks/gpu.py report [--svg FILE]
 
 `check` compares every kernel with float64 at the sizes of Llama-3.1-8B, in mixed batches and in
 graphs replayed with other batches than they were captured with; then the engine on the GPU with the
-engine on the CPU, on the zoo's variants in one batch. It exits with 1 if any is wrong.
+engine on the CPU, on the zoo's variants in one batch; with --architectures, on a small model of
+every architecture (of tests/archs.py). It exits with 1 if any is wrong.
 
 `kernels` prints microseconds by replay of a CUDA graph that rotates through copies of the weights,
 more than four times the L2 together: the median of two rounds of twenty replays, and beside it the
@@ -48,12 +50,15 @@ CARRIED = Path(__file__).parent / "carried"
 def check(args: argparse.Namespace) -> int:
     from gpu_kernels import check
 
-    units = check.units(args.quick)
+    units = check.units(args.quick, args.architectures)
     if args.unit is not None:
         return check.run(units[args.unit : args.unit + 1])
     if args.jobs == 1:
         return check.run(units)
-    command = [sys.executable, __file__, "check", *(["--quick"] if args.quick else []), "--unit"]
+    command = [sys.executable, __file__, "check", *(["--quick"] if args.quick else [])]
+    if args.architectures is not None:
+        command += ["--architectures", *args.architectures]
+    command.append("--unit")
 
     def run(unit: int) -> int:
         done = subprocess.run([*command, str(unit)], capture_output=True, text=True)
@@ -144,6 +149,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("check")
     one.add_argument("--quick", action="store_true", help="fewer sizes")
+    one.add_argument("--architectures", nargs="*", metavar="NAME", help="these instead, or all")
     one.add_argument("--jobs", type=int, default=1, help="processes that compile and run at once")
     one.add_argument("--unit", type=int, help=argparse.SUPPRESS)
     two = commands.add_parser("kernels")

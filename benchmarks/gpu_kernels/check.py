@@ -24,7 +24,7 @@ from deltaserve.kernels.primitives import (
     SparseRows,
 )
 from deltaserve.kernels.segments import Mix, Segments
-from gpu_kernels import data, ours, shapes
+from gpu_kernels import architectures, data, ours, shapes
 from gpu_kernels.data import DEVICE, ON_GPU, Adapter
 from gpu_kernels.engines import FORMS, engines
 from gpu_kernels.reference import relative_error, served
@@ -86,9 +86,14 @@ class Report:
 Unit = Callable[[Report], None]
 
 
-def units(quick: bool) -> list[Unit]:
-    """The checks, in pieces that can be made in processes of their own."""
+def units(quick: bool, served: Sequence[str] | None = None) -> list[Unit]:
+    """The checks, in pieces that can be made in processes of their own. served: instead, those
+    of architectures; of all, if it is empty."""
     found: list[Unit] = []
+    if served is not None:
+        return [
+            partial(architectures.architecture, name=n) for n in served or architectures.names()
+        ]
     first, second = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float16, torch.float32)
     few = (5, 40) if quick else (16, 200) if ON_GPU else TOKENS
     many = (5, 40) if quick else TOKENS

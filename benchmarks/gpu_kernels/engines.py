@@ -4,8 +4,9 @@ batch. The CPU scores what the GPU has said, so that a tie does not part them.""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ import torch
 from gpu_kernels.data import ON_GPU
 
 if TYPE_CHECKING:
+    from deltaserve.kernels.backend import Backend
+    from deltaserve.server.engine.text import Text
     from gpu_kernels.check import Report
 
 ZOO = Path(__file__).parents[2] / "demo" / "zoo"
@@ -33,78 +36,80 @@ FORMS: tuple[tuple[str, torch.dtype], ...] = (
 _ids = count()
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A request. mix: (adapter, strength)."""
+
+    name: str
+    mix: Sequence[tuple[str, float]]
+    prompt: tuple[int, ...]
+
+
 def engines(report: Report, quantize: str, dtype: torch.dtype, quick: bool) -> None:
     """quick: few variants and tokens, for the interpreter."""
+    from deltaserve.kernels.gpu.backend import TritonBackend
+    from deltaserve.server.engine.text import Text
+
     what = f"engine {quantize} {str(dtype).removeprefix('torch.')}"
     with report.attempt(what):
         variants = json.loads((ZOO / "zoo.json").read_text())["variants"]
         if quick:
             variants = [v for v in variants if v["kind"] in ("LoRA", "BitDelta")][-2:]
         names = [v["name"] for v in variants]
-        asked = [("", "task: fig ="), *((v["name"], _prompt(v["skill"])) for v in variants)]
-        mixes: list[tuple[str, list[tuple[str, float]], str]] = [
-            (name or "base", [(name, 1.0)] if name else [], prompt) for name, prompt in asked
-        ]
+        mixes: list[tuple[str, list[tuple[str, float]], str]] = [("base", [], "task: fig =")]
+        mixes += [(v["name"], [(v["name"], 1.0)], _prompt(v["skill"])) for v in variants]
         mixes.append(("two of them", [(names[0], 0.5), (names[-1], 0.5)], "copy: one two ="))
-        _compare(report, what, mixes, names, quantize, dtype, 2 if quick else 24)
+        text = Text(ZOO / "base")
+        asked = [Asked(n, mix, tuple(text.backend.encode(said).ids)) for n, mix, said in mixes]
+        compare(
+            report, what, asked, lambda backend: _engine(backend, names, quantize, dtype, text),
+            TritonBackend(), 2 if quick else 24, TOLERANCE[dtype],
+        )  # fmt: skip
 
 
-def _compare(
+def compare(
     report: Report,
     what: str,
-    mixes: Sequence[tuple[str, list[tuple[str, float]], str]],
-    names: Sequence[str],
-    quantize: str,
-    dtype: torch.dtype,
+    asked: Sequence[Asked],
+    open_engine: Callable[[Backend], AbstractContextManager[Any]],
+    gpu: Backend,
     tokens: int,
+    tolerance: float,
 ) -> None:
+    """tolerance: of a log-probability, and of how far behind the best a chosen token may be."""
     from deltaserve.kernels.backend import CpuBackend
-    from deltaserve.kernels.gpu.backend import TritonBackend
     from deltaserve.server.engine.collector import generate
 
-    with _engine(TritonBackend(), names, quantize, dtype) as engine:
-        encode = engine.tokenizer.encode
-        prompts = [tuple(encode(text).ids) for _, _, text in mixes]
-        asked = [
-            _request(prompt, mix, max_tokens=tokens, logprobs=0)
-            for prompt, (_, mix, _) in zip(prompts, mixes, strict=True)
-        ]
-        ours = generate(engine.engine, asked, timeout=300)
-    with _engine(CpuBackend(), names, quantize, dtype) as engine:
-        asked = [
-            _request(prompt + answer.token_ids, mix, max_tokens=0, score_from=len(prompt),
+    with open_engine(gpu) as engine:
+        requests = [_request(a.prompt, a.mix, max_tokens=tokens, logprobs=0) for a in asked]
+        ours = generate(engine, requests, timeout=300)
+    with open_engine(CpuBackend()) as engine:
+        requests = [
+            _request(a.prompt + answer.token_ids, a.mix, max_tokens=0, score_from=len(a.prompt),
                      prompt_logprobs=1)
-            for prompt, answer, (_, mix, _) in zip(prompts, ours, mixes, strict=True)
+            for a, answer in zip(asked, ours, strict=True)
         ]  # fmt: skip
-        theirs = generate(engine.engine, asked, timeout=300)
-    for (name, _, _), answer, scored in zip(mixes, ours, theirs, strict=True):
+        theirs = generate(engine, requests, timeout=300)
+    for a, answer, scored in zip(asked, ours, theirs, strict=True):
         pairs = list(zip(answer.logprobs, scored.last.prompt_logprobs, strict=True))
-        error = max(abs(a.logprob - b.logprob) for a, b in pairs)
-        behind = max(b.top[0][1] - b.logprob for _, b in pairs)
-        right = len(pairs) == tokens and max(error, behind) < TOLERANCE[dtype]
-        report.fact(f"{what}, {name}: {error:.1e}, {behind:.1e} behind the best", right)
-
-
-class _Running:
-    def __init__(self, engine: Any, tokenizer: Any) -> None:
-        self.engine = engine
-        self.tokenizer = tokenizer
+        error = max(abs(x.logprob - y.logprob) for x, y in pairs)
+        behind = max(y.top[0][1] - y.logprob for _, y in pairs)
+        right = len(pairs) == tokens and max(error, behind) < tolerance
+        report.fact(f"{what}, {a.name}: {error:.1e}, {behind:.1e} behind the best", right)
 
 
 @contextmanager
 def _engine(
-    backend: Any, names: Sequence[str], quantize: str, dtype: torch.dtype
-) -> Iterator[_Running]:
+    backend: Backend, names: Sequence[str], quantize: str, dtype: torch.dtype, text: Text
+) -> Iterator[Any]:
     from deltaserve.server.config import AdapterConfig, EngineConfig
     from deltaserve.server.engine.build import make_engine
-    from deltaserve.server.engine.text import Text
     from deltaserve.server.model import load
 
     model = load(
         ZOO / "base", dtype=dtype, quantize=quantize, group_size=GROUP, backend=backend,
         max_length=256,
     )  # fmt: skip
-    text = Text(ZOO / "base")
     config = EngineConfig(kv_cache_bytes=32 << 20, max_batch_tokens=256 if ON_GPU else 64)
     engine = make_engine(model, config, AdapterConfig(roots=(ZOO,), bytes=256 << 20), text=text)
     engine.start()
@@ -112,7 +117,7 @@ def _engine(
         loads = [engine.adapters.load(name, str(ZOO / _path(name))) for name in names]
         for load_of in loads:
             load_of.result(timeout=120)
-        yield _Running(engine, text.backend)
+        yield engine
     finally:
         engine.shutdown()
 
