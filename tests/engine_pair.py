@@ -12,6 +12,7 @@ from typing import Any
 import apart
 import pytest
 import torch
+from graph_double import RecordedCapture
 from rig import load_base, running
 
 from deltaserve.kernels.backend import Backend, CpuBackend
@@ -76,10 +77,16 @@ def pair(
     family: Path,
     names: Sequence[str],
     quantize: str = "none",
+    captured: bool = False,
     **config: Any,
 ) -> Pair:
+    """captured: decoding steps are replayed from graphs."""
     engines = []
-    backends: list[Backend] = [CpuBackend(), type(gpu)()]
+    made = type(gpu)()
+    if captured and made.capture is None:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        made.capture = RecordedCapture(patch, made.workspace.poison)
+    backends: list[Backend] = [CpuBackend(), made]
     for backend in backends:
         model = load_base(family / "base", quantize=quantize, backend=backend)
         engine = stack.enter_context(running(model, [family / "adapters"], **config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -14,18 +15,17 @@ from torch import Tensor
 
 from deltaserve.kernels.attention.gpu import paged_attention, write_cells
 from deltaserve.kernels.attention.tables import AttentionTables
+from deltaserve.kernels.captured import DecodeStep, Graphs, StepTensors
 from deltaserve.kernels.gpu.arena import Arena
+from deltaserve.kernels.gpu.backend import TritonBackend
 from deltaserve.kernels.gpu.base import make_linear
+from deltaserve.kernels.gpu.capture import NotCapturable
 from deltaserve.kernels.gpu.device import default_device
-from deltaserve.kernels.gpu.graphs import (
-    DecodeStep,
-    Family,
-    GraphTable,
-    StaticStep,
-    default_limits,
-)
+from deltaserve.kernels.gpu.graph import StaticStep
+from deltaserve.kernels.gpu.graphs import GraphTable, default_limits
 from deltaserve.kernels.gpu.layers import LayerPlans
 from deltaserve.kernels.gpu.linear import GpuLinearDeltas
+from deltaserve.kernels.gpu.reserved import Family
 from deltaserve.kernels.gpu.step import Limits, StepPlan
 from deltaserve.kernels.gpu.workspace import Workspace
 from deltaserve.kernels.segments import Segments
@@ -88,7 +88,7 @@ class Model:
             self.forward,
             self.families,
             capture,
-            limits=lambda n: limits or replace(default_limits(n), items=500),
+            limits=lambda *of: limits or replace(default_limits(*of), items=500),
             max_length=LENGTH,
             block_size=BLOCK,
             workspace=self.workspace,
@@ -227,7 +227,7 @@ def test_an_adapter_that_moves_between_two_replays(
 def test_steps_that_do_not_fit_are_for_the_caller(model: Model) -> None:
     patch = pytest.MonkeyPatch()
     capture = RecordedCapture(patch, model.workspace.poison)
-    small = replace(default_limits(2), width=16, pages=4)
+    small = replace(default_limits(2, 128), width=16, pages=4)
     table = model.table(capture, small, (2,))
     assert table.run(decode_step([()], [3])) is None  # nothing is captured yet
     table.capture()
@@ -257,5 +257,24 @@ def test_a_step_that_asks_the_device_cannot_be_captured(model: Model) -> None:
         lambda: model.embedding[int(model.embedding[0, 0] > 0)],
     )
     for run in asks:
-        with pytest.raises(AssertionError, match="cannot be captured"):
+        with pytest.raises(NotCapturable, match="cannot be captured"):
             capture(run)
+
+
+def test_a_model_that_asks_the_device_is_launched_kernel_by_kernel(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    backend = TritonBackend()
+    backend.capture = RecordedCapture(pytest.MonkeyPatch(), backend.workspace.poison)
+    how = {"vocabulary": 3, "most": 2, "max_length": LENGTH, "block_size": BLOCK}
+
+    def made(forward: Callable[[StepTensors], object]) -> Graphs | None:
+        return backend.graphs(forward, **how, progress=lambda share, what: None)
+
+    assert made(lambda step: step.logits.fill_(float(step.ids.sum()))) is None
+    assert "kernel by kernel" in caplog.text and "cannot be captured" in caplog.text
+    graphs = made(lambda step: step.logits.copy_(step.positions[:, None] + torch.arange(3)))
+    assert graphs is not None
+    found = graphs.run(DecodeStep((5,), (7,), ([1, 2],), Segments((), 1)))
+    assert found is not None and found.logits.tolist() == [[7, 8, 9]]
+    assert found.best.tolist() == [[2, 1]]

@@ -31,7 +31,6 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from torch import Tensor
 
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.errors import InvalidAdapter
@@ -54,7 +53,7 @@ from deltaserve.server.engine.kv_cache import BlockManager, BlockMemory
 from deltaserve.server.engine.make import MakeHere
 from deltaserve.server.engine.memory import Ledger
 from deltaserve.server.engine.observer import NullObserver
-from deltaserve.server.engine.runner import LogitRow
+from deltaserve.server.engine.runner import LogitRow, StepResult
 from deltaserve.server.engine.scheduler import Scheduler
 from deltaserve.server.errors import AdapterBusy, RequestError
 
@@ -116,7 +115,7 @@ class Runner:
         self.cells: dict[tuple[int, int], tuple[int, tuple[str, ...]]] = {}
         self.fails = False
 
-    def run(self, batch: Batch) -> tuple[list[LogitRow], Tensor]:
+    def run(self, batch: Batch) -> StepResult:
         self.tick(0.01)
         if self.fails:
             self.fails = False
@@ -133,7 +132,7 @@ class Runner:
             s = row.part.sequence
             held = [self.cells[s.blocks[i // BLOCK], i % BLOCK] for i in range(row.position + 1)]
             logit[choose([t for t, _ in held], {d for _, d in held})] = 1.0
-        return rows, logits
+        return StepResult(rows, logits)
 
     def scrub(self, blocks: list[int]) -> None:
         for block in blocks:

@@ -16,6 +16,7 @@ from torch import Tensor
 from deltaserve.kernels.attention.cpu_step import CpuStep
 from deltaserve.kernels.attention.step import AttentionSpec, AttentionStep, Span
 from deltaserve.kernels.base import BaseLinear, DenseLinear
+from deltaserve.kernels.captured import Graphs, StepTensors
 from deltaserve.kernels.decoder import DecoderLayer, LayerParts
 from deltaserve.kernels.linear import LinearDeltas
 from deltaserve.kernels.native import library
@@ -207,6 +208,41 @@ class Backend(Protocol):
         done now. Raises KernelError."""
         ...
 
+    def graphs(
+        self,
+        forward: Callable[[StepTensors], None],
+        *,
+        vocabulary: int,
+        most: int,
+        max_length: int,
+        block_size: int,
+        progress: Callable[[float, str], None],
+    ) -> Graphs | None:
+        """Captures decoding steps of up to `most` tokens, with room for sequences of `max_length`,
+        so that they are launched at once: the cache and the courier's memory must be where they
+        stay. forward: computes one, without looking at what adapters there are. None where steps
+        are launched one kernel after the other, or this model's have to be, which is logged."""
+        ...
+
+    def graph_bytes(
+        self,
+        groups: Mapping[Group, int],
+        head: Group,
+        attention: Collection[AttentionSpec],
+        *,
+        most: int,
+        max_length: int,
+        block_size: int,
+    ) -> int:
+        """A bound of what `graphs` take, beside what a step takes. groups: linears that adapters
+        act on, and how many layers have each; head: the last linear, which makes logits."""
+        ...
+
+    def fetch(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begins a copy to host memory, in the order of the steps. -> waits for it and for all
+        before it, and returns it."""
+        ...
+
 
 class CpuBackend:
     name = "cpu"
@@ -259,6 +295,33 @@ class CpuBackend:
         progress: Callable[[float, str], None],
     ) -> None:
         """Nothing is compiled here."""
+
+    def graphs(
+        self,
+        forward: Callable[[StepTensors], None],
+        *,
+        vocabulary: int,
+        most: int,
+        max_length: int,
+        block_size: int,
+        progress: Callable[[float, str], None],
+    ) -> Graphs | None:
+        return None
+
+    def graph_bytes(
+        self,
+        groups: Mapping[Group, int],
+        head: Group,
+        attention: Collection[AttentionSpec],
+        *,
+        most: int,
+        max_length: int,
+        block_size: int,
+    ) -> int:
+        return 0
+
+    def fetch(self, x: Tensor) -> Callable[[], Tensor]:
+        return lambda: x
 
 
 def open_backend(device: str) -> Backend:

@@ -198,7 +198,8 @@ class EngineConfig:
     may wait, of one user for one adapter; None for no limit of its own. max_wait: seconds to the
     first token, of requests that do not say; None for no limit. inter_token_target: most seconds
     that a step should take while somebody decodes; None for steps of any length. speculate: most
-    tokens drafted in a step for a request that does not say; 0 is off.
+    tokens drafted in a step for a request that does not say; 0 is off. enforce_eager: launch every
+    step kernel by kernel, instead of decoding from graphs, on a device that has such.
     """
 
     max_batch_tokens: int = 512
@@ -213,6 +214,7 @@ class EngineConfig:
     inter_token_target: float | None = None
     speculate: int = 0
     memory: int | None = None
+    enforce_eager: bool = False
 
     def __post_init__(self) -> None:
         _at_least("--max-batch-tokens", self.max_batch_tokens, 1)
@@ -231,6 +233,13 @@ class EngineConfig:
             _at_least("--kv-cache-bytes", self.kv_cache_bytes, 1)
         if self.max_length is not None:
             _at_least("--max-length", self.max_length, 2)
+
+    @property
+    def most_decodes(self) -> int:
+        """Tokens of a step without prompts: one of each sequence, and its drafts, which take only
+        what prompts leave."""
+        most = self.max_sequences * (1 + self.speculate)
+        return max(self.max_sequences, min(most, self.max_batch_tokens))
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ def run_aux(
     x, aux, t = inputs.x, plan.aux, plan.tables
     outputs = sum(group.out_features)
     h = workspace.take("h", aux.h_split * max(plan.width, 8) * plan.padded)
-    planes = workspace.take("planes", max(plan.planes, 1) * plan.padded * outputs)
+    planes = workspace.take("planes", plan.planes * plan.padded * outputs)
     column_type = torch.int16 if group.in_features <= 1 << 16 else torch.int32
     pdl = gpu.overlaps(x.device)
     launch(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import psutil
 import torch
@@ -18,12 +19,16 @@ from deltaserve.kernels.backend import (
     PreparedDeltas,
 )
 from deltaserve.kernels.base import BaseLinear
+from deltaserve.kernels.captured import Graphs, StepTensors
 from deltaserve.kernels.decoder import DecoderLayer, LayerParts
 from deltaserve.kernels.gpu import device as gpu
 from deltaserve.kernels.gpu.arena import Arena
 from deltaserve.kernels.gpu.base import GpuLinear
+from deltaserve.kernels.gpu.capture import Capture, CudaCapture, NotCapturable
 from deltaserve.kernels.gpu.convert import held_on_gpu
+from deltaserve.kernels.gpu.decoding import DecodeGraphs, buckets
 from deltaserve.kernels.gpu.delivery import DeviceCourier
+from deltaserve.kernels.gpu.graph_bytes import graph_bytes
 from deltaserve.kernels.gpu.layer import GpuLayer
 from deltaserve.kernels.gpu.linear import GpuLinearDeltas
 from deltaserve.kernels.gpu.norm_deltas import GpuNormDeltas
@@ -38,13 +43,16 @@ from deltaserve.kernels.norm import NormDeltas
 from deltaserve.kernels.primitives import Primitive
 from deltaserve.kernels.table import Group
 
+log = logging.getLogger(__name__)
+
 OLDEST = 80
 """Compute capability from which on there is bfloat16 in matrix instructions."""
 
 
 class TritonBackend:
     """device: the current GPU; in Triton's interpreter, host memory. For one model: its groups
-    share an arena, the plans of a step and, as they run one after the other, a workspace."""
+    share an arena, the plans of a step and, as they run one after the other, a workspace. capture:
+    None where nothing can be captured."""
 
     name = "cuda"
     fuses = False
@@ -62,6 +70,8 @@ class TritonBackend:
         self.arena = Arena(self.device)
         self.workspace = Workspace(self.device)
         self._stacks = Stacks()
+        cuda = self.device.type == "cuda"
+        self.capture: Capture | None = CudaCapture(self.device) if cuda else None
 
     def dense(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> BaseLinear:
         held = {"weight": weight.detach()}
@@ -116,6 +126,64 @@ class TritonBackend:
     ) -> None:
         specs = {spec_of(base, group) for base, group in linears}
         make_ready(specs, set(attention), dtype, self.device, max_tokens, block_size, progress)
+
+    def graphs(
+        self,
+        forward: Callable[[StepTensors], None],
+        *,
+        vocabulary: int,
+        most: int,
+        max_length: int,
+        block_size: int,
+        progress: Callable[[float, str], None],
+    ) -> Graphs | None:
+        if self.capture is None:
+            return None
+        try:
+            return DecodeGraphs(
+                forward,
+                self.capture,
+                self.workspace,
+                vocabulary=vocabulary,
+                most=most,
+                max_length=max_length,
+                block_size=block_size,
+                progress=progress,
+            )
+        except NotCapturable as error:
+            log.warning("steps are launched kernel by kernel: %s", error)
+            return None
+
+    def graph_bytes(
+        self,
+        groups: Mapping[Group, int],
+        head: Group,
+        attention: Collection[AttentionSpec],
+        *,
+        most: int,
+        max_length: int,
+        block_size: int,
+    ) -> int:
+        if self.capture is None:
+            return 0
+        return graph_bytes(
+            groups, head, attention, buckets(most), max_length=max_length, block_size=block_size,
+            arch=gpu.arch(self.device),
+        )  # fmt: skip
+
+    def fetch(self, x: Tensor) -> Callable[[], Tensor]:
+        if x.device.type != "cuda":
+            return x.cpu
+        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        host.copy_(x, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+
+        def arrived() -> Tensor:
+            event.synchronize()
+            return host
+
+        return arrived
 
 
 class DeviceMemory:

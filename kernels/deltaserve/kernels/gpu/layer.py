@@ -38,8 +38,6 @@ class _Group:
         self.gated = gated
 
     def planned(self, segments: Segments) -> StepPlan | None:
-        if segments.slots.isdisjoint(self.deltas.slots):
-            return None
         return self.deltas.planned(segments, self.base, self.gated)
 
     def wanted(self, tokens: int, plan: StepPlan | None) -> Wanted:

@@ -186,8 +186,6 @@ class GpuLinearDeltas:
         """
         if not len(x):
             return base(x)
-        if segments.slots.isdisjoint(self.slots):
-            return self.run(x, base, None)
         return self.run(x, base, self.planned(segments, base))
 
     def planned(self, segments: Segments, base: GpuLinear, gated: bool = False) -> StepPlan | None:
@@ -196,6 +194,8 @@ class GpuLinearDeltas:
         be given an activation."""
         if self._planner is not None:
             return self._planner.plan(self, base, segments, gated)
+        if segments.slots.isdisjoint(self.slots):
+            return None
         return self.plan(segments, base, gated=gated)
 
     def wanted(

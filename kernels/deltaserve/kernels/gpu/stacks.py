@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from deltaserve.kernels.gpu.base import GpuLinear
 from deltaserve.kernels.gpu.layers import LayerPlans
 from deltaserve.kernels.gpu.linear import GpuLinearDeltas
+from deltaserve.kernels.gpu.reserved import Family, Reserved
 from deltaserve.kernels.gpu.step import StepPlan
 from deltaserve.kernels.segments import Segments
 from deltaserve.kernels.table import Group
@@ -12,7 +15,7 @@ from deltaserve.kernels.table import Group
 
 class Stacks:
     """Over one arena. The first group of a shape that is asked in a step has all of its shape
-    planned; the plans are kept with the step's segments."""
+    planned; the plans are kept with the step's segments. A captured step has its own."""
 
     def __init__(self) -> None:
         self._groups: dict[Group, list[GpuLinearDeltas]] = {}
@@ -28,12 +31,19 @@ class Stacks:
     ) -> StepPlan | None:
         """The step's plan for a group; None if no adapter of the step acts on it. gated: `run` will
         be given an activation."""
+        captured = isinstance(segments, Reserved)
+        if not captured and segments.slots.isdisjoint(deltas.slots):
+            return None
         weights, layers = base.weights, self._groups[deltas.group]
         key = (deltas.group, weights.key(gated), weights.whole_zeros)
         found: dict[int, StepPlan | None] | None = segments.plans.get(key)
         if found is None:
             stack = self._stacks.setdefault(deltas.group, LayerPlans(layers))
-            plans = stack.plan(segments, base, gated=gated)
+            plans: Sequence[StepPlan | None]
+            if isinstance(segments, Reserved):
+                plans = segments.reserved(key, Family(stack, base, gated))
+            else:
+                plans = stack.plan(segments, base, gated=gated)
             found = {id(d): plan for d, plan in zip(layers, plans, strict=True)}
             segments.plans[key] = found
         return found[id(deltas)]

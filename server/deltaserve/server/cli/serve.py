@@ -117,6 +117,12 @@ def serve(
     speculate: Annotated[
         int, typer.Option(help="Most tokens drafted by prompt lookup in a step; 0 is off.")
     ] = 0,
+    enforce_eager: Annotated[
+        bool,
+        typer.Option(
+            "--enforce-eager", help="Launch every step kernel by kernel, without CUDA graphs."
+        ),
+    ] = False,
     max_seconds: Annotated[float, typer.Option(help="Longest life of a request.")] = 3600.0,
     write_seconds: Annotated[
         float, typer.Option(help="A stream that nobody reads for so long is ended.")
@@ -182,6 +188,7 @@ def serve(
                 max_wait=max_wait,
                 inter_token_target=inter_token_target,
                 speculate=speculate,
+                enforce_eager=enforce_eager,
                 memory=c.size("--memory", memory),
             ),
             rpc=c.RpcConfig(

@@ -19,7 +19,6 @@ from deltaserve.adapters.lowered_cache import LoweredCache
 from deltaserve.adapters.options import LoadOptions
 from deltaserve.adapters.parent import load_on
 from deltaserve.adapters.source import resolve
-from deltaserve.kernels.attention.step import AttentionSpec
 from deltaserve.kernels.backend import DeviceUnavailable, KernelError, open_backend
 from deltaserve.kernels.cache import folder as cache_root
 from deltaserve.server.config import AdapterConfig, Config, ConfigError, EngineConfig
@@ -79,18 +78,12 @@ def build_engine(
     try:
         backend.make_ready(
             [(g.base, g.deltas.group) for g in model.modules.groups.values() if g.deltas],
-            {
-                AttentionSpec(
-                    la.q_heads, la.kv_heads, la.key_dim, la.value_dim, la.window, la.softcap,
-                    la.has_sinks,
-                )
-                for la in model.attention
-            },
+            {la.spec for la in model.attention},
             model.dtype,
             max_tokens=max(config.engine.max_batch_tokens, config.engine.max_sequences),
             block_size=config.engine.block_size,
             progress=progress or (lambda share, what: None),
-        )  # fmt: skip
+        )
     except KernelError as error:
         raise ConfigError(f"--device {m.device}: {error}") from error
     text = Text(m.base)
@@ -100,6 +93,7 @@ def build_engine(
         config.adapters,
         observer=observer,
         text=text,
+        progress=progress,
     )
     return engine, text
 
@@ -111,8 +105,10 @@ def make_engine(
     *,
     observer: Observer | None = None,
     text: Text | None = None,
+    progress: Callable[[float, str], None] | None = None,
 ) -> Engine:
-    """An engine over a loaded base, not started yet. text: None gives outputs without text."""
+    """An engine over a loaded base, not started yet. text: None gives outputs without text.
+    progress: of what is captured."""
     backend = model.ctx.backend
     observer = observer if observer is not None else NullObserver()
     if config.max_length is not None:
@@ -166,10 +162,13 @@ def make_engine(
         inter_token_target=config.inter_token_target,
     )
     scheduler.speculator = Speculator(manager, cost, model.max_length, config.speculate)
+    runner = ModelRunner(model, pool.store)
+    if not config.enforce_eager:
+        runner.capture(config.most_decodes, progress or (lambda share, what: None))
     made.append(
         Engine(
             model,
-            ModelRunner(model, pool.store),
+            runner,
             scheduler,
             cache,
             observer,

@@ -321,11 +321,13 @@ class Engine:
         load = self._scheduler.charge(batch)
         adapter_bytes, began = load.adapter_bytes, self._clock()
         try:
-            rows, logits = self._runner.run(batch)
+            rows, logits, best = self._runner.run(batch)
             if batch.chunks:
                 seconds = time.monotonic() - now
                 self._scheduler.blocks.memory.computed(batch.tokens, seconds)
-            out.advance(batch, rows, logits, self._scheduler, self._eos, self._limits.max_length)
+            out.advance(
+                batch, rows, logits, self._scheduler, self._eos, self._limits.max_length, best
+            )
         except Exception:
             incident = uuid.uuid4().hex[:12]
             log.exception("incident %s: a step of %d tokens failed", incident, batch.tokens)

@@ -55,15 +55,18 @@ class StepOutputs:
         scheduler: Scheduler,
         eos: frozenset[int],
         max_length: int,
+        best: Tensor | None = None,
     ) -> None:
-        """Choose tokens, move the sequences on, find out which of them end."""
+        """Choose tokens, move the sequences on, find out which of them end. best: of all rows, if
+        none are combined or scored."""
         rows, logits, apart = gather(rows, logits)
         sampled = [i for i, row in enumerate(rows) if row.samples]
         scored = [i for i, row in enumerate(rows) if not row.samples]
         for i in sorted(scored, key=lambda i: rows[i].position):  # chunks are ordered by adapter
             self._score(rows[i], logits[i], apart.get(i))
         picked = logits if len(sampled) == len(rows) else logits[sampled]
-        choices = sample(picked, _rows([rows[i].part for i in sampled], eos)) if sampled else []
+        how = _rows([rows[i].part for i in sampled], eos)
+        choices = sample(picked, how, best) if sampled else []
         scheduler.advance(batch)
         now = self._clock()
         chosen: dict[Sequence, list[Choice]] = defaultdict(list)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from deltaserve.kernels.backend import Backend, CpuBackend
+from deltaserve.kernels.table import Group
 from deltaserve.server.config import AdapterConfig, ConfigError, EngineConfig
 from deltaserve.server.engine.adapter_sizes import Groups, adapter_sizes
 from deltaserve.server.engine.kv_pool import KVShape
@@ -50,9 +52,10 @@ class Fit:
 class MemoryPlan:
     """In bytes, but for `blocks`, the cache's blocks at most, and max_length, in tokens.
 
-    weights: of the base. free: beside them. step: what one step computes with, at most. budget:
-    cache blocks and adapters together. kv_most, kv_floor: blocks at most, and those that adapters
-    never take: of a request of the greatest length. adapter_most: what they may take.
+    weights: of the base. free: beside them. step: what one step computes with, at most, and what
+    captured steps keep. budget: cache blocks and adapters together. kv_most, kv_floor: blocks at
+    most, and those that adapters never take: of a request of the greatest length. adapter_most:
+    what they may take.
     """
 
     weights: int
@@ -90,7 +93,7 @@ def plan_memory(
     ConfigError for what cannot be."""
     backend = backend or CpuBackend()
     shape = KVShape.of(base.attention, config.block_size, base.dtype, by_page=backend.returns_pages)
-    step = step_bytes(base, config)
+    step = step_bytes(base, config) + graph_bytes(base, config, backend)
     longest = shape.blocks(base.max_length)
     useful = longest * config.max_sequences
     if config.kv_cache_bytes is not None:
@@ -167,3 +170,20 @@ def step_bytes(base: Base, config: EngineConfig) -> int:
         written = 3 * 4 * mask * la.q_heads if special else 0
         attention = max(attention, 5 * mask + gathered + written)
     return layers + attention + rows * base.vocabulary * (size + 8)
+
+
+def graph_bytes(base: Base, config: EngineConfig, backend: Backend) -> int:
+    """A bound of what captured decoding steps take; 0 where there are none."""
+    if config.enforce_eager:
+        return 0
+    groups: Counter[Group] = Counter()
+    for (group, _), count in base.groups.items():
+        groups[group] += count
+    return backend.graph_bytes(
+        groups,
+        Group(base.hidden, (base.vocabulary,), base.dtype),
+        {la.spec for la in base.attention},
+        most=config.most_decodes,
+        max_length=base.max_length,
+        block_size=config.block_size,
+    )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from deltaserve.kernels.attention.cpu_step import cells_of
 from deltaserve.kernels.attention.step import Span
+from deltaserve.kernels.captured import DecodeStep, Graphs, StepTensors, best_of
 from deltaserve.kernels.primitives import PrefixKV, PromptEmbeddings
 from deltaserve.kernels.segments import Mix, Segments
+from deltaserve.server.engine.ahead import next_decodes
 from deltaserve.server.engine.batch import Batch, Scheduled
 from deltaserve.server.engine.sequence import Sequence
 from deltaserve.server.model.context import ForwardContext, KVStore
@@ -23,8 +25,19 @@ class Model(Protocol):
     """What the runner must know of the model."""
 
     ctx: ForwardContext
+    vocab_size: int
+    max_length: int
 
-    def forward(self, input_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor: ...
+    @property
+    def by_row(self) -> Collection[int]: ...
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        logit_rows: Tensor,
+        into: Tensor | None = None,
+    ) -> Tensor: ...
 
 
 @dataclass(slots=True)
@@ -39,15 +52,38 @@ class LogitRow:
         return self.position >= len(self.part.sequence.tokens) - 1
 
 
+class StepResult(NamedTuple):
+    """rows: whose logits there are. logits: float32 [rows, vocabulary], until the next step. best:
+    as `best_of` the logits, in host memory, if a token is chosen after every row by itself."""
+
+    rows: list[LogitRow]
+    logits: Tensor
+    best: Tensor | None = None
+
+
 class ModelRunner:
     def __init__(self, model: Model, kv: KVStore) -> None:
         self.model = model
         self.kv = kv
         self.model.ctx.kv = kv
+        self._graphs: Graphs | None = None
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> tuple[list[LogitRow], Tensor]:
-        """-> (rows, logits float32 [rows, vocabulary])."""
+    def capture(self, most: int, progress: Callable[[float, str], None]) -> None:
+        """From now on decoding steps of up to `most` tokens are replayed from graphs, where the
+        backend has such. Before the first step."""
+        self._graphs = self.model.ctx.backend.graphs(
+            self._forward,
+            vocabulary=self.model.vocab_size,
+            most=most,
+            max_length=self.model.max_length,
+            block_size=self.kv.block_size,
+            progress=progress,
+        )
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> StepResult:
+        """Returns when the step is over. While it runs, the next one is laid out."""
         for sequence, start, count in batch.fills:
             self._fill(sequence, start, count)
         parts = batch.parts
@@ -61,8 +97,34 @@ class ModelRunner:
                 rows.append(LogitRow(part, position))
                 logit_rows.append(at + position - part.start)
             at += part.count
-        ctx = self.model.ctx
-        ctx.segments = _segments([(p.count, p.mix) for p in parts])
+        alone = all(row.samples and row.part.sequence.group is None for row in rows)
+        segments = _segments([(p.count, p.mix) for p in parts])
+        decoded = None
+        if self._graphs is not None and logit_rows == list(range(len(parts))) == list(range(at)):
+            decoded = self._replay(self._graphs, parts, ids, positions, segments)
+        if decoded is not None:
+            logits, best = decoded
+        else:
+            logits = self._launch(batch, rows, logit_rows, ids, positions, segments)
+            best = best_of(logits) if alone else logits[:0]
+        fetched = self.model.ctx.backend.fetch(best)
+        if self._graphs is not None:
+            self._prepare(self._graphs, batch)
+        found = fetched()
+        return StepResult(rows, logits, found if alone else None)
+
+    def _launch(
+        self,
+        batch: Batch,
+        rows: list[LogitRow],
+        logit_rows: list[int],
+        ids: list[int],
+        positions: list[int],
+        segments: Segments,
+    ) -> Tensor:
+        """Kernel by kernel."""
+        parts, ctx = batch.parts, self.model.ctx
+        ctx.segments = segments
         ctx.logit_segments = _segments([(1, r.part.mix) for r in rows])
         device = ctx.backend.device
         input_ids = torch.tensor(ids, device=device)
@@ -74,7 +136,35 @@ class ModelRunner:
         # a step of prompt chunks may want no logits; the head is not made for zero rows
         wanted = torch.tensor(logit_rows or [0], device=device)
         logits = self.model.forward(input_ids, torch.tensor(positions, device=device), wanted)
-        return rows, logits[: len(rows)]
+        return logits[: len(rows)]
+
+    def _forward(self, step: StepTensors) -> None:
+        """What is captured: every row is a sequence's newest token, or a draft."""
+        ctx = self.model.ctx
+        ctx.segments = ctx.logit_segments = step.segments
+        ctx.embedding_override = None
+        ctx.attention = step.attention
+        self.model.forward(step.ids, step.positions, step.rows, step.logits)
+
+    def _replay(
+        self,
+        graphs: Graphs,
+        parts: list[Scheduled],
+        ids: list[int],
+        positions: list[int],
+        segments: Segments,
+    ) -> tuple[Tensor, Tensor] | None:
+        if min(ids) < 0 or not segments.slots.isdisjoint(self.model.by_row):
+            return None
+        blocks = [part.sequence.blocks for part in parts]
+        return graphs.run(DecodeStep(ids, positions, blocks, segments))
+
+    def _prepare(self, graphs: Graphs, batch: Batch) -> None:
+        parts = next_decodes(batch)
+        segments = _segments([(1, part.mix) for part in parts])
+        if parts and segments.slots.isdisjoint(self.model.by_row):
+            ids, blocks = [0] * len(parts), [part.sequence.blocks for part in parts]
+            graphs.prepare(DecodeStep(ids, [part.start for part in parts], blocks, segments))
 
     def scrub(self, blocks: list[int]) -> None:
         """Zero what a failed sequence left behind: a NaN would pass through masked attention."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltaserve.kernels.captured import best_of
 from deltaserve.server.engine.core import SamplingParams, TokenDisagreement, TokenLogprob
 from deltaserve.server.engine.matcher import Failed, Matcher
 
@@ -72,12 +73,12 @@ def _adjusts(row: Row) -> bool:
     )
 
 
-def sample(logits: Tensor, rows: list[Row]) -> list[Choice | None]:
-    """logits: float32 [n, vocabulary], unchanged. -> the choice for each row; None for one behind
-    a wrong draft. That one draws nothing: a generator is where it would be without drafts."""
-    best, argmax = logits.max(-1)
-    finite = torch.isfinite(best).tolist()
-    tokens: list[int] = argmax.tolist()
+def sample(logits: Tensor, rows: list[Row], best: Tensor | None = None) -> list[Choice | None]:
+    """logits: float32 [n, vocabulary], unchanged. best: as `best_of` them, if that is known. -> the
+    choice for each row; None for one behind a wrong draft. That one draws nothing: a generator is
+    where it would be without drafts."""
+    found: list[list[int]] = (best_of(logits) if best is None else best).tolist()
+    own = _in_host_memory(logits, rows)
     choices: list[Choice | None] = []
     for i, row in enumerate(rows):
         if row.after is not None:
@@ -85,13 +86,22 @@ def sample(logits: Tensor, rows: list[Row]) -> list[Choice | None]:
             if before is None or not before.sound or before.token_id != row.after:
                 choices.append(None)
                 continue
-        choice = Choice(tokens[i], finite[i])
-        if finite[i] and not plain(row):
-            _choose(choice, logits[i].cpu(), row)
+        token, finite = found[i]
+        choice = Choice(token, bool(finite))
+        if finite and not plain(row):
+            _choose(choice, own[i], row)
         if choice.sound and row.sampling.logprobs is not None:
-            choice.logprob = logprob_of(logits[i].cpu(), choice.token_id, row.sampling.logprobs)
+            choice.logprob = logprob_of(own[i], choice.token_id, row.sampling.logprobs)
         choices.append(choice)
     return choices
+
+
+def _in_host_memory(logits: Tensor, rows: list[Row]) -> Tensor | dict[int, Tensor]:
+    """The logits of the rows that take more than a look at the best, in one copy."""
+    if logits.is_cpu:
+        return logits
+    more = [i for i, row in enumerate(rows) if not plain(row) or row.sampling.logprobs is not None]
+    return dict(zip(more, logits[more].cpu(), strict=True)) if more else {}
 
 
 def logprob_of(logits: Tensor, token_id: int, top: int) -> TokenLogprob:

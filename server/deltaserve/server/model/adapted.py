@@ -79,6 +79,8 @@ class Modules:
         self._installed: dict[int, PreparedAdapter] = {}
         self.not_native: set[int] = set()
         """Slots whose adapters do to the linears what no native call does."""
+        self.by_row: set[int] = set()
+        """Slots whose adapters act on norms or the embedding."""
 
     def prepare(self, adapter: Adapter, prefix: AnyPrefix | None) -> PreparedAdapter:
         """Casts and packs; any thread. Raises UnsupportedAdapter for what a module cannot take."""
@@ -138,12 +140,15 @@ class Modules:
             self.norms[name].install(slot, norm)
         if prepared.embedding is not None:
             self.embedding.deltas.install(slot, prepared.embedding)
+        if prepared.norms or prepared.embedding is not None:
+            self.by_row.add(slot)
         self._installed[slot] = prepared
 
     def remove(self, slot: int) -> None:
         """Engine thread. Frees what `install` took."""
         prepared = self._installed.pop(slot)
         self.not_native.discard(slot)
+        self.by_row.discard(slot)
         for lead in prepared.linears:
             deltas = self.groups[lead].deltas
             assert deltas is not None

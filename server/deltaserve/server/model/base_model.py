@@ -44,11 +44,17 @@ class BaseModel:
     modules: Modules
 
     @torch.inference_mode()
-    def forward(self, input_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        logit_rows: Tensor,
+        into: Tensor | None = None,
+    ) -> Tensor:
         """One step; `ctx` must have been filled for it.
 
         input_ids, positions: int64 [T]. logit_rows: int64 [n], rows whose logits are wanted.
-        Returns float32 [n, vocabulary].
+        Returns float32 [n, vocabulary], in `into` if that is given.
         """
         out = self.model(
             input_ids=input_ids.unsqueeze(0),
@@ -58,7 +64,13 @@ class BaseModel:
             logits_to_keep=logit_rows,
         )
         logits: Tensor = out.logits
-        return logits[0].float()
+        return logits[0].float() if into is None else into.copy_(logits[0])
+
+    @property
+    def by_row(self) -> Collection[int]:
+        """Slots of adapters of which something is computed for the rows that they act on alone:
+        what such a step launches depends on its adapters."""
+        return self.modules.by_row | self.ctx.gated_prefixes.keys()
 
     def prepare(self, adapter: Adapter) -> PreparedAdapter:
         """Casts and packs an adapter for this base; heavy, any thread. Raises UnsupportedAdapter

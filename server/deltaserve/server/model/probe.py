@@ -17,6 +17,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
+from deltaserve.kernels.attention.step import AttentionSpec
 from deltaserve.server.model.errors import UnsupportedModel
 
 PROBE = "deltaserve_probe"
@@ -58,6 +59,14 @@ class LayerAttention:
     softcap: float | None
     has_sinks: bool
     scale: float
+
+    @property
+    def spec(self) -> AttentionSpec:
+        """What kernels are compiled for."""
+        return AttentionSpec(
+            self.q_heads, self.kv_heads, self.key_dim, self.value_dim, self.window, self.softcap,
+            self.has_sinks,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

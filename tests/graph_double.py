@@ -14,11 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deltaserve.kernels.attention import gpu as attention
-from deltaserve.kernels.gpu import aux, gemm, inputs
-from deltaserve.kernels.gpu.launch import launch
+from deltaserve.kernels.gpu import aux, gemm, inputs, norm, rope
+from deltaserve.kernels.gpu.capture import NotCapturable
 
-ASKS = ("_local_scalar_dense", "lift_fresh", "nonzero", "equal", "_to_copy")
+ASKS = ("_local_scalar_dense", "lift_fresh", "nonzero", "equal")
 """Operations that wait for the device, or bring numbers there from memory of the host."""
+MODULES = (attention, aux, gemm, inputs, norm, rope)
+"""That launch kernels."""
 
 
 class Recorder(TorchDispatchMode):
@@ -35,19 +37,21 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         if self.off:
             return out
-        assert func.overloadpacket.__name__ not in ASKS, f"{func} cannot be captured"
-        given = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
-        fresh = [t.untyped_storage().data_ptr() not in given for t in _tensors(out)]
+        name, of = func.overloadpacket.__name__, [t.device for t in _tensors((args, out))]
+        if name in ASKS or (name in ("_to_copy", "copy_") and len(set(of)) > 1):
+            raise NotCapturable(f"{func} cannot be captured")
+        given = {_memory(t) for t in _tensors((args, kwargs))}
+        fresh = [_memory(t) not in given for t in _tensors(out)]
         self.made += [t for t, new in zip(_tensors(out), fresh, strict=True) if new]
         self.tasks.append(partial(_again, func, args, kwargs, out, fresh))
         return out
 
-    def launch(self, *arguments: Any, **named: Any) -> None:
-        task = partial(self._launch, *arguments, **named)
+    def launch(self, launch: Callable[..., None], *arguments: Any, **named: Any) -> None:
+        task = partial(self._launch, launch, *arguments, **named)
         task()
         self.tasks.append(task)
 
-    def _launch(self, *arguments: Any, **named: Any) -> None:
+    def _launch(self, launch: Callable[..., None], *arguments: Any, **named: Any) -> None:
         self.off = True
         launch(*arguments, **named)
         self.off = False
@@ -66,8 +70,8 @@ class RecordedCapture:
         run()
         recorder = Recorder()
         with self._patch.context() as patch, recorder:
-            for module in (attention, aux, gemm, inputs):
-                patch.setattr(module, "launch", recorder.launch)
+            for module in MODULES:
+                patch.setattr(module, "launch", partial(recorder.launch, module.launch))
             out = run()
 
         def replay() -> Tensor:
@@ -88,6 +92,11 @@ def _again(func: Any, args: Any, kwargs: Any, out: Any, fresh: list[bool]) -> No
     for old, new, own in zip(_tensors(out), found, fresh, strict=True):
         if own:
             old.copy_(new)
+
+
+def _memory(x: Tensor) -> int:
+    """Where it lies, on a device of its own too (apart.py)."""
+    return getattr(x, "raw", x).untyped_storage().data_ptr()
 
 
 def _tensors(tree: Any) -> list[Tensor]:

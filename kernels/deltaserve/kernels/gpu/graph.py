@@ -1,0 +1,168 @@
+"""Graph: one captured step, and what the host tells it of the step to be replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from deltaserve.kernels.attention.tables import AttentionTables
+from deltaserve.kernels.captured import DecodeStep
+from deltaserve.kernels.gpu.reserved import Family
+from deltaserve.kernels.gpu.static import StaticMemory
+from deltaserve.kernels.gpu.step import StepPlan, StepTooLarge
+from deltaserve.kernels.segments import Segments
+
+SIDES = 2
+"""One for the step that runs, one for the step that comes."""
+
+
+@dataclass(eq=False, slots=True)
+class StaticStep:
+    """A step of `tokens` tokens as a graph reads it. ids, positions, cells: int64 [tokens].
+    attention: of as many sequences of one token. plans: name -> one per layer; none without
+    adapters. What pads a step is id 0 at position 0, in no cell and of no sequence."""
+
+    tokens: int
+    ids: Tensor
+    positions: Tensor
+    cells: Tensor
+    attention: AttentionTables
+    plans: Mapping[Hashable, Sequence[StepPlan]]
+
+
+@dataclass(eq=False, slots=True)
+class _Side:
+    """What the host writes of one step. longs: int64 [3, tokens], ids, positions and cells. words:
+    int32, how many sequences there are, where their tokens start, and their lengths; table:
+    [tokens, width], their blocks. plans: by the family's name. planned: what these were made of
+    (None: of nothing that is known); held: the blocks that are in each row of the table."""
+
+    longs: npt.NDArray[np.int64]
+    words: npt.NDArray[np.int32]
+    table: npt.NDArray[np.int32]
+    plans: Mapping[Hashable, StepPlan]
+    planned: Any = None
+    held: list[list[int]] = field(default_factory=list)
+
+
+class Graph:
+    """A step of `tokens` tokens. reserve: a family's plan for steps of so many, in some memory."""
+
+    def __init__(
+        self,
+        tokens: int,
+        families: Mapping[Hashable, Family],
+        reserve: Callable[[Family, StaticMemory | None], StepPlan],
+        *,
+        max_length: int,
+        block_size: int,
+        device: torch.device,
+    ) -> None:
+        self.tokens = tokens
+        self._families = families
+        self._size = block_size
+        width = -(-max_length // block_size)
+        sizes = (3 * 2 * tokens, 2 + tokens * (2 + width))
+        head = sum(n + -n % 4 for n in sizes)
+        room = head
+        for family in families.values():  # made twice: only then is their size known
+            count = reserve(family, None).buffer.numel()
+            room += count + -count % 4
+        self._memory = StaticMemory(room, device, SIDES)
+        (long, long_out), (word, word_out) = (self._memory.take(n) for n in sizes)
+        ids, positions, cells = long_out.view(torch.int64).view(3, tokens)
+        parts = torch.split(word_out, [1, tokens + 1, tokens, tokens * width])
+        attention = AttentionTables(
+            parts[0], parts[1], parts[2], parts[3].view(tokens, width), block_size, 1, max_length
+        )
+        plans = {name: reserve(family, self._memory) for name, family in families.items()}
+        layers = {name: plan.layers for name, plan in plans.items()}
+        self.step = StaticStep(tokens, ids, positions, cells, attention, layers)
+        self._head = head
+        self._sides = [self._side(i, long, word, plans, width) for i in range(SIDES)]
+        self._next = 0
+        self._sent: Any = None
+        self._refused: Any = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of its tables on the device."""
+        return self._memory.nbytes
+
+    def send(self, step: DecodeStep, state: object) -> None:
+        """One copy to the device; of the plans only if those that are there are not the step's.
+        state: of what is installed; as long as it is the same, equal segments have equal plans.
+        Raises StepTooLarge before anything is sent."""
+        side = self._lay_out(step, state)
+        self._memory.send(self._next, self._head if side.planned == self._sent else None)
+        self._sent = side.planned
+        self._next = (self._next + 1) % SIDES
+
+    def prepare(self, step: DecodeStep, state: object) -> None:
+        """What of `send` can be done before. Raises StepTooLarge."""
+        self._lay_out(step, state)
+
+    def _lay_out(self, step: DecodeStep, state: object) -> _Side:
+        side = self._sides[self._next]
+        self._plan(side, step.segments, state)
+        tokens, count, size = self.tokens, len(step.ids), self._size
+        positions = np.array(step.positions, dtype=np.int64)
+        words, longs, table = side.words, side.longs, side.table
+        longs[:2] = 0
+        longs[2] = -1
+        longs[0, :count], longs[1, :count] = step.ids, positions
+        words[0] = count
+        words[1 : tokens + 2] = np.minimum(np.arange(tokens + 1), count)
+        words[tokens + 2 :][:count] = positions + 1
+        used = positions // size + 1
+        for i, (blocks, n) in enumerate(zip(step.blocks, used.tolist(), strict=True)):
+            known, given = side.held[i], list(blocks[:n])
+            if known == given:
+                continue
+            same = len(known) if known == given[: len(known)] else 0
+            table[i, same : len(given)] = given[same:]
+            side.held[i] = given
+        last = table[np.arange(count), used - 1].astype(np.int64)
+        longs[2, :count] = last * size + positions % size
+        return side
+
+    def _plan(self, side: _Side, segments: Segments, state: object) -> None:
+        if not self._families:
+            return
+        wanted = segments.runs, state
+        if side.planned == wanted:
+            return
+        if self._refused == wanted:
+            raise StepTooLarge("as before")
+        side.planned = None
+        padded = Segments(segments.runs, self.tokens)
+        try:
+            for name, plan in side.plans.items():
+                self._families[name].layers.replan(plan, padded)
+        except StepTooLarge:
+            self._refused = wanted
+            raise
+        side.planned = wanted
+
+    def _side(
+        self, i: int, long: Tensor, word: Tensor, plans: Mapping[Hashable, StepPlan], width: int
+    ) -> _Side:
+        words, start = self._memory.on(i, word).numpy(), 2 * self.tokens + 2
+        return _Side(
+            self._memory.on(i, long).view(torch.int64).view(3, self.tokens).numpy(),
+            words[:start],
+            words[start:].reshape(self.tokens, width),
+            {name: _on(plan, self._memory, i) for name, plan in plans.items()},
+            held=[[] for _ in range(self.tokens)],
+        )
+
+
+def _on(plan: StepPlan, memory: StaticMemory, side: int) -> StepPlan:
+    """The same plan on the device, filled from another side."""
+    return replace(plan, staging=memory.on(side, plan.staging), layers=())

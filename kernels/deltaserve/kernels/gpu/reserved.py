@@ -1,0 +1,37 @@
+"""Reserved: the segments of a captured step, whose adapters are not known yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from deltaserve.kernels.gpu.base import GpuLinear
+from deltaserve.kernels.gpu.layers import LayerPlans
+from deltaserve.kernels.gpu.step import StepPlan
+from deltaserve.kernels.segments import Segments
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Groups of one shape in every layer. base: of any of them. gated: as in `plan`."""
+
+    layers: LayerPlans
+    base: GpuLinear
+    gated: bool = False
+
+
+PlansOf: TypeAlias = Callable[[Hashable, Family], Sequence[StepPlan]]
+
+
+class Reserved(Segments):
+    """Linears take the plans that are laid out here for any adapters, whatever is installed. To all
+    else it is a step of the base: adapters that act there cannot be in it. plans: a family by its
+    name -> the plan of each of its layers."""
+
+    def __init__(self, tokens: int, plans: PlansOf) -> None:
+        super().__init__((), tokens)
+        self.reserved = plans
+
+    def __bool__(self) -> bool:
+        return True

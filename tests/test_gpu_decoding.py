@@ -1,0 +1,173 @@
+"""Decoding steps that the server replays from graphs give what the engine on the CPU gives; those
+that no graph can hold are launched as ever. While a step runs, the next one is laid out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_pair import Pair, on_gpu, pair, prompt
+from rig import load_base, request
+from variants import VARIANTS, make_base
+
+from deltaserve.kernels.gpu import decoding
+from deltaserve.kernels.gpu.layers import LayerPlans
+from deltaserve.server.config import AdapterConfig, EngineConfig
+from deltaserve.server.engine.build import base_of, make_engine
+from deltaserve.server.engine.collector import Collector
+from deltaserve.server.engine.core import AdapterRef, Combination, Member, Rule, Speculation
+from deltaserve.server.engine.plan import graph_bytes
+
+NAMES = ["lora", "rslora", "bitdelta", "ia3", "lora-tokens", "lora-patterns"]
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("decoding")
+    make_base(root / "base", "llama")
+    (root / "adapters").mkdir()
+    generator = torch.Generator().manual_seed(2)
+    for name in NAMES:
+        VARIANTS[name].make(root / "base", root / "adapters" / name, generator)
+    return root
+
+
+@pytest.fixture(scope="module")
+def engines(family: Path) -> Iterator[Pair]:
+    with ExitStack() as stack:
+        gpu = stack.enter_context(on_gpu())
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(decoding, "BUCKETS", (1, 4))
+        yield pair(
+            stack, gpu, family, NAMES, captured=True, max_sequences=4, max_batch_tokens=32,
+            max_length=96,
+        )  # fmt: skip
+
+
+class Watched:
+    """What happens in an engine's steps, in order. replays: the numbers of their tokens."""
+
+    def __init__(self, both: Pair, patch: pytest.MonkeyPatch) -> None:
+        self.events: list[str] = []
+        self.replays: list[int] = []
+        runner = both.gpu._runner
+        graphs: Any = runner._graphs
+        run, backend = graphs.run, both.model.ctx.backend
+
+        def replayed(step: Any) -> Any:
+            found = run(step)
+            if found is not None:
+                self.replays.append(len(step.ids))
+            self.events.append("eager" if found is None else "replay")
+            return found
+
+        def fetch(x: Any) -> Callable[[], Any]:
+            wait = type(backend).fetch(backend, x)
+
+            def waited() -> Any:
+                self.events.append("wait")
+                return wait()
+
+            return waited
+
+        def planned(plans: LayerPlans, *given: Any) -> None:
+            self.events.append("plan")
+            replan(plans, *given)
+
+        replan = LayerPlans.replan
+        patch.setattr(graphs, "run", replayed)
+        patch.setattr(backend, "fetch", fetch)
+        patch.setattr(LayerPlans, "replan", planned)
+
+
+def test_the_next_step_is_laid_out_while_one_runs(
+    engines: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is planned between the end of a step and the start of the next, also where a sequence
+    is known to end; and nothing at all once both sides know the mix."""
+    seen, outbox = Watched(engines, monkeypatch), Collector()
+    asked = [
+        request(prompt(30, 4), "rslora", max_tokens=7),
+        request(prompt(31, 4), "lora", max_tokens=3),
+    ]
+    with engines.gpu._lock:  # both come at once
+        for r in asked:
+            engines.gpu.submit(r, outbox)
+    assert [len(outbox.wait(r.request_id, 120).token_ids) for r in asked] == [7, 3]
+    steps = "".join({"wait": "|", "replay": "r", "plan": "p"}[e] for e in seen.events).split("|")
+    plans = "p" * 5  # q k v; o; gate up; down; the head
+    # the prompts; three steps after which one side does not know the mix; the rest; after the last
+    assert steps == [plans, *["r" + plans] * 3, *["r"] * 3, ""]
+    assert seen.replays == [2, 2, 1, 1, 1, 1]
+
+
+def test_any_mix_is_replayed(engines: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strengths, compositions, base rows, drafts, rows that the host chooses from."""
+    seen = Watched(engines, monkeypatch)
+    mixes = [
+        [],
+        [("lora", 1.0)],
+        [("bitdelta", 0.7), ("lora", -0.5)],
+        [("rslora", 0.5), ("ia3", 1.0)],
+    ]
+    asked = [
+        {
+            f"{mix}": request(prompt(i, 3 + 2 * i), mix, max_tokens=2 + i)
+            for i, mix in enumerate(mixes)
+        },
+        {
+            "sampled": request(prompt(10), "lora", temperature=0.9, seed=5, max_tokens=3),
+            "drafts": replace(
+                request(prompt(9, 3) * 3, "bitdelta", max_tokens=5),
+                speculation=Speculation(2, 1, 3),
+            ),
+            "a combination": replace(
+                request(prompt(15), max_tokens=3, logprobs=3),
+                combination=Combination(
+                    (Member(adapters=(AdapterRef("ia3"),)), Member(weight=0.5)), Rule.PRODUCT
+                ),
+            ),
+        },
+    ]
+    for batch in asked:
+        engines.same(batch)
+    assert {1, 4} <= set(seen.replays) <= {1, 2, 3, 4} and "eager" not in seen.events
+
+
+def test_what_no_graph_holds_is_launched(engines: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter of the embedding; one whose ranks differ between layers."""
+    seen = Watched(engines, monkeypatch)
+    engines.same({"tokens": request(prompt(20), "lora-tokens", max_tokens=2)})
+    assert set(seen.events) == {"wait"}
+    engines.same({"ranks": request(prompt(21), "lora-patterns", max_tokens=2)})
+    assert not seen.replays and "eager" in seen.events
+    engines.same({"base": request(prompt(22), max_tokens=2)})
+    assert seen.replays == [1]
+
+
+def test_the_memory_plan_has_room_for_graphs(engines: Pair) -> None:
+    graphs: Any = engines.gpu._runner._graphs
+    config = EngineConfig(max_sequences=4, block_size=8)
+    bound = graph_bytes(base_of(engines.model), config, engines.model.ctx.backend)
+    assert graphs.nbytes < bound < 4 * graphs.nbytes
+    eager = replace(config, enforce_eager=True)
+    assert graph_bytes(base_of(engines.model), eager, engines.model.ctx.backend) == 0
+
+
+def test_graphs_may_be_turned_off(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_base(family / "base")
+    asked: list[int] = []
+    monkeypatch.setattr(
+        type(model.ctx.backend), "graphs", lambda self, forward, **of: asked.append(of["most"])
+    )
+    for config in (
+        EngineConfig(kv_cache_bytes=1 << 20, max_sequences=6, speculate=3),
+        EngineConfig(kv_cache_bytes=1 << 20, max_sequences=6, enforce_eager=True),
+    ):
+        make_engine(model, config, AdapterConfig())
+    assert asked == [24]
