@@ -35,7 +35,7 @@ def make_adapter(model: BaseModel, folder: Path, seed: int) -> dict[str, LowRank
     g = torch.Generator().manual_seed(seed)
     made = {}
     for name, spec in model.spec.modules.items():
-        if spec.kind is ModuleKind.LINEAR and not model.modules.refusal(name):
+        if spec.kind is ModuleKind.LINEAR and not model.packer.refusal(name):
             a = torch.randn(3, spec.in_features, generator=g) * 0.2
             made[name] = LowRank(a, torch.randn(spec.out_features, 3, generator=g) * 0.2)
     write_delta(folder, {name: (p,) for name, p in made.items()}, kind="test")

@@ -23,6 +23,7 @@ SERVER_RANK = {
     "compress": 3,
     "engine": 2,
     "model": 1,
+    "packing": 0,
     "confined": 0,
 }
 LEAVES = {"config", "errors", "metrics", "log", "progress"}

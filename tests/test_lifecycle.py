@@ -42,7 +42,7 @@ from deltaserve.server.errors import (
     ShuttingDown,
 )
 from deltaserve.server.model import BaseModel
-from deltaserve.server.model.adapted import PreparedAdapter
+from deltaserve.server.packing.prepared import PreparedAdapter
 
 ADAPTERS = [f"a{i}" for i in range(12)]
 TOLERANCE = 1e-4

@@ -50,7 +50,7 @@ from deltaserve.server.errors import (
     DeadlineExceeded,
     RequestError,
 )
-from deltaserve.server.model.adapted import PreparedAdapter
+from deltaserve.server.packing.prepared import PreparedAdapter
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "15"))
 TOLERANCE = 1e-4

@@ -19,7 +19,7 @@ from deltaserve.adapters.marks import content_digest, read_as
 from deltaserve.kernels import content
 from deltaserve.kernels.linear import LinearDeltas
 from deltaserve.kernels.primitives import LowRank, SparseCols
-from deltaserve.server.model.adapted import PreparedAdapter
+from deltaserve.server.packing.prepared import PreparedAdapter
 
 from . import tiny
 from .format_files import PEFT, write

@@ -13,7 +13,7 @@ from serving import until
 
 from deltaserve.kernels.primitives import PrefixKV
 from deltaserve.server.engine import discard
-from deltaserve.server.model.adapted import PreparedAdapter
+from deltaserve.server.packing.prepared import PreparedAdapter
 
 
 def test_the_lock_is_given_up_every_megabyte(monkeypatch: pytest.MonkeyPatch) -> None:

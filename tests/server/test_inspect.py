@@ -56,7 +56,7 @@ def test_the_base_is_seen_as_it_is_served(name: str, tmp_path: Path) -> None:
             )
             if spec.modules[module].has_bias:  # others of its group may have zeros in its place
                 assert torch.equal(spec.bias(module), served.spec.bias(module)), module
-            assert (found._refusal(module) == "") == (served.modules.refusal(module) == ""), module
+            assert (found._refusal(module) == "") == (served.packer.refusal(module) == ""), module
 
 
 def test_only_what_is_needed_is_read(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ from deltaserve.server.engine.loader_process import AVAILABLE, LoaderProcesses
 from deltaserve.server.engine.make import Line, MakeHere, Source, Wanted
 from deltaserve.server.engine.transfer import SCRATCH, receive, send
 from deltaserve.server.errors import AdapterUnavailable, ShuttingDown
-from deltaserve.server.model.adapted import PreparedAdapter
+from deltaserve.server.packing.prepared import PreparedAdapter
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Linux")
 

@@ -7,7 +7,7 @@ native code where there is some; `gpu/backend.py` on a GPU, with Triton.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import psutil
 import torch
@@ -18,7 +18,7 @@ from deltaserve.kernels.attention.step import AttentionSpec, AttentionStep, Span
 from deltaserve.kernels.base import BaseLinear, DenseLinear
 from deltaserve.kernels.captured import Graphs, StepTensors
 from deltaserve.kernels.decoder import DecoderLayer, LayerParts
-from deltaserve.kernels.linear import LinearDeltas
+from deltaserve.kernels.linear import LinearDeltas, prepare
 from deltaserve.kernels.native import library
 from deltaserve.kernels.norm import NormDeltas
 from deltaserve.kernels.pages import Pages
@@ -56,14 +56,19 @@ class PreparedDeltas(Protocol):
         ...
 
 
+Pack: TypeAlias = Callable[[Mapping[int, tuple[Primitive, ...]], Group], PreparedDeltas]
+"""Casts and packs the primitives of each part of a group for serving, in host memory; a function
+that another process finds by its name. Safe from any thread. Raises ValueError for a primitive that
+the group does not take."""
+
+
 class Deltas(Protocol):
     """What a step's adapters do to one group of linears that share their input."""
 
     group: Group
 
     def prepare(self, parts: Mapping[int, tuple[Primitive, ...]]) -> PreparedDeltas:
-        """Casts and packs the primitives of each part for serving, in host memory. Safe from any
-        thread. Raises ValueError for a primitive that the group does not take."""
+        """The backend's `packed`."""
         ...
 
     def install(self, slot: int, prepared: Any) -> None:
@@ -164,8 +169,9 @@ class Backend(Protocol):
         """For one group of linears of the model."""
         ...
 
-    def packed(self, group: Group, parts: Mapping[int, tuple[Primitive, ...]]) -> PreparedDeltas:
-        """What `Deltas.prepare` of such a group makes of the primitives of its parts."""
+    @property
+    def packed(self) -> Pack:
+        """What makes of an adapter what `Deltas.install` takes."""
         ...
 
     def norm_deltas(self, hidden: int, dtype: torch.dtype) -> NormDeltas:
@@ -249,6 +255,7 @@ class CpuBackend:
     device = torch.device("cpu")
     forks = True
     returns_pages = True
+    packed = staticmethod(prepare)
 
     @property
     def fuses(self) -> bool:
@@ -262,9 +269,6 @@ class CpuBackend:
 
     def deltas(self, in_features: int, out_features: Sequence[int], dtype: torch.dtype) -> Deltas:
         return LinearDeltas(in_features, out_features, dtype)
-
-    def packed(self, group: Group, parts: Mapping[int, tuple[Primitive, ...]]) -> PreparedDeltas:
-        return LinearDeltas(group.in_features, group.out_features, group.dtype).prepare(parts)
 
     def norm_deltas(self, hidden: int, dtype: torch.dtype) -> NormDeltas:
         return NormDeltas(hidden, dtype)

@@ -68,6 +68,33 @@ class PreparedLinear:
         return unique_bytes(self.tensors())
 
 
+def prepare(parts: Mapping[int, tuple[Primitive, ...]], group: Group) -> PreparedLinear:
+    """Casts and packs the primitives of each part for serving. Safe from any thread.
+
+    Raises ValueError for a primitive that linears do not take, or of the wrong shape.
+    """
+    for part, primitives in parts.items():
+        check_linear(part, primitives, group)
+    dtype = group.dtype
+    flat = [(part, p) for part, primitives in parts.items() for p in primitives]
+    kinds = (LowRank, GatedLowRank, Bit, Scale, Bias, Replace, ReplaceRows)
+    return PreparedLinear(
+        lowrank=tuple(lowrank_cpu.pack(i, p, dtype) for i, p in flat if isinstance(p, LowRank)),
+        gated=tuple(gated_cpu.pack(i, p, dtype) for i, p in flat if isinstance(p, GatedLowRank)),
+        bit=bit_cpu.pack([(i, p) for i, p in flat if isinstance(p, Bit)]),
+        sparse=sparse_cpu.pack(
+            [(i, p) for i, p in flat if not isinstance(p, kinds)],
+            dtype,
+            group.out_features,
+        ),
+        scale=scale_cpu.pack_scales([(i, p) for i, p in flat if isinstance(p, Scale)]),
+        bias=scale_cpu.pack_biases([(i, p) for i, p in flat if isinstance(p, Bias)]),
+        replace=tuple(
+            replace_cpu.pack(i, p, dtype) for i, p in flat if isinstance(p, Replace | ReplaceRows)
+        ),
+    )
+
+
 # In the order of `LinearDeltas._tables`.
 _items = attrgetter("lowrank", "gated", "bit", "sparse", "bias", "scale", "replace")
 
@@ -89,34 +116,8 @@ class LinearDeltas:
         self._tables: tuple[Table[Any], ...] = (*self._additive, self._scale, self._replace)
 
     def prepare(self, parts: Mapping[int, tuple[Primitive, ...]]) -> PreparedLinear:
-        """Casts and packs the primitives of each part for serving. Safe from any thread.
-
-        Raises ValueError for a primitive that linears do not take, or of the wrong shape.
-        """
-        for part, primitives in parts.items():
-            check_linear(part, primitives, self.group)
-        dtype = self.group.dtype
-        flat = [(part, p) for part, primitives in parts.items() for p in primitives]
-        kinds = (LowRank, GatedLowRank, Bit, Scale, Bias, Replace, ReplaceRows)
-        return PreparedLinear(
-            lowrank=tuple(lowrank_cpu.pack(i, p, dtype) for i, p in flat if isinstance(p, LowRank)),
-            gated=tuple(
-                gated_cpu.pack(i, p, dtype) for i, p in flat if isinstance(p, GatedLowRank)
-            ),
-            bit=bit_cpu.pack([(i, p) for i, p in flat if isinstance(p, Bit)]),
-            sparse=sparse_cpu.pack(
-                [(i, p) for i, p in flat if not isinstance(p, kinds)],
-                dtype,
-                self.group.out_features,
-            ),
-            scale=scale_cpu.pack_scales([(i, p) for i, p in flat if isinstance(p, Scale)]),
-            bias=scale_cpu.pack_biases([(i, p) for i, p in flat if isinstance(p, Bias)]),
-            replace=tuple(
-                replace_cpu.pack(i, p, dtype)
-                for i, p in flat
-                if isinstance(p, Replace | ReplaceRows)
-            ),
-        )
+        """See `prepare`."""
+        return prepare(parts, self.group)
 
     def install(self, slot: int, prepared: PreparedLinear) -> None:
         """Publishes an adapter in a slot, in place of what the slot held. Engine thread."""

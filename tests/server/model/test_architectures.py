@@ -32,7 +32,7 @@ def adapter(model: BaseModel, seed: int) -> Adapter:
     g = torch.Generator().manual_seed(seed)
     modules: dict[str, tuple[Primitive, ...]] = {}
     for name, spec in model.spec.modules.items():
-        if model.modules.refusal(name):
+        if model.packer.refusal(name):
             continue
         if spec.kind is ModuleKind.NORM:
             new = model.spec.weight(name) + 0.2 * torch.randn(spec.in_features, generator=g)
@@ -92,7 +92,7 @@ def close(got: Tensor, want: Tensor) -> None:
 def test_mixed_steps_equal_transformers(name: str, saved: Save) -> None:
     reference = archs.build(name)
     model = load(saved(reference), dtype=torch.float32)
-    assert not [n for n in model.spec.modules if model.modules.refusal(n)]
+    assert not [n for n in model.spec.modules if model.packer.refusal(n)]
     known = model.spec.modules
     assert list(known) == [n for n, _ in reference.named_modules() if n in known]
     one, two = adapter(model, 1), adapter(model, 2)

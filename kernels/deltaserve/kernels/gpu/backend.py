@@ -16,7 +16,6 @@ from deltaserve.kernels.backend import (
     Courier,
     Deltas,
     DeviceUnavailable,
-    PreparedDeltas,
 )
 from deltaserve.kernels.base import BaseLinear
 from deltaserve.kernels.captured import Graphs, StepTensors
@@ -40,7 +39,6 @@ from deltaserve.kernels.gpu.streams import streams
 from deltaserve.kernels.gpu.variants import spec_of
 from deltaserve.kernels.gpu.workspace import Workspace
 from deltaserve.kernels.norm import NormDeltas
-from deltaserve.kernels.primitives import Primitive
 from deltaserve.kernels.table import Group
 
 log = logging.getLogger(__name__)
@@ -57,6 +55,7 @@ class TritonBackend:
     name = "cuda"
     fuses = False
     returns_pages = False
+    packed = staticmethod(prepare)
 
     def __init__(self) -> None:
         """Raises DeviceUnavailable for a GPU that is too old."""
@@ -89,9 +88,6 @@ class TritonBackend:
         )  # fmt: skip
         self._stacks.add(made)
         return made
-
-    def packed(self, group: Group, parts: Mapping[int, tuple[Primitive, ...]]) -> PreparedDeltas:
-        return prepare(parts, group)
 
     def norm_deltas(self, hidden: int, dtype: torch.dtype) -> NormDeltas:
         return GpuNormDeltas(hidden, dtype, self.device, arena=self.arena)

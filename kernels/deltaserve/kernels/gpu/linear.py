@@ -8,7 +8,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from deltaserve.kernels.check import check_linear
 from deltaserve.kernels.gpu import device as gpu
 from deltaserve.kernels.gpu import step
 from deltaserve.kernels.gpu.arena import Arena
@@ -75,12 +74,7 @@ class GpuLinearDeltas:
         self.changes = 0
 
     def prepare(self, parts: Mapping[int, tuple[Primitive, ...]]) -> GpuPrepared:
-        """Casts and packs the primitives of each part for serving. Safe from any thread.
-
-        Raises ValueError for a primitive that linears do not take, or of the wrong shape.
-        """
-        for part, primitives in parts.items():
-            check_linear(part, primitives, self.group)
+        """See `prepared.prepare`."""
         return prepare(parts, self.group)
 
     def install(self, slot: int, prepared: GpuPrepared) -> None:

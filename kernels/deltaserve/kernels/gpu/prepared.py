@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deltaserve.kernels.bit.words import ROWS, pack_signs
 from deltaserve.kernels.cast import cast
+from deltaserve.kernels.check import check_linear
 from deltaserve.kernels.gpu.blob import BlobWriter, Home
 from deltaserve.kernels.lowrank.pages import Page, pack_columns, pack_lowrank
 from deltaserve.kernels.primitives import (
@@ -81,7 +82,12 @@ class GpuPrepared:
 
 
 def prepare(parts: Mapping[int, Sequence[Primitive]], group: Group) -> GpuPrepared:
-    """Casts to the serving dtype and packs."""
+    """Casts to the serving dtype and packs, in host memory. Safe from any thread.
+
+    Raises ValueError for a primitive that linears do not take, or of the wrong shape.
+    """
+    for part, primitives in parts.items():
+        check_linear(part, primitives, group)
     blob = BlobWriter()
     known: list[tuple[Tensor, int]] = []
     packed = {

@@ -54,5 +54,5 @@ def adapter_sizes(groups: Groups, backend: Backend) -> dict[str, int]:
         width, sized = group.in_features, list(enumerate(group.out_features))
         for kind, make in KINDS.items():
             parts = {i: make(out, width, biased[i]) for i, out in sized}
-            sizes[kind] += count * backend.packed(group, parts).nbytes
+            sizes[kind] += count * backend.packed(parts, group).nbytes
     return sizes

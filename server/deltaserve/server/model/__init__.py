@@ -1,6 +1,5 @@
 """The base model: transformers' modeling code over our linears, norms and attention."""
 
-from deltaserve.server.model.adapted import PreparedAdapter
 from deltaserve.server.model.base_model import BaseModel
 from deltaserve.server.model.errors import (
     MalformedModel,
@@ -17,7 +16,6 @@ __all__ = [
     "MalformedModel",
     "ModelError",
     "ModelNotFound",
-    "PreparedAdapter",
     "UnsupportedModel",
     "load",
 ]

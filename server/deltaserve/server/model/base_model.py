@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.base import BaseSpec
 from deltaserve.kernels.check import composable
 from deltaserve.kernels.primitives import GatedPrefix
-from deltaserve.server.model import prefix
-from deltaserve.server.model.adapted import Modules, PreparedAdapter
+from deltaserve.server.model.adapted import Modules
 from deltaserve.server.model.context import ForwardContext
 from deltaserve.server.model.probe import LayerAttention
+from deltaserve.server.packing.packer import Packer
+from deltaserve.server.packing.prefix import Layer
+from deltaserve.server.packing.prepared import PreparedAdapter
 
 
 @dataclass(eq=False)
@@ -72,11 +75,33 @@ class BaseModel:
         what such a step launches depends on its adapters."""
         return self.modules.by_row | self.ctx.gated_prefixes.keys()
 
+    @cached_property
+    def packer(self) -> Packer:
+        """What packing an adapter must know of it."""
+        modules = self.modules
+        embedding = modules.embedding
+        return Packer(
+            linears=modules.linears,
+            norms={
+                name: norm.deltas.hidden if norm.token_dim is not None else None
+                for name, norm in modules.norms.items()
+            },
+            embedding=(
+                modules.embedding_name, embedding.num_embeddings, embedding.embedding_dim,
+            ),
+            exact=embedding.multiplier is not None,
+            experts=modules.experts,
+            layers=tuple(
+                Layer(a.layer_idx, a.kv_heads, a.key_dim, a.value_dim) for a in self.attention
+            ),
+            hidden=self.spec.hidden_size,
+            dtype=self.dtype,
+            pack=self.ctx.backend.packed,
+        )  # fmt: skip
+
     def prepare(self, adapter: Adapter) -> PreparedAdapter:
-        """Casts and packs an adapter for this base; heavy, any thread. Raises UnsupportedAdapter
-        for what a module cannot take, InvalidAdapter for a prefix of other shapes."""
-        fitted = prefix.fit(adapter.prefix, self.attention, self.spec.hidden_size, self.dtype)
-        return self.modules.prepare(adapter, fitted)
+        """As `Packer.prepare`."""
+        return self.packer.prepare(adapter)
 
     def only(self, prepared: PreparedAdapter, modules: Collection[str]) -> PreparedAdapter:
         """Its part on some of its modules, over the same tensors."""

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from deltaserve.adapters.errors import InvalidAdapter
 from deltaserve.kernels.primitives import AnyPrefix, GatedPrefix, PromptEmbeddings
-from deltaserve.server.model.probe import LayerAttention
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Keys and values that an attention layer keeps of a token."""
+
+    layer_idx: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
 
 
 def fit(
-    prefix: AnyPrefix | None, layers: Sequence[LayerAttention], hidden: int, dtype: torch.dtype
+    prefix: AnyPrefix | None, layers: Sequence[Layer], hidden: int, dtype: torch.dtype
 ) -> AnyPrefix | None:
     """The prefix in the dtype it is served in. Raises InvalidAdapter if its shapes are not the
     base's."""
