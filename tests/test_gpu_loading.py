@@ -21,6 +21,7 @@ from deltaserve.server.config import AdapterConfig, Config, ConfigError, EngineC
 from deltaserve.server.engine import build
 from deltaserve.server.engine.collector import generate
 from deltaserve.server.engine.host_tier import HostTier
+from deltaserve.server.engine.loader_process import AVAILABLE, Fresh, LoaderProcesses
 from deltaserve.server.engine.observer import NullObserver
 from deltaserve.server.model import load
 
@@ -69,9 +70,11 @@ def test_adapters_take_turns_in_the_device_and_the_host(
         return found
 
     monkeypatch.setattr(HostTier, "take", spy)
-    tier = {"host_bytes": packed}
+    tier = {"host_bytes": packed, "loader_processes": AVAILABLE}
     with running(model, roots, adapter_bytes=2 * packed + 100, adapters=tier) as engine:
         assert not gpu.arena.grows
+        make: object = engine.adapters._loader._make
+        assert not AVAILABLE or (isinstance(make, LoaderProcesses) and isinstance(make._way, Fresh))
         for name in NAMES:
             engine.adapters.load(name, str(roots[0] / name)).result(60)
         for i, r in enumerate(asked):

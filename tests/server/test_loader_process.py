@@ -29,7 +29,7 @@ from deltaserve.kernels.content import canonical
 from deltaserve.kernels.primitives import LowRank, PrefixKV
 from deltaserve.kernels.table import places
 from deltaserve.server.engine.collector import generate
-from deltaserve.server.engine.loader_process import AVAILABLE, LoaderProcesses
+from deltaserve.server.engine.loader_process import AVAILABLE, Forked, LoaderProcesses
 from deltaserve.server.engine.make import Line, MakeHere, Source, Wanted
 from deltaserve.server.engine.transfer import SCRATCH, receive, send
 from deltaserve.server.errors import AdapterUnavailable, ShuttingDown
@@ -203,7 +203,7 @@ def line(*uris: str) -> Line:
 
 @pytest.fixture
 def processes() -> Any:
-    made = LoaderProcesses(MakeHere(read, Host()))  # type: ignore[arg-type]
+    made = LoaderProcesses(Forked(MakeHere(read, Host())))  # type: ignore[arg-type]
     try:
         yield made
     finally:
@@ -222,12 +222,12 @@ def test_it_is_made_in_a_process_that_gives_way(
     assert psutil.Process(pid).nice() == min(19, os.nice(0) + 10)
     assert processes(line("/a"), Wanted.CHECK).prepared is None
     assert processes(line("/a"), Wanted.DIGEST).adapter is None
-    assert len(psutil.Process(processes._pid).children()) == 1
+    assert len(psutil.Process(processes._nursery.pid).children()) == 1
 
 
 def test_the_threads_that_load_stay_on_the_loaders_cores() -> None:
     before = os.sched_getaffinity(0)
-    made = LoaderProcesses(MakeHere(read, Host()), cores := [min(before)])  # type: ignore[arg-type]
+    made = LoaderProcesses(Forked(MakeHere(read, Host())), cores := [min(before)])  # type: ignore[arg-type]
     found: list[set[int]] = []
 
     def load() -> None:
@@ -260,7 +260,7 @@ def test_a_process_that_dies_fails_its_load_and_is_replaced(processes: LoaderPro
 
 
 def test_closing_does_not_wait_for_an_endless_load() -> None:
-    made = LoaderProcesses(MakeHere(read, Host()))  # type: ignore[arg-type]
+    made = LoaderProcesses(Forked(MakeHere(read, Host())))  # type: ignore[arg-type]
     failed: list[BaseException] = []
 
     def load() -> None:
@@ -271,7 +271,7 @@ def test_closing_does_not_wait_for_an_endless_load() -> None:
 
     thread = threading.Thread(target=load, daemon=True)
     thread.start()
-    nursery = psutil.Process(made._pid)
+    nursery = psutil.Process(made._nursery.pid)
     until(lambda: bool(nursery.children()), "it has begun")
     loaders = nursery.children()
     made.close()
@@ -285,8 +285,8 @@ def test_they_end_with_a_server_that_is_killed(tmp_path: Path) -> None:
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from server.test_loader_process import *
-made = LoaderProcesses(MakeHere(read, Host()))
-print(made._pid, made(line("/a"), Wanted.DIGEST).digests[0].rsplit(" ", 1)[1], flush=True)
+made = LoaderProcesses(Forked(MakeHere(read, Host())))
+print(made._nursery.pid, made(line("/a"), Wanted.DIGEST).digests[0].rsplit(" ", 1)[1], flush=True)
 time.sleep(60)
 """
     tests = str(Path(__file__).parent.parent)

@@ -27,8 +27,8 @@ from deltaserve.adapters.lowered_cache import ENTRY, LoweredCache
 from deltaserve.adapters.options import DEFAULT, LoadOptions
 from deltaserve.kernels.primitives import LowRank, Replace, SparseCols, SparseRows
 from deltaserve.server.config import AdapterConfig
-from deltaserve.server.engine.build import reader
 from deltaserve.server.engine.collector import generate
+from deltaserve.server.engine.recipe import reader
 from deltaserve.server.model import BaseModel
 
 SLOW = 1e6
@@ -150,7 +150,7 @@ def test_an_adapter_for_another_base_is_still_refused(
     for allow in (True, False):
         cache = LoweredCache(tmp_path / "cache", 1 << 30, model.spec, any_base=allow)
         given = AdapterConfig(roots=(tmp_path,), allow_base_mismatch=allow)
-        read = reader(given, model, 1 << 30, cache)
+        read = reader(given, model.spec, 1 << 30, cache)
         if allow:
             assert cache.keep(read(str(folder), DEFAULT, None), DEFAULT, SLOW)
             assert read(str(folder), DEFAULT, None).notes

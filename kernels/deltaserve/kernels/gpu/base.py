@@ -14,6 +14,7 @@ from deltaserve.kernels.base.quantize import quantize as quantize_weight
 from deltaserve.kernels.gpu.device import COMPUTE_DTYPES, default_device
 from deltaserve.kernels.gpu.gemm import Output, choose, run_gemm
 from deltaserve.kernels.gpu.inputs import run_inputs, wanted
+from deltaserve.kernels.gpu.streams import to_host
 from deltaserve.kernels.gpu.weights import Weights
 from deltaserve.kernels.gpu.workspace import Workspace
 
@@ -83,22 +84,22 @@ class GpuLinear(BaseLinear):
         w = self.weights
         found: dict[str, Tensor] = {}
         if self.format == "dense":
-            found["weight"] = w.weight.cpu()
+            found["weight"] = to_host(w.weight)
         elif self.format == "int4":
-            found["q"] = words.unpack_nibbles(w.weight.cpu(), self.in_features)
-            scale, zero = w.scale.cpu(), w.zero.cpu()
+            found["q"] = words.unpack_nibbles(to_host(w.weight), self.in_features)
+            scale, zero = to_host(w.scale), to_host(w.zero)
             if scale.dtype == torch.int32:
                 both = scale.unsqueeze(-1).view(_half(self.dtype))
                 scale, zero = both[..., 0], both[..., 1]
             found["scale"] = scale.T.float().contiguous()
             found["zero"] = zero.T.float().contiguous()
         else:
-            octets = words.unpack_bytes(w.weight.cpu(), self.in_features)
+            octets = words.unpack_bytes(to_host(w.weight), self.in_features)
             signed = (octets ^ 128).view(torch.int8)
             found["q"] = octets if self.format == "fp8" else signed
-            found["scale"] = w.scale.cpu()
+            found["scale"] = to_host(w.scale)
         if self.bias is not None:
-            found["bias"] = self.bias.cpu()
+            found["bias"] = to_host(self.bias)
         return found
 
     def _pack(self, held: dict[str, Tensor]) -> Weights:

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Literal, cast
 
 import torch
 
-from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.formats.detect import NAMES
-from deltaserve.adapters.load import load as load_adapter
-from deltaserve.adapters.lowered_cache import LoweredCache
-from deltaserve.adapters.options import LoadOptions
-from deltaserve.adapters.parent import load_on
-from deltaserve.adapters.source import resolve
 from deltaserve.kernels.backend import DeviceUnavailable, KernelError, open_backend
-from deltaserve.kernels.cache import folder as cache_root
 from deltaserve.server.config import AdapterConfig, Config, ConfigError, EngineConfig
 from deltaserve.server.engine.adapter_cache import AdapterCache
 from deltaserve.server.engine.backlog import Backlog
@@ -30,12 +19,13 @@ from deltaserve.server.engine.engine import Engine
 from deltaserve.server.engine.host_tier import HostTier
 from deltaserve.server.engine.kv_cache import BlockManager
 from deltaserve.server.engine.kv_pool import KVPool
-from deltaserve.server.engine.loader_process import LoaderProcesses
-from deltaserve.server.engine.make import Make, MakeHere
+from deltaserve.server.engine.loader_process import Forked, Fresh, LoaderProcesses, Way
+from deltaserve.server.engine.make import Make
 from deltaserve.server.engine.memory import Ledger
 from deltaserve.server.engine.observer import NullObserver, Observer
 from deltaserve.server.engine.own_text import OwnTexts
 from deltaserve.server.engine.plan import Base, MemoryPlan, plan_memory
+from deltaserve.server.engine.recipe import Recipe, locator, make_here
 from deltaserve.server.engine.runner import ModelRunner
 from deltaserve.server.engine.scheduler import Scheduler
 from deltaserve.server.engine.speculation import Speculator
@@ -44,11 +34,6 @@ from deltaserve.server.engine.text import Text
 from deltaserve.server.model import BaseModel
 from deltaserve.server.model import load as load_base
 from deltaserve.server.model.loader import Quantize
-
-log = logging.getLogger(__name__)
-
-FOLDER_EXTRAS = 1 << 30
-"""Bytes that an adapter's folder may hold beside its weights: tokenizers, optimizer states."""
 
 
 def build_engine(
@@ -210,48 +195,10 @@ def base_of(model: BaseModel) -> Base:
 
 
 def _make(config: AdapterConfig, model: BaseModel, budget: int) -> Make:
-    cache = None
-    if config.cache_bytes:
-        folder = config.cache_folder or cache_root() / "adapters"
-        cache = LoweredCache(
-            folder, config.cache_bytes, model.spec, any_base=config.allow_base_mismatch
-        )
-    here = MakeHere(reader(config, model, budget, cache), model, cache)
+    here = make_here(config, model.spec, model, budget)
     if not config.loader_processes:
         return here
+    way: Way = Forked(here)
     if not model.ctx.backend.forks:
-        log.info("adapters are loaded on threads: processes could not read the base's weights")
-        return here
-    return LoaderProcesses(here, config.loader_cores, config.loader_nice)
-
-
-def locator(config: AdapterConfig, budget: int) -> Callable[[str], Path]:
-    """uri -> where it is; only in the folders given as roots and at the paths given by name on the
-    command line. budget: bytes for all adapters; files far beyond it are refused unread."""
-    named = {str(path): path for _, path in config.preload}
-    named |= {str(patch.path): patch.path for patch in config.patches}
-    named |= {str(path): path for _, path in config.registered}
-    most = 4 * budget + FOLDER_EXTRAS
-
-    def locate(uri: str) -> Path:
-        return named[uri] if uri in named else resolve(uri, config.roots, max_bytes=most)
-
-    return locate
-
-
-def reader(
-    config: AdapterConfig, model: BaseModel, budget: int, cache: LoweredCache | None = None
-) -> Callable[[str, LoadOptions, Adapter | None], Adapter]:
-    """uri, options, parent -> Adapter lowered for this base."""
-    locate = locator(config, budget)
-
-    def read(uri: str, options: LoadOptions, parent: Adapter | None) -> Adapter:
-        path = locate(uri)
-        if config.allow_base_mismatch:
-            options = replace(options, allow_base_mismatch=True)
-        if parent is not None:
-            return load_on(path, model.spec, parent, options)
-        known = None if cache is None else partial(cache.find_unread, options=options)
-        return load_adapter(path, model.spec, options, known)
-
-    return read
+        way = Fresh(Recipe.of(config, model.spec, model.packer, budget), model.spec)
+    return LoaderProcesses(way, config.loader_cores, config.loader_nice)

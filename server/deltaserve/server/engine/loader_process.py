@@ -6,62 +6,131 @@ for a lock that it holds, and may die of a file without the server dying with it
 
 Not idle priority: the engine's threads wait awake for each other, so on a server that decodes all
 the time no processor is ever idle, and requests would wait for their adapters for ever.
-
-The base is not copied: the first process, the nursery, is forked once the base is loaded and shares
-its memory. It runs one thread and does nothing but fork loaders, also in place of one that died,
-which the server itself, with its many threads, could not do safely.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
-import signal
+import pickle
 import socket
+import subprocess
 import sys
 import threading
-import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
-from deltaserve.adapters.errors import AdapterError
-from deltaserve.kernels.native.openmp import compute_alone
+from deltaserve.adapters.base import BaseSpec
 from deltaserve.server.engine.make import Line, Made, Make, Wanted
+from deltaserve.server.engine.nursery import Failure, Told, nurse
+from deltaserve.server.engine.recipe import Ask, Recipe, answer
 from deltaserve.server.engine.transfer import receive, send
-from deltaserve.server.errors import AdapterUnavailable, RequestError, ShuttingDown
+from deltaserve.server.errors import AdapterUnavailable, ShuttingDown
 
 AVAILABLE = sys.platform == "linux"
 """Files in memory are Linux's, and forks are safe there."""
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """What went wrong in the process. kind: of an `AdapterError` or `RequestError`, else None."""
+class Started:
+    """The nursery. wait: until it has ended."""
 
-    kind: type[AdapterError] | type[RequestError] | None
-    text: str
-    field: str = ""
+    pid: int
+    wait: Callable[[], object]
+
+
+class Way(Protocol):
+    """How the nursery is started. again: also in place of one that died."""
+
+    again: bool
+
+    def start(
+        self, ours: socket.socket, theirs: socket.socket, cores: Sequence[int], nice: int
+    ) -> Started:
+        """ours, theirs: the two ends of the control socket."""
+        ...
+
+    def answer(self, connection: socket.socket, ask: Ask) -> None:
+        """Send what a loader asks for."""
+        ...
+
+
+class Forked:
+    """Off this process, before it has threads that hold locks. make: called in the loaders."""
+
+    again = False
+
+    def __init__(self, make: Make) -> None:
+        self._make = make
+
+    def start(
+        self, ours: socket.socket, theirs: socket.socket, cores: Sequence[int], nice: int
+    ) -> Started:
+        pid = os.fork()
+        if not pid:
+            ours.close()
+            nurse(theirs, lambda connection: self._make, cores, nice)
+        return Started(pid, partial(os.waitpid, pid, 0))
+
+    def answer(self, connection: socket.socket, ask: Ask) -> None:
+        raise TypeError("a loader that has the base asks for its weights")
+
+
+class Fresh:
+    """As a program of its own, which has no base and sees no GPU. base: of which the loaders ask
+    for weights."""
+
+    again = True
+
+    def __init__(self, recipe: Recipe, base: BaseSpec) -> None:
+        self._recipe = recipe
+        self._base = base
+
+    def start(
+        self, ours: socket.socket, theirs: socket.socket, cores: Sequence[int], nice: int
+    ) -> Started:
+        told = os.memfd_create("deltaserve-told", os.MFD_CLOEXEC)
+        try:
+            with os.fdopen(os.dup(told), "wb") as file:
+                pickle.dump(Told(self._recipe, cores, nice), file)
+            os.lseek(told, 0, os.SEEK_SET)
+            fds = (theirs.fileno(), told)
+            child = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, *map(str, fds)],
+                pass_fds=fds,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,  # a signal from the keyboard is for the server alone
+            )
+        finally:
+            os.close(told)
+        return Started(child.pid, child.wait)
+
+    def answer(self, connection: socket.socket, ask: Ask) -> None:
+        answer(connection, self._base, ask)
+
+
+PROGRAM = "from deltaserve.server.engine.nursery import main; main()"
+"""Not a module that is run: classes of that would be called otherwise in what it sends."""
 
 
 class LoaderProcesses:
     """A `Make` that has it done by processes, as many as threads call it at once."""
 
-    def __init__(self, make: Make, cores: Sequence[int] = (), nice: int = 10) -> None:
-        """Call it before the process has threads that hold locks. make: called in the processes.
-        cores: they stay on these, and so do the threads that call; none for any. nice: added to the
-        server's own."""
+    def __init__(self, way: Way, cores: Sequence[int] = (), nice: int = 10) -> None:
+        """cores: they stay on these, and so do the threads that call; none for any. nice: added to
+        the server's own."""
+        self._way = way
         self._cores = cores
-        self._control, theirs = socket.socketpair()
+        self._nice = nice
         self._lock = threading.Lock()
         self._idle: list[socket.socket] = []
         self._busy: set[socket.socket] = set()
         self._closed = False
-        self._pid = os.fork()
-        if not self._pid:
-            self._control.close()
-            _nursery(theirs, make, cores, nice)
-        theirs.close()
+        self._start()
 
     def __call__(self, line: Line, wanted: Wanted) -> Made:
         if self._cores:  # it copies what a process made: not on the engine's processors
@@ -69,7 +138,8 @@ class LoaderProcesses:
         connection = self._take()
         try:
             send(connection, (line, wanted))
-            answer = receive(connection)
+            while isinstance(found := receive(connection), Ask):
+                self._way.answer(connection, found)
         except (EOFError, OSError) as error:
             self._drop(connection)
             if self._closed:
@@ -81,11 +151,11 @@ class LoaderProcesses:
         with self._lock:
             self._busy.discard(connection)
             self._idle.append(connection)
-        if isinstance(answer, Failure):
-            if answer.kind is None:
-                raise RuntimeError(f"in the loader process:\n{answer.text}")
-            raise answer.kind(answer.text, field=answer.field)
-        made: Made = answer
+        if isinstance(found, Failure):
+            if found.kind is None:
+                raise RuntimeError(f"in the loader process:\n{found.text}")
+            raise found.kind(found.text, field=found.field)
+        made: Made = found
         if made.prepared is not None:
             made.nbytes = made.prepared.nbytes  # counted here, not on the engine thread
         return made
@@ -100,21 +170,41 @@ class LoaderProcesses:
             for connection in (*self._idle, *self._busy):
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
-        self._control.close()
-        os.waitpid(self._pid, 0)
+            self._control.close()
+            self._nursery.wait()
+
+    def _start(self) -> None:
+        self._control, theirs = socket.socketpair()
+        self._nursery = self._way.start(self._control, theirs, self._cores, self._nice)
+        theirs.close()
 
     def _take(self) -> socket.socket:
         with self._lock:
             if self._closed:
                 raise ShuttingDown("the server is shutting down")
-            if self._idle:
-                connection = self._idle.pop()
-            else:
-                connection, theirs = socket.socketpair()
-                socket.send_fds(self._control, [b"f"], [theirs.fileno()])
-                theirs.close()
+            while self._idle and _ended(self._idle[-1]):
+                self._idle.pop().close()
+            connection = self._idle.pop() if self._idle else self._born()
             self._busy.add(connection)
             return connection
+
+    def _born(self) -> socket.socket:
+        """The connection of a new loader."""
+        connection, theirs = socket.socketpair()
+        with theirs:
+            try:
+                socket.send_fds(self._control, [b"f"], [theirs.fileno()])
+            except OSError as error:
+                if not self._way.again:
+                    connection.close()
+                    raise AdapterUnavailable(
+                        "the process that starts loaders died: restart the server", field="uri"
+                    ) from error
+                self._control.close()
+                self._nursery.wait()
+                self._start()
+                socket.send_fds(self._control, [b"f"], [theirs.fileno()])
+        return connection
 
     def _drop(self, connection: socket.socket) -> None:
         with self._lock:
@@ -122,61 +212,11 @@ class LoaderProcesses:
         connection.close()
 
 
-def _nursery(control: socket.socket, make: Make, cores: Sequence[int], nice: int) -> None:
-    """Fork a loader for each socket that comes; end with the server, and the loaders with it."""
-    loaders: set[int] = set()
+def _ended(connection: socket.socket) -> bool:
+    """Whether an idle loader is gone: it says nothing unasked."""
     try:
-        _settle(cores, nice)
-        while True:
-            _, fds, _, _ = socket.recv_fds(control, 1, 1)
-            if not fds:
-                break
-            while loaders and (ended := os.waitpid(-1, os.WNOHANG)[0]):
-                loaders.discard(ended)
-            pid = os.fork()
-            if not pid:
-                control.close()
-                loaders.clear()
-                _serve(socket.socket(fileno=fds[0]), make)
-                break
-            os.close(fds[0])
-            loaders.add(pid)
-    except (EOFError, OSError):  # the server is gone
-        pass
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        for pid in loaders:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        os._exit(0)
-
-
-def _settle(cores: Sequence[int], nice: int) -> None:
-    """Be little of a burden, and keep of what the server has open the log alone."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    nothing = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nothing, 0)
-    os.dup2(nothing, 1)
-    if cores:
-        os.sched_setaffinity(0, cores)
-    os.nice(nice)
-    compute_alone()
-    gc.freeze()  # a collection would write to every object, and so copy the pages they are on
-
-
-def _serve(connection: socket.socket, make: Make) -> None:
-    """Do what comes, one after the other."""
-    while True:
-        line, wanted = receive(connection)
-        answer: Made | Failure
-        try:
-            answer = make(line, wanted)
-        except (AdapterError, RequestError) as error:
-            answer = Failure(type(error), str(error), error.field)
-        except Exception:
-            answer = Failure(None, traceback.format_exc())
-        send(connection, answer)
-        del answer
-        make.finish()
+        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True

@@ -8,13 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.lowered_cache import LoweredCache
 from deltaserve.adapters.options import LoadOptions
 from deltaserve.server.engine.residency import Prepared
-from deltaserve.server.engine.residents import Host
 
 Read: TypeAlias = Callable[[str, LoadOptions, Adapter | None], Adapter]
 """uri, options, its parent's content -> Adapter."""
@@ -68,11 +67,17 @@ class Make(Protocol):
         ...
 
 
+class Packs(Protocol):
+    """The model, or what packing needs to know of it."""
+
+    def prepare(self, adapter: Adapter) -> Any: ...
+
+
 class MakeHere:
     """Read, check, lower and pack it on the thread that calls. Parents are read anew: they need
     not be in memory. cache: of adapters that are slow to lower."""
 
-    def __init__(self, read: Read, host: Host, cache: LoweredCache | None = None) -> None:
+    def __init__(self, read: Read, host: Packs, cache: LoweredCache | None = None) -> None:
         self._read = read
         self._host = host
         self._cache = cache

@@ -124,12 +124,13 @@ def _remake(kind: type, *values: Any) -> Any:
     return made
 
 
-def send(connection: socket.socket, value: Any) -> None:
-    """Returns once the other end has the tensors. EOFError if it is closed before that."""
+def send(connection: socket.socket, value: Any, *, shared: bool = True) -> None:
+    """Returns once the other end has the tensors; EOFError if it is closed before. shared: those of
+    a content that is alive there are not made once more."""
     file = io.BytesIO()
     pickler = _Pickler(file)
     pickler.dump(value)
-    layout, pieces = _lay_out(pickler.tensors)
+    layout, pieces = _lay_out(pickler.tensors, shared)
     first = pickle.dumps(layout, protocol=5)
     rest = b"".join((first, file.getbuffer()))
     head = HEAD.pack(len(first), len(rest) - len(first))
@@ -165,7 +166,7 @@ def receive(connection: socket.socket) -> Any:
     return _Unpickler(io.BytesIO(pickled), found).load()
 
 
-def _lay_out(tensors: Sequence[Tensor]) -> tuple[Layout, list[Tensor]]:
+def _lay_out(tensors: Sequence[Tensor], shared: bool) -> tuple[Layout, list[Tensor]]:
     """Where they are, and the bytes of the file, one piece after the other."""
     dense = [onednn.unpack(t).detach() for t in tensors]
     users: dict[int, list[int]] = {}
@@ -175,7 +176,7 @@ def _lay_out(tensors: Sequence[Tensor]) -> tuple[Layout, list[Tensor]]:
     stacks: dict[tuple[torch.dtype, tuple[int, ...]], list[int]] = {}
     others = list[int]()
     for i, t in enumerate(dense):
-        alone = not (t.is_meta or tensors[i].is_mkldnn) and _whole(t)
+        alone = shared and not (t.is_meta or tensors[i].is_mkldnn) and _whole(t)
         if alone and len(users[t.untyped_storage().data_ptr()]) == 1:
             stacks.setdefault((t.dtype, tuple(t.shape)), []).append(i)
         else:
@@ -203,7 +204,8 @@ def _lay_out(tensors: Sequence[Tensor]) -> tuple[Layout, list[Tensor]]:
             storage = known[held.data_ptr()]
         shape, stride, offset = tuple(t.shape), tuple(t.stride()), int(t.storage_offset())
         packed = tensors[i].is_mkldnn
-        content = "" if t.is_meta or packed or not _whole(t) else content_digest(t)
+        hashed = shared and not (t.is_meta or packed) and _whole(t)
+        content = content_digest(t) if hashed else ""
         places.append(Place(i, storage, t.dtype, shape, stride, offset, packed, content))
     return Layout(len(dense), made, places, storages), [p for p in pieces if p.numel()]
 

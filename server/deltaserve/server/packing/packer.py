@@ -56,7 +56,7 @@ class Packer:
     def prepare(self, adapter: Adapter) -> PreparedAdapter:
         """Casts and packs; heavy, any thread. Raises UnsupportedAdapter for what a module cannot
         take, InvalidAdapter for a prefix of other shapes."""
-        path, *sizes = self.embedding
+        path, vocabulary, size = self.embedding
         fitted = prefix.fit(adapter.prefix, self.layers, self.hidden, self.dtype)
         linears: dict[str, dict[int, tuple[Primitive, ...]]] = {}
         norms: dict[str, PreparedNorm] = {}
@@ -69,9 +69,10 @@ class Packer:
                 continue
             try:
                 if name == path:
-                    embedding = EmbeddingDeltas(*sizes, self.dtype).prepare(primitives)
-                elif (size := self.norms.get(name)) is not None:
-                    norms[name] = NormDeltas(size, self.dtype).prepare(primitives)
+                    deltas = EmbeddingDeltas(vocabulary, size, self.dtype)
+                    embedding = deltas.prepare(primitives)
+                elif (gain := self.norms.get(name)) is not None:
+                    norms[name] = NormDeltas(gain, self.dtype).prepare(primitives)
                 else:
                     of, i = self._places[name]
                     linears.setdefault(of.names[0], {})[i] = primitives
