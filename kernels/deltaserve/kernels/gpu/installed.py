@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from deltaserve.kernels.gpu.prepared import GpuPrepared
+from deltaserve.kernels.gpu.prepared import GpuPrepared, Part
 from deltaserve.kernels.gpu.tags import Tagged, tag
 from deltaserve.kernels.lowrank.pages import PAGE
+
+RECENT = 32
+"""Structures that are kept, of the adapters that were installed last."""
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -47,10 +52,31 @@ class Installed:
 
 
 def install(prepared: GpuPrepared, slot: int) -> Installed:
-    """slot: that the offsets are tagged with."""
-    own, blob = prepared.parts, tag(slot)
+    """slot: that the offsets are tagged with. One object for all groups of an adapter that have the
+    same parts: the engine's thread makes it for a layer, not for each."""
+    return _installed(_Same(prepared.parts), slot)
+
+
+class _Same:
+    """Parts, told by identity: comparing them would take as long as using them."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, parts: Mapping[int, Part]) -> None:
+        self.parts = parts
+
+    def __hash__(self) -> int:
+        return id(self.parts)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.parts is self.parts
+
+
+@lru_cache(maxsize=RECENT)
+def _installed(same: _Same, slot: int) -> Installed:
+    own, blob = same.parts, tag(slot)
     return Installed(
-        pages=_pages(prepared, blob),
+        pages=_pages(own, blob),
         signs={
             i: [(blob + s.words, blob + s.scales, s.planes, 0) for s in p.signs]
             for i, p in own.items()
@@ -83,8 +109,8 @@ def install(prepared: GpuPrepared, slot: int) -> Installed:
     )
 
 
-def _pages(prepared: GpuPrepared, blob: int) -> Pages:
-    flat = [(i, page) for i, part in prepared.parts.items() for page in part.pages]
+def _pages(parts: Mapping[int, Part], blob: int) -> Pages:
+    flat = [(i, page) for i, part in parts.items() for page in part.pages]
 
     def ints(values: list[int]) -> Ints:
         return np.array(values, dtype=np.int32)

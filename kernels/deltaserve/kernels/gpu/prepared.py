@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,9 @@ from deltaserve.kernels.sparse.panels import Panel
 from deltaserve.kernels.sparse.sell import Sell, entries_of_blocks, pack_entries
 from deltaserve.kernels.table import Group
 
+STRUCTURES = 256
+"""Different ones that are known at once; one adapter seldom has more than ten."""
+
 
 @dataclass(frozen=True, slots=True)
 class Signs:
@@ -61,8 +65,8 @@ class Part:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class GpuPrepared:
-    """blob: uint8, in host memory, what is copied to the device as it is; parts: by number. home:
-    where it lies there."""
+    """blob: uint8, in host memory, what is copied to the device as it is; parts: by number, the
+    same object in groups that are packed alike, as layers mostly are. home: where it lies there."""
 
     blob: Tensor
     parts: Mapping[int, Part]
@@ -70,7 +74,7 @@ class GpuPrepared:
 
     def only(self, parts: Collection[int]) -> GpuPrepared:
         """Some of its parts, over the same blob."""
-        return replace(self, parts={i: p for i, p in self.parts.items() if i in parts})
+        return replace(self, parts=_one(tuple((i, p) for i, p in self.parts.items() if i in parts)))
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.blob,)
@@ -95,7 +99,13 @@ def prepare(parts: Mapping[int, Sequence[Primitive]], group: Group) -> GpuPrepar
         for part, primitives in sorted(parts.items())
         if primitives
     }
-    return GpuPrepared(blob.bytes(), packed)
+    return GpuPrepared(blob.bytes(), _one(tuple(packed.items())))
+
+
+@lru_cache(maxsize=STRUCTURES)
+def _one(parts: tuple[tuple[int, Part], ...]) -> Mapping[int, Part]:
+    """The same object for equal ones: it is handed over, and made ready to be planned, once."""
+    return dict(parts)
 
 
 def _part(
