@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median, median_low
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
@@ -42,6 +44,8 @@ SCALE = {
     "loads_per_second": "loads/s",
     "resident": "resident",
 }
+ALIKE = ("what", "phase", "memory", "registered", "popularity")
+"""Rows of one run that agree in these are repeats."""
 
 
 def read(file: str) -> list[dict[str, Any]]:
@@ -51,6 +55,28 @@ def read(file: str) -> list[dict[str, Any]]:
 def last_run(rows: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
     rows = [r for r in rows if r["model"] == model]
     return [r for r in rows if (r["date"], r["commit"]) == (rows[-1]["date"], rows[-1]["commit"])]
+
+
+def medians(rows: list[dict[str, Any]], by: Sequence[str]) -> list[dict[str, Any]]:
+    """One row for those that agree in `by`: of numbers the median."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(key) for key in by), []).append(row)
+    return [
+        first
+        | {
+            key: (median_low if isinstance(value, int) else middle)(
+                [r[key] for r in (first, *more)]
+            )
+            for key, value in first.items()
+            if isinstance(value, int | float)
+        }
+        for first, *more in groups.values()
+    ]
+
+
+def middle(values: Sequence[float]) -> float:
+    return round(median(values), 3)
 
 
 def columns(rows: list[dict[str, Any]], names: dict[str, str]) -> str:
@@ -106,7 +132,8 @@ def server(file: str, names: dict[str, str]) -> None:
     every = read(file)
     rows = last_run(every, every[-1]["model"])
     print(f"{where(rows[0])}.\n")
-    print(columns([row for row in rows if "p99" in row or "ttft_p99" in row], names) + "\n")
+    served = [row for row in rows if "p99" in row or "ttft_p99" in row]
+    print(columns(medians(served, ALIKE), names) + "\n")
     how = set.intersection(*map(set, rows))
     for row in (r for r in rows if r.get("what") in ("step", "registered", "resident")):
         print(f"- {row['what']}: " + ", ".join(f"{k} {v}" for k, v in row.items() if k not in how))

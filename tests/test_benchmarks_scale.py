@@ -89,7 +89,7 @@ def test_adapters_are_distinct_and_what_peft_makes_of_their_shapes(tmp_path: Pat
 def test_shares_are_of_one_adapter_with_one_registered_and_with_as_many() -> None:
     rows = [
         {"what": "warm", "popularity": p, "registered": n, "tokens_per_second": t}
-        for p, n, t in (("one", 1, 90.0), ("one", 1, 100.0), ("one", 9, 80.0), ("slora:1", 9, 60.0))
+        for p, n, t in (("one", 1, 90.0), ("one", 1, 110.0), ("one", 9, 80.0), ("slora:1", 9, 60.0))
     ]
     scale.with_shares(rows)
     assert (rows[3]["to_one_adapter"], rows[3]["to_one_here"]) == (0.6, 0.75)
