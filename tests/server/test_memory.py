@@ -372,3 +372,6 @@ def test_shares_book_what_every_set_of_holders_frees() -> None:
     shares.remove("c")
     assert shares.alone("a") == shares.freed("a") == 15
     shares.check_integrity()
+    shares._alone["a"] += 1
+    with pytest.raises(AssertionError, match="a: wrong bytes of its own"):
+        shares.check_integrity()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from typing import Generic, TypeVar
 
@@ -98,10 +99,7 @@ class Shares(Generic[H]):
             raise AssertionError(f"{sum(pieces.values())} bytes held, {self.used} counted")
         if self._shared != {k: pieces[k] for k, h in self._holders.items() if len(h) > 1}:
             raise AssertionError("what is shared is not what has several holders")
-        for holder in self._memory:
-            if self._alone[holder] != self.used - self._without(holder):
+        counts = Counter(key for memory in self._memory.values() for key in memory)
+        for holder, memory in self._memory.items():
+            if self._alone[holder] != sum(n for key, n in memory.items() if counts[key] == 1):
                 raise AssertionError(f"{holder}: wrong bytes of its own")
-
-    def _without(self, holder: H) -> int:
-        others = (m for h, m in self._memory.items() if h != holder)
-        return sum({key: n for memory in others for key, n in memory.items()}.values())
