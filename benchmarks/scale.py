@@ -10,10 +10,10 @@ to each count, and at each the same requests are served:
   *registered*;
 - `slora:1`: S-LoRA's synthetic workload, all at once: requests name adapters by
   `int(np.random.power(alpha, n) * adapters)`, which is uniform; `cold` with the loads that takes,
-  then `warm`, with all in memory. **This is the line that the goal is about**: 90 % of `one` with
-  one adapter registered (`to_one_adapter`, of medians), up to 5000, as long as those in use fit in
-  memory. Its quotient to `one` at the same count (`to_one_here`) is the cost of *distinct* adapters
-  in a batch;
+  then `warm`, with all in memory. **This is the line that the goal is about**: 90 % of `one` by
+  turns with it at the same count (`to_one_here`, of medians), up to 5000, as long as those in use
+  fit in memory. The quotient to `one` with one adapter registered (`to_one_adapter`) has in it what
+  the machine drifts by between the two;
 - `open`: S-LoRA's arrivals, gamma with --cv (1: Poisson), at --open-load of the requests per second
   that `one` reached with one adapter registered. Throughput cannot exceed the rate there; what it
   shows is the time to the first token.
