@@ -1,9 +1,22 @@
-"""Whether the GPU kernels are right, and how long they take beside other projects'.
+"""Whether the GPU kernels are right, how fast a server is on them, and how long they take beside
+other projects'.
 
-    python benchmarks/gpu.py check [--quick] [--jobs 10]
+    python benchmarks/gpu.py check [--quick] [--jobs 10] [--seconds N]
     python benchmarks/gpu.py check --architectures [llama gpt2 ...] [--jobs 10]
+    python benchmarks/gpu.py engine [--part base adapters ...] [--graphs auto off] [--save]
+    python benchmarks/gpu.py engine --rehearse [cpu]
     python benchmarks/gpu.py kernels [--part base lowrank ...] [--seconds 90] [--save]
-    python benchmarks/gpu.py report [--svg FILE]
+    python benchmarks/gpu.py report [--svg FILE] [--svg-engine FILE]
+
+Where a GPU is to be had for three times ten minutes, in this order:
+
+    1   gpu.py check --jobs 12 --seconds 480, then gpu.py kernels --part ceilings --save
+    2   gpu.py engine --seconds 570 --save
+    3   gpu.py kernels --part base lowrank bit sparse mixed --warm 14 --seconds 85 --save
+
+Whatever ends one of them, rows and verdicts printed by then are kept: every figure is saved as soon
+as it is known, a part that fails, hangs or crashes is said to be absent, and the others go on in a
+new process.
 
 `check` compares every kernel with float64 at the sizes of Llama-3.1-8B, in mixed batches and in
 graphs replayed with other batches than they were captured with; then the engine on the GPU with the
@@ -17,10 +30,20 @@ rate of a large product. Every figure is compared with float64 before it is time
 to benchmarks/results/gpu.jsonl (`--save`, or `--out FILE`) one by one. Other projects' kernels are
 looked for in benchmarks/carried (gpu_kernels/peers/__init__.py says what goes there).
 
+`engine` serves a base of the shape of Llama-3.1-8B, random int4 weights in a checkpoint that is
+made first (5 GB; with adapters 30 GB in --folder), through the server's own engine, requests
+submitted as a server's. Parts: how long it took to start; `base`, decoding at batches of 1 to 256;
+`adapters`, the same with 64 LoRA in memory and in the batch; `loads`, times between tokens while
+adapters are loaded from cold files; `kinds`, one sequence of each kind; `bits`, 16 1-bit deltas;
+`transformers`, its own continuous batching on the same weights in 16 bits; `floor`, a step beside
+the sum of its own kernels, each timed apart. Prompts are of 448 tokens, figures from about 512
+tokens of context. --graphs says whether steps are replayed from graphs (auto) or launched (off);
+both by default, of which the second only makes `start`, `base` and `floor`.
+
 `report` prints the tables of the saved results and draws what LoRA adds to a layer.
 
-Without a GPU `check` and `kernels` run on tiny sizes in Triton's interpreter, to show that the code
-works; nothing is saved then.
+Without a GPU `check`, `kernels` and `engine --rehearse` run on tiny sizes in Triton's interpreter,
+to show that the code works; nothing is saved then.
 """
 
 from __future__ import annotations
@@ -29,10 +52,14 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
+import gpu_serving
 import torch
 
 if not torch.cuda.is_available():
@@ -45,6 +72,7 @@ except ImportError:  # the package is not installed: use the folders beside this
 
 PARTS = ("ceilings", "base", "lowrank", "bit", "sparse", "mixed")
 CARRIED = Path(__file__).parent / "carried"
+MODELS = Path(__file__).resolve().parents[1] / "models"
 
 
 def check(args: argparse.Namespace) -> int:
@@ -60,15 +88,44 @@ def check(args: argparse.Namespace) -> int:
         command += ["--architectures", *args.architectures]
     command.append("--unit")
 
-    def run(unit: int) -> int:
-        done = subprocess.run([*command, str(unit)], capture_output=True, text=True)
-        print(done.stdout + done.stderr[-2000:], end="", flush=True)
-        return done.returncode
+    end = time.monotonic() + args.seconds
+
+    def run(unit: int) -> int | None:
+        left = end - time.monotonic()
+        if left <= 0:
+            return None
+        piece = subprocess.Popen(
+            [*command, str(unit)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        stop = threading.Timer(left, piece.kill)
+        stop.start()
+        said = piece.communicate()[0]
+        stop.cancel()
+        cut = piece.returncode < 0 and time.monotonic() >= end
+        print(said[-20000:], end="[cut short]\n" if cut else "", flush=True)
+        return None if cut else piece.returncode
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        failed = sum(status != 0 for status in pool.map(run, range(len(units))))
-    print(f"{failed} of {len(units)} pieces had something wrong" if failed else "all right")
-    return 1 if failed else 0
+        found = list(pool.map(run, range(len(units))))
+    failed, late = sum(bool(status) for status in found), found.count(None)
+    print(f"{failed} of {len(units)} pieces had something wrong" if failed else "all right", end="")
+    print(f"; {late} were not done in {args.seconds:.0f} s" if late else "")
+    return 1 if failed or late else 0
+
+
+def engine(args: argparse.Namespace) -> int:
+    """In processes of its own, one for each engine."""
+    from gpu_kernels import supervise
+    from gpu_serving import command
+
+    command.check(args)
+    if args.place is not None:
+        return command.work(args)
+    with ExitStack() as stack:
+        folder = args.folder or MODELS / "gpu-engine"
+        if args.rehearse and args.folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        return supervise.run([sys.executable, __file__, *sys.argv[1:], "--folder", str(folder)])
 
 
 def kernels(args: argparse.Namespace) -> int:
@@ -116,15 +173,21 @@ def work(args: argparse.Namespace) -> int:
 
 def report(args: argparse.Namespace) -> int:
     from gpu_kernels import report
+    from gpu_serving import report as engine_report
 
     rows = report.load(args.results)
     if not rows:
         print(f"no results in {args.results}", file=sys.stderr)
         return 0
-    print(report.markdown(rows))
-    drawn = report.plot(rows)
+    served = [row for row in rows if row["part"] == "engine"]
+    launched = [row for row in rows if row["part"] != "engine"]
+    print(report.markdown(launched) + engine_report.markdown(served))
+    drawn = report.plot(launched)
     if args.svg and drawn is not None:
         args.svg.write_text(drawn)
+    drawn = engine_report.plot(served)
+    if args.svg_engine and drawn is not None:
+        args.svg_engine.write_text(drawn)
     return 0
 
 
@@ -151,6 +214,7 @@ def main() -> int:
     one.add_argument("--quick", action="store_true", help="fewer sizes")
     one.add_argument("--architectures", nargs="*", metavar="NAME", help="these instead, or all")
     one.add_argument("--jobs", type=int, default=1, help="processes that compile and run at once")
+    one.add_argument("--seconds", type=float, default=3600, help="for all pieces together")
     one.add_argument("--unit", type=int, help=argparse.SUPPRESS)
     two = commands.add_parser("kernels")
     two.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
@@ -167,11 +231,24 @@ def main() -> int:
     two.add_argument("--place", type=Path, help=argparse.SUPPRESS)
     three = commands.add_parser("report")
     three.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    three.add_argument("--svg", type=Path, help="where to write the plot")
+    three.add_argument("--svg", type=Path, help="where to write the plot of kernels")
+    three.add_argument("--svg-engine", type=Path, help="where to write the plot of steps")
+    four = commands.add_parser("engine")
+    four.add_argument("--part", nargs="+", choices=gpu_serving.PARTS, default=gpu_serving.PARTS)
+    four.add_argument("--graphs", nargs="+", choices=("auto", "off"), default=["auto", "off"])
+    four.add_argument("--seconds", type=float, default=3600, help="for all parts together")
+    four.add_argument(
+        "--rehearse", nargs="?", const="cuda", choices=("cuda", "cpu"),
+        help="tiny sizes: on a GPU or in Triton's interpreter, or on the CPU's kernels",
+    )  # fmt: skip
+    four.add_argument("--save", action="store_true", help="append to benchmarks/results/gpu.jsonl")
+    four.add_argument("--out", type=Path, help="append to this file instead")
+    four.add_argument("--commit", help="of the source, where there is no git")
+    four.add_argument("--folder", type=Path, help="of the model and adapters, made once")
+    four.add_argument("--place", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.command != "kernels":
-        return check(args) if args.command == "check" else report(args)
-    return kernels(args)
+    run = {"check": check, "kernels": kernels, "engine": engine, "report": report}
+    return run[args.command](args)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from byte_tokenizer import byte_tokenizer
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHAPES: dict[str, dict[str, Any]] = {
@@ -44,19 +44,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """Bytes, three special tokens, and names for the rest of the ids."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = ["<unk>", "<s>", "</s>", "<pad>", *alphabet]
-    names += [f"<{i}>" for i in range(len(names), vocabulary)]
-    made = Tokenizer(models.BPE(vocab={n: i for i, n in enumerate(names)}, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
-
-
 def make_model(name: str, folder: Path) -> LlamaForCausalLM:
     config = LlamaConfig(
         max_position_embeddings=4096,
@@ -76,7 +63,7 @@ def make_model(name: str, folder: Path) -> LlamaForCausalLM:
                 std = 0.05 if "embed" in key else p.shape[1] ** -0.5
                 p.copy_(torch.randn(p.shape, generator=generator) * std)
     model.save_pretrained(folder)
-    tokenizer(config.vocab_size).save_pretrained(folder)
+    byte_tokenizer(config.vocab_size).save_pretrained(folder)
     return model
 
 

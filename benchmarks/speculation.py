@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from byte_tokenizer import byte_tokenizer
 from mixed import OURS, cores, machine
-from models import SHAPES, make_adapters, tokenizer
+from models import SHAPES, make_adapters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deltaserve.server.config import AdapterConfig, EngineConfig
@@ -75,7 +76,7 @@ def make(folder: Path, shape: str) -> None:
                 head.dtype
             )
     model.save_pretrained(folder / "base")
-    tokenizer(config.vocab_size).save_pretrained(folder / "base")
+    byte_tokenizer(config.vocab_size).save_pretrained(folder / "base")
     make_adapters(model, folder / "lora", shape, ADAPTERS)
 
 

@@ -79,7 +79,7 @@ class Recorder:
 
 def line(row: dict[str, Any]) -> str:
     """A row as one line for the terminal."""
-    named = ("group", "tokens", "adapters", "form")
+    named = ("group", "tokens", "adapters", "form", "batch", "context", "graphs")
     where = " ".join(f"{k}={row[k]}" for k in named if row.get(k) is not None)
     head = f"{row['part']:9} {where:48} {row.get('engine', ''):34} {row.get('what', ''):11}"
     if "absent" in row:
@@ -87,7 +87,9 @@ def line(row: dict[str, Any]) -> str:
     if "wrong" in row:
         return f"{head} WRONG: relative error {row['wrong']:.2e}"
     if "value" in row:
-        return f"{head} {row['value']:.4g} {row['unit']}"
+        met = {None: "", True: ", met", False: ", NOT MET"}[row.get("met")]
+        goal = f" (goal {row['goal']}{met})" if row.get("goal") else ""
+        return f"{head} {row['value']:.5g} {row['unit']}{goal}"
     moved = max(row["rounds"]) - min(row["rounds"])
     floor = f" floor {row['floor_us']:8.2f} ({row['fraction']:4.0%})" if row.get("floor_us") else ""
     nodes = f" {row['nodes']:.0f} nodes" if row.get("nodes") else ""

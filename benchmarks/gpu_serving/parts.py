@@ -1,0 +1,304 @@
+"""The parts of `gpu.py engine` that need a server: rows of what each measures, one by one."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from churn import Arrivals, forget, quantile
+
+from deltaserve.server.engine.collector import Collector, generate
+from deltaserve.server.engine.core import AdapterInfo
+from gpu_serving import floors, serving
+from gpu_serving.adapters import BITDELTA, KINDS, delta, lora
+from gpu_serving.serving import Serving
+from gpu_serving.sizes import Sizes
+from gpu_serving.streams import PATIENCE, Decoded, Names, begin, decode, fill, request
+
+Row = dict[str, Any]
+SCORED = 16
+"""Tokens of the answer that transformers is to score."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """served: None in a part that needs no engine. folder: of files that are made once. past: rows
+    of this run."""
+
+    sizes: Sizes
+    served: Serving | None
+    folder: Path
+    past: Sequence[Row]
+
+    @property
+    def serving(self) -> Serving:
+        assert self.served is not None
+        return self.served
+
+    def row(self, what: str, value: float, unit: str, **more: Any) -> Row:
+        """goal and met are None where the figure has none."""
+        graphs = self.served.graphs if self.served else None
+        head = {"what": what, "engine": "deltaserve", "graphs": graphs}
+        return {**head, "value": value, "unit": unit, "goal": None, "met": None, **more}
+
+    def decoded(
+        self, names: Names, form: str, adapters: Iterable[AdapterInfo] = ()
+    ) -> tuple[Row, Decoded]:
+        """The row of sequences that decode together."""
+        decoded = decode(self.serving.engine, self.sizes, names)
+        floor = floors.bytes_ms(self.serving, decoded, len(names), adapters)
+        return self.row(
+            "decode",
+            round(decoded.tokens_per_second, 1),
+            "tokens/s",
+            batch=len(names),
+            context=decoded.context,
+            form=form,
+            p50_ms=round(decoded.ms(0.5), 4),
+            p99_ms=round(decoded.ms(0.99), 4),
+            floor_ms=round(floor, 4),
+        ), decoded
+
+    def ratio(self, what: str, value: float, goal: float, **more: Any) -> Row:
+        """goal: at least, or at most if that is negative."""
+        met = value >= goal if goal > 0 else value <= -goal
+        sign = ">=" if goal > 0 else "<="
+        return self.row(what, round(value, 4), "x", goal=f"{sign} {abs(goal):g}", met=met, **more)
+
+
+def start(stage: Stage) -> Iterator[Row]:
+    """How long the server took to start."""
+    served = stage.serving
+    for name, seconds in served.start.items():
+        goal = {"goal": "< 2 s", "met": seconds < 2} if name == serving.TEST else {}
+        yield stage.row(f"start: {name}", round(seconds, 3), "s", cached=served.compiled, **goal)
+    total = sum(served.start.values())
+    yield stage.row("start: all", round(total, 3), "s", cached=served.compiled)
+
+
+def base(stage: Stage) -> Iterator[Row]:
+    """The base alone, on a server without adapters; prompts too."""
+    engine, sizes = stage.serving.engine, stage.sizes
+    most = [""] * max(sizes.batches)
+    seconds = fill(engine, sizes, most)
+    tokens = len(most) * sizes.prompt
+    yield stage.row("prompts", round(tokens / seconds, 1), "tokens/s", batch=len(most), form="base")
+    for batch in sizes.batches:
+        yield stage.decoded([""] * batch, "base")[0]
+    asked = request(sizes, 0, "", SCORED, logprobs=0)
+    (answer,) = generate(engine, [asked], PATIENCE)
+    told = {
+        "prompt": asked.prompt_ids,
+        "tokens": answer.token_ids,
+        "logprobs": [t.logprob for t in answer.logprobs],
+    }
+    (stage.folder / "answer.json").write_text(json.dumps(told))
+
+
+def adapters(stage: Stage) -> Iterator[Row]:
+    """The base beside adapters that nobody uses, then each of them in one batch."""
+    sizes, many = stage.sizes, stage.sizes.many
+    folders = loras(stage, sizes.resident)
+    before, alone = stage.decoded([""] * many, "base, no adapters")
+    yield before
+    began = time.perf_counter()
+    with stage.serving.loaded(folders) as infos:
+        seconds = time.perf_counter() - began
+        yield from sizes_of(stage, {"lora": next(iter(infos.values()))})
+        yield stage.row(
+            "loads", round(len(infos) / seconds, 2), "adapters/s", form="lora", batch=len(infos)
+        )
+        beside, idle = stage.decoded([""] * many, f"base, {len(infos)} adapters resident")
+        yield beside
+        yield stage.ratio(
+            "base beside adapters, to base", alone.ms(0.5) / idle.ms(0.5), 0.98, batch=many
+        )
+        for batch in (n for n in sizes.batches if n <= len(infos)):
+            names = list(infos)[:batch]
+            row, mixed = stage.decoded(names, "LoRA, all distinct", [infos[n] for n in names])
+            yield row
+            if batch == many:
+                of = mixed.tokens_per_second / alone.tokens_per_second
+                yield stage.ratio("distinct LoRA, to base", of, 0.5, batch=many)
+
+
+def loads(stage: Stage) -> Iterator[Row]:
+    """Times between tokens, quiet and while adapters that are in no cache are loaded; then the time
+    from such files to a first token."""
+    sizes, engine = stage.sizes, stage.serving.engine
+    folders = loras(stage, 2 * sizes.streams)
+    cold = [folder for _, folder in folders[sizes.streams :]]
+    gaps: dict[float, list[float]] = {0.0: [], 1.0: []}
+    seconds: list[float] = []
+    with stage.serving.loaded(folders[: sizes.streams]) as infos:
+        fill(engine, sizes, list(infos))
+        for rate in (0.0, 1.0) * sizes.phases:
+            found, took = phase(stage, list(infos), cold, rate)
+            gaps[rate] += found
+            seconds += took
+    quiet, loaded = (
+        {"p50": 1e3 * quantile(gaps[rate], 0.5), "p99": 1e3 * quantile(gaps[rate], 0.99)}
+        for rate in (0.0, 1.0)
+    )
+    for what, figures in (("quiet", quiet), ("one load a second", loaded)):
+        for share, ms in figures.items():
+            yield stage.row(
+                f"between tokens, {what}, {share}", round(ms, 4), "ms", batch=sizes.streams
+            )
+    took = {"load_seconds": [round(s, 3) for s in seconds]}
+    p99 = loaded["p99"] / quiet["p99"]
+    yield stage.ratio("p99 while loading, to quiet", p99, -1.05, batch=sizes.streams, **took)
+    firsts = [first_token(stage, f"first{i}", f) for i, f in enumerate(cold[: sizes.colds])]
+    yield stage.row(
+        "cold file to first token", round(quantile([t for t, _ in firsts], 0.5), 4), "s",
+        form="lora", of_each=[round(t, 4) for t, _ in firsts],
+        page_cache=sorted({state for _, state in firsts}),
+    )  # fmt: skip
+
+
+def kinds(stage: Stage) -> Iterator[Row]:
+    """A batch with one sequence of every kind; and without the kind that tunes norms."""
+    folders = [
+        (kind.name, delta(stage.folder / "kinds" / kind.name, stage.sizes.shape, kind, i))
+        for i, kind in enumerate(KINDS)
+    ]
+    row, alone = stage.decoded([""] * len(folders), "base, no adapters")
+    yield row
+    with stage.serving.loaded(folders) as infos:
+        yield from sizes_of(stage, infos)
+        for form, names in (
+            ("one of each kind", list(infos)),
+            ("one of each kind, none with norms", [n for n in infos if n != "ln-tuning"]),
+        ):
+            row, mixed = stage.decoded(names, form, [infos[n] for n in names])
+            yield row
+            of = mixed.tokens_per_second / alone.tokens_per_second * len(infos) / len(names)
+            yield stage.row(f"{form}, to base", round(of, 4), "x", batch=len(names))
+
+
+def bits(stage: Stage) -> Iterator[Row]:
+    """1-bit deltas of whole models, all distinct."""
+    count, shape = stage.sizes.bits, stage.sizes.shape
+    folders = [
+        (f"bit{i}", delta(stage.folder / "bits" / f"{i}", shape, BITDELTA, 100 + i))
+        for i in range(count)
+    ]
+    row, alone = stage.decoded([""] * count, "base, no adapters")
+    yield row
+    with stage.serving.loaded(folders) as infos:
+        row, mixed = stage.decoded(list(infos), "BitDelta, all distinct", infos.values())
+        yield row
+        of = mixed.tokens_per_second / alone.tokens_per_second
+        yield stage.row("distinct BitDelta, to base", round(of, 4), "x", batch=count)
+
+
+def floor(stage: Stage) -> Iterator[Row]:
+    """The sum of a step's own kernels, each timed apart; beside it the steps of this run."""
+    folders = loras(stage, stage.sizes.resident)
+    for batch in stage.sizes.batches:
+        yield from _floor(stage, [""] * batch, "base")
+    with stage.serving.loaded(folders) as infos:
+        yield from _floor(stage, list(infos)[: stage.sizes.many], "LoRA, all distinct")
+
+
+def _floor(stage: Stage, names: Names, form: str) -> Iterator[Row]:
+    each, count = floors.kernels_ms(stage.serving, names)
+    total, batch = sum(each.values()), len(names)
+    about = {"batch": batch, "form": form}
+    parts = {name: round(ms, 4) for name, ms in each.items()}
+    yield stage.row(
+        "sum of own kernels", round(total, 4), "ms", launches=count, kernels=parts, **about
+    )
+    for past in stage.past:
+        if past["what"] == "decode" and {k: past[k] for k in about} == about:
+            ratio = stage.ratio("step, to its kernels' sum", past["p50_ms"] / total, -1.25, **about)
+            yield {**ratio, "graphs": past["graphs"]}
+
+
+def sizes_of(stage: Stage, infos: dict[str, AdapterInfo]) -> Iterator[Row]:
+    """What adapters take in memory, of what their files have."""
+    for form, info in infos.items():
+        share = round(info.resident_bytes / info.source_bytes, 4)
+        yield stage.row(
+            "resident bytes, to file", share, "x", form=form,
+            resident_bytes=info.resident_bytes, file_bytes=info.source_bytes,
+        )  # fmt: skip
+
+
+def loras(stage: Stage, count: int) -> list[tuple[str, Path]]:
+    """Names and folders; their numbers all differ, as equal ones would share memory."""
+    shape, rank = stage.sizes.shape, stage.sizes.rank
+    return [
+        (f"lora{i}", lora(stage.folder / "lora" / f"{i}", shape, rank, 1000 + i))
+        for i in range(count)
+    ]
+
+
+def phase(
+    stage: Stage, names: Names, cold: Sequence[Path], rate: float
+) -> tuple[list[float], list[float]]:
+    """Seconds between the steps of sequences that decode, and of the loads beside them."""
+    engine = stage.serving.engine
+    streams, took = begin(engine, stage.sizes, names), list[float]()
+    try:
+        arrivals = Arrivals(engine, cold, rate) if rate else None
+        first = len(streams.steps)
+        if arrivals is not None:
+            arrivals.start()
+        time.sleep(stage.sizes.seconds)
+        streams.wait(2)
+        times = [at for at, _ in streams.steps[first:]]
+        if arrivals is not None:
+            took = arrivals.finish()
+    finally:
+        streams.end(engine)
+    return [b - a for a, b in itertools.pairwise(times)], took
+
+
+def first_token(stage: Stage, name: str, folder: Path) -> tuple[float, str]:
+    """Seconds from the request for an adapter that is in no memory to its first token, and what
+    `drop` said: it was registered, which has read its files once, and these were dropped then."""
+    engine = stage.serving.engine
+    engine.adapters.load(name, str(folder), register_only=True).result(PATIENCE)
+    state = drop(folder)
+    asked, collector = request(stage.sizes, 0, name, 1, length=16), Collector()
+    began = time.perf_counter()
+    engine.submit(asked, collector)
+    collector.wait(asked.request_id, PATIENCE)
+    took = time.perf_counter() - began
+    engine.adapters.unload(name).result(PATIENCE)
+    return took, state
+
+
+def drop(folder: Path) -> str:
+    """Drops its files from the page cache. Returns "dropped", or "kept" if they are still there, or
+    "unknown"."""
+    forget(folder)
+    largest = max(folder.iterdir(), key=lambda file: file.stat().st_size)
+    fd = os.open(largest, os.O_RDONLY)
+    try:
+        os.preadv(fd, [bytearray(4096)], largest.stat().st_size // 2, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return "dropped"
+    except (OSError, AttributeError):
+        return "unknown"
+    finally:
+        os.close(fd)
+    return "kept"
+
+
+PARTS = {
+    "start": start,
+    "base": base,
+    "adapters": adapters,
+    "loads": loads,
+    "kinds": kinds,
+    "bits": bits,
+    "floor": floor,
+}
