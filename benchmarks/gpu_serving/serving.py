@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import triton
 from gpu_kernels.data import ON_GPU
@@ -94,13 +93,13 @@ def serving(
     a GPU "cuda" is Triton's interpreter."""
     config = Config(
         ModelConfig(base, dtype=sizes.shape.dtype, device=device),
-        AdapterConfig(roots=(roots,), bytes=sizes.adapter_bytes),
+        AdapterConfig(roots=(roots,), bytes=sizes.adapter_bytes, loader_processes=ON_GPU),
         EngineConfig(
             kv_cache_bytes=sizes.kv_bytes,
             max_length=sizes.max_length,
             max_batch_tokens=sizes.max_batch_tokens,
             max_sequences=sizes.max_sequences,
-            **_graphs(graphs),
+            enforce_eager=graphs == "off",
         ),
     )
     with ExitStack() as stack:
@@ -113,11 +112,6 @@ def serving(
         stack.callback(engine.shutdown)
         stack.enter_context(settled())
         yield Serving(engine, sizes, graphs, seconds, compiled)
-
-
-def _graphs(wanted: str) -> dict[str, Any]:
-    known = "enforce_eager" in EngineConfig.__dataclass_fields__
-    return {"enforce_eager": wanted == "off"} if known else {}
 
 
 def _compiled() -> int:
