@@ -125,10 +125,15 @@ def test_a_reserved_plan_is_filled_for_all_layers() -> None:
         assert max(own.errors(list(plan.layers), segments)) < TOLERANCE[torch.float32], name
         if own.gaps:
             own.close_gaps()
-    own.install(3)
+    own.install(3)  # other numbers of entries in each layer
+    segments = Segments(STEPS["all kinds"], TOKENS)
+    own.plans.replan(plan, segments)
+    assert max(own.errors(list(plan.layers), segments)) < TOLERANCE[torch.float32]
+    own.install(1)  # another scale in each
     before = plan.buffer.clone()
     with pytest.raises(StepTooLarge, match="3 structures"):
-        own.plans.replan(plan, Segments(STEPS["all kinds"], TOKENS))
+        own.plans.replan(plan, segments)
+    own.install(1, same=True)
     small = own.plans.reserve(TOKENS, own.rigs[0].base, replace(LIMITS, pages=1))
     with pytest.raises(StepTooLarge, match="page_col has"):
         own.plans.replan(small, Segments(STEPS["one"], TOKENS))

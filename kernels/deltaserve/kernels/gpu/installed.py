@@ -1,125 +1,53 @@
-"""An adapter's parts as the planner reads them, with tagged offsets (see tags.py)."""
+"""Installed: an adapter in some layers in which its rows have the same fields."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-from deltaserve.kernels.gpu.prepared import GpuPrepared, Part
-from deltaserve.kernels.gpu.tags import Tagged, tag
-from deltaserve.kernels.lowrank.pages import PAGE
+from deltaserve.kernels.gpu.blob import Spot
+from deltaserve.kernels.gpu.rows import FIELDS, KINDS, UNITS, Ints, Rows
 
-RECENT = 32
-"""Structures that are kept, of the adapters that were installed last."""
-
-Ints = npt.NDArray[np.int32]
-Floats = npt.NDArray[np.float32]
+OFFSETS = tuple(np.array(units, dtype=np.int32)[:, None] for units in UNITS)
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Pages:
-    """One entry per page, modules one after the other; col: the page's first row of h."""
-
-    a: Tagged
-    b: Tagged
-    part: Ints
-    gathers: Ints
-    col: Ints
-    scale: Floats
-
-    def __len__(self) -> int:
-        return len(self.a)
-
-
-@dataclass(frozen=True, eq=False, slots=True)
 class Installed:
-    """signs, sells, panels: part -> entries of 4 numbers as the kernels read them; panel_tiles:
-    part -> chunks of each tile, summed over panels; the rest: part -> vectors' offsets."""
+    """rows, spots: of each layer, one at least. fields: int32 [n, fields] of each kind. places:
+    int32 [n, units, layers] of each kind, its offsets those in the arena."""
 
-    pages: Pages
-    signs: dict[int, list[tuple[int, int, int, int]]]
-    sells: dict[int, tuple[int, int, int, int]]
-    panels: dict[int, list[tuple[int, int, int, int]]]
-    panel_tiles: dict[int, Ints]
-    factors: dict[int, tuple[int, ...]]
-    biases: dict[int, tuple[int, ...]]
-    inputs: dict[int, int]
-    replaced: dict[int, int]
+    def __init__(self, rows: Sequence[Rows], spots: Sequence[Spot]) -> None:
+        first, layers = rows[0], len(rows)
+        self.counts = first.counts
+        self.fields: list[Ints] = []
+        self.places: list[Ints] = []
+        self._units: list[Ints] = []
+        fields = np.frombuffer(first.fields, dtype=np.int32)
+        units = np.frombuffer(b"".join(r.units for r in rows), dtype=np.int32)
+        units = np.ascontiguousarray(units.reshape(layers, -1).T)
+        field = unit = 0
+        for kind in KINDS:
+            n, width, own = self.counts[kind], FIELDS[kind], len(UNITS[kind])
+            self.fields.append(fields[field : field + n * width].reshape(n, width))
+            self._units.append(units[unit : unit + n * own].reshape(n, own, layers))
+            field, unit = field + n * width, unit + n * own
+        places = {id(spot.place): spot.place for spot in spots}
+        number = {key: i for i, key in enumerate(places)}
+        self._held_in = list(places.values())
+        self._which = np.array([number[id(spot.place)] for spot in spots])
+        self._behind = np.array([spot.units for spot in spots], dtype=np.int32)
+        self._starts: list[int] = []
+        self.moves = -1
 
-
-def install(prepared: GpuPrepared, slot: int) -> Installed:
-    """slot: that the offsets are tagged with. One object for all groups of an adapter that have the
-    same parts: the engine's thread makes it for a layer, not for each."""
-    return _installed(_Same(prepared.parts), slot)
-
-
-class _Same:
-    """Parts, told by identity: comparing them would take as long as using them."""
-
-    __slots__ = ("parts",)
-
-    def __init__(self, parts: Mapping[int, Part]) -> None:
-        self.parts = parts
-
-    def __hash__(self) -> int:
-        return id(self.parts)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.parts is self.parts
-
-
-@lru_cache(maxsize=RECENT)
-def _installed(same: _Same, slot: int) -> Installed:
-    own, blob = same.parts, tag(slot)
-    return Installed(
-        pages=_pages(own, blob),
-        signs={
-            i: [(blob + s.words, blob + s.scales, s.planes, 0) for s in p.signs]
-            for i, p in own.items()
-            if p.signs
-        },
-        sells={
-            i: (
-                blob + p.sell.starts,
-                blob + p.sell.rows,
-                blob + p.sell.columns,
-                blob + p.sell.values,
-            )
-            for i, p in own.items()
-            if p.sell is not None
-        },
-        panels={
-            i: [(blob + q.starts, blob + q.chunks, blob, 0) for q in p.panels]
-            for i, p in own.items()
-            if p.panels
-        },
-        panel_tiles={
-            i: np.sum([q.tiles for q in p.panels], axis=0, dtype=np.int32)
-            for i, p in own.items()
-            if p.panels
-        },
-        factors={i: tuple(blob + v for v in p.factors) for i, p in own.items() if p.factors},
-        biases={i: tuple(blob + v for v in p.biases) for i, p in own.items() if p.biases},
-        inputs={i: blob + p.input for i, p in own.items() if p.input is not None},
-        replaced={i: blob + p.replaced for i, p in own.items() if p.replaced is not None},
-    )
+    def follow(self, moves: int) -> None:
+        """Reads anew where the blobs are. moves: of the arena until now."""
+        self.moves = moves
+        starts = [place.offset for place in self._held_in]
+        if starts == self._starts:
+            return
+        self._starts = starts
+        at = np.array(starts, dtype=np.int32)[self._which] + self._behind
+        self.places = [u + o * at for u, o in zip(self._units, OFFSETS, strict=True)]
 
 
-def _pages(parts: Mapping[int, Part], blob: int) -> Pages:
-    flat = [(i, page) for i, part in parts.items() for page in part.pages]
-
-    def ints(values: list[int]) -> Ints:
-        return np.array(values, dtype=np.int32)
-
-    return Pages(
-        a=np.array([blob + page.a for _, page in flat], dtype=np.int64),
-        b=np.array([blob + page.b for _, page in flat], dtype=np.int64),
-        part=ints([i for i, _ in flat]),
-        gathers=ints([page.gathers for _, page in flat]),
-        col=ints([PAGE * n for n in range(len(flat))]),
-        scale=np.array([page.scale for _, page in flat], dtype=np.float32),
-    )
+NOTHING = Installed([Rows.of({})], [])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -17,13 +17,11 @@ from deltaserve.kernels.gpu.blob import Spot
 from deltaserve.kernels.gpu.config import AuxConfig, GemmConfig, aux_config
 from deltaserve.kernels.gpu.gemm import Output, choose, run_gemm
 from deltaserve.kernels.gpu.inputs import Inputs, Wanted, run_inputs, wanted
-from deltaserve.kernels.gpu.installed import Installed, install
-from deltaserve.kernels.gpu.plan import Tiling, build
+from deltaserve.kernels.gpu.plan import Adapters, Tables, Tiling, build
 from deltaserve.kernels.gpu.prepared import GpuPrepared, prepare
-from deltaserve.kernels.gpu.static import StaticMemory
-from deltaserve.kernels.gpu.step import Limits, StepPlan
+from deltaserve.kernels.gpu.residents import Alike, Residents
+from deltaserve.kernels.gpu.step import Draft, Limits, StepPlan
 from deltaserve.kernels.gpu.sums import Sums
-from deltaserve.kernels.gpu.tags import Spots
 from deltaserve.kernels.gpu.workspace import Workspace
 from deltaserve.kernels.primitives import Primitive
 from deltaserve.kernels.segments import Segments
@@ -49,7 +47,8 @@ class GpuLinearDeltas:
     """in_features; out_features of each part; dtype: of x and y.
 
     arena: where adapters lie; one of its own if not given. workspace: likewise. planner: makes the
-    plans of `forward`'s steps; the group itself if not given.
+    plans of `forward`'s steps; the group itself if not given. slots, spots: what is in each slot,
+    and where its blob is. listeners: called with a slot when what is in it has changed.
     """
 
     def __init__(
@@ -68,10 +67,10 @@ class GpuLinearDeltas:
         self.arena = arena or Arena(self.device)
         self.workspace = workspace or Workspace(self.device)
         self._planner = planner
-        self.slots: dict[int, Installed] = {}
+        self.slots: dict[int, GpuPrepared] = {}
         self.spots: dict[int, Spot] = {}
-        self.prepared: dict[int, GpuPrepared] = {}
-        self.changes = 0
+        self.listeners: list[Callable[[int], None]] = []
+        self._residents = Residents((self,))
 
     def prepare(self, parts: Mapping[int, tuple[Primitive, ...]]) -> GpuPrepared:
         """See `prepared.prepare`."""
@@ -89,26 +88,28 @@ class GpuLinearDeltas:
         else:
             home.spot.place.users += 1
         home.users += 1
-        self.slots[slot], self.spots[slot] = install(prepared, slot), home.spot
-        self.prepared[slot] = prepared
-        self.changes += 1
+        self.slots[slot], self.spots[slot] = prepared, home.spot
+        self._changed(slot)
 
     def remove(self, slot: int) -> None:
         """Empties a slot; an empty one may be removed again."""
         if slot not in self.slots:
             return
-        del self.slots[slot]
-        self.changes += 1
-        home = self.prepared.pop(slot).home
+        home = self.slots.pop(slot).home
         home.users -= 1
         if not home.users:
             home.spot = None
         self.arena.drop(self.spots.pop(slot).place)
+        self._changed(slot)
+
+    def _changed(self, slot: int) -> None:
+        for tell in self.listeners:
+            tell(slot)
 
     @property
     def nbytes(self) -> int:
         """Exact bytes installed; a blob in several slots is there once."""
-        return sum({id(p.home): p.nbytes for p in self.prepared.values()}.values())
+        return sum({id(p.home): p.nbytes for p in self.slots.values()}.values())
 
     def is_native(self, slot: int) -> bool:
         """There is no native code here."""
@@ -127,21 +128,21 @@ class GpuLinearDeltas:
         """The step's tables on the device. limits: room for other steps of as many tokens, whose
         tables `replan` puts at the same addresses. `layers.LayerPlans` plans for many layers at
         once."""
-        return self.plan_for((self.spots,), segments, base, limits, config, aux, gated)
+        (alike,) = self._residents.alike(segments)
+        draft = self.draft(alike, segments, base, limits, config, aux, gated)
+        return step.make([draft], self.device)[0]
 
-    def plan_for(
+    def draft(
         self,
-        spots: Sequence[Spots],
+        alike: Alike,
         segments: Segments,
         base: GpuLinear,
         limits: Limits | None = None,
         config: GemmConfig | None = None,
         aux: AuxConfig | None = None,
         gated: bool = False,
-        memory: StaticMemory | None = None,
-    ) -> StepPlan:
-        """A plan for several groups like this one. spots: where the blobs of each are. memory: as
-        in `step.make`."""
+    ) -> Draft:
+        """A plan for groups like this one, of several layers, without memory."""
         config = config or choose(base.weights, segments.tokens, gated)
         aux = aux or aux_config(segments.tokens, self.group.in_features, gpu.arch(self.device))
         tiling = Tiling(
@@ -154,24 +155,30 @@ class GpuLinearDeltas:
             programs=RESIDENT * gpu.multiprocessors(self.device),
         )
         tiles = -(-segments.tokens // tiling.tokens)
-        apart = limits is not None and limits.uses.apart
-        tables = build(self.group, self.slots, segments, tiles, tiling, apart)
-        return step.make(
-            tables, segments.tokens, tiles, tiling, aux, self.device, spots, limits, memory
+        tables = self._tables(
+            alike, segments, tiles, tiling, limits is not None and limits.uses.apart
         )
+        return Draft(tables, segments.tokens, tiles, tiling, aux, len(alike.layers), limits)
 
-    def replan(
-        self, plan: StepPlan, segments: Segments, spots: Sequence[Spots] | None = None
-    ) -> None:
+    def replan(self, plan: StepPlan, segments: Segments) -> None:
         """Fills a plan anew, for at most as many tokens. Raises StepTooLarge, and then the plan is
-        as it was. spots: as in `plan_for`."""
+        as it was."""
+        self.refill(plan, segments, self._residents.alike(segments)[0])
+
+    def refill(self, plan: StepPlan, segments: Segments, alike: Alike) -> None:
+        """As `replan`, of a plan for several layers."""
         if segments.tokens > plan.tokens:
             raise step.StepTooLarge(
                 f"the step has {segments.tokens} tokens; the plan was made for {plan.tokens}"
             )
         apart = plan.limits is not None and plan.uses.apart
-        tables = build(self.group, self.slots, segments, plan.tiles, plan.tiling, apart)
-        step.fill(plan, tables, spots or (self.spots,))
+        step.fill(plan, self._tables(alike, segments, plan.tiles, plan.tiling, apart))
+
+    def _tables(
+        self, alike: Alike, segments: Segments, tiles: int, tiling: Tiling, apart: bool
+    ) -> Tables:
+        adapters = Adapters(segments, alike.adapters, len(alike.layers), tiling.tokens)
+        return build(self.group, adapters, tiles, tiling, apart)
 
     def forward(self, x: Tensor, base: GpuLinear, segments: Segments) -> Tensor:
         """x: [T, in]. Returns [T, sum of out_features] of x's dtype.

@@ -14,6 +14,8 @@ from deltaserve.kernels.bit.words import ROWS, pack_signs
 from deltaserve.kernels.cast import cast
 from deltaserve.kernels.check import check_linear
 from deltaserve.kernels.gpu.blob import BlobWriter, Home
+from deltaserve.kernels.gpu.parts import Part, Signs
+from deltaserve.kernels.gpu.rows import Rows
 from deltaserve.kernels.lowrank.pages import Page, pack_columns, pack_lowrank
 from deltaserve.kernels.primitives import (
     Bias,
@@ -31,50 +33,32 @@ from deltaserve.kernels.primitives import (
 )
 from deltaserve.kernels.sparse import panels
 from deltaserve.kernels.sparse.panels import Panel
-from deltaserve.kernels.sparse.sell import Sell, entries_of_blocks, pack_entries
+from deltaserve.kernels.sparse.sell import entries_of_blocks, pack_entries
 from deltaserve.kernels.table import Group
 
 STRUCTURES = 256
 """Different ones that are known at once; one adapter seldom has more than ten."""
 
 
-@dataclass(frozen=True, slots=True)
-class Signs:
-    """Offsets of the words of all sign planes and of their scales, float32."""
-
-    words: int
-    scales: int
-    planes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One module. factors, biases, input: offsets of float32 vectors, of outputs, outputs and
-    inputs. replaced: of zeros, as long as the longer of the two, for a weight that takes the base's
-    place."""
-
-    pages: tuple[Page, ...] = ()
-    signs: tuple[Signs, ...] = ()
-    sell: Sell | None = None
-    panels: tuple[Panel, ...] = ()
-    factors: tuple[int, ...] = ()
-    biases: tuple[int, ...] = ()
-    input: int | None = None
-    replaced: int | None = None
-
-
 @dataclass(frozen=True, eq=False, slots=True)
 class GpuPrepared:
-    """blob: uint8, in host memory, what is copied to the device as it is; parts: by number, the
-    same object in groups that are packed alike, as layers mostly are. home: where it lies there."""
+    """blob: uint8, in host memory, what is copied to the device as it is; parts: by number; rows:
+    of the parts. These two are the same objects in groups that are packed alike, as layers mostly
+    are. home: where it lies there."""
 
     blob: Tensor
     parts: Mapping[int, Part]
     home: Home = field(default_factory=Home)
+    rows: Rows = field(init=False)
+
+    def __post_init__(self) -> None:
+        parts, rows = _one(tuple(self.parts.items()))
+        object.__setattr__(self, "parts", parts)
+        object.__setattr__(self, "rows", rows)
 
     def only(self, parts: Collection[int]) -> GpuPrepared:
         """Some of its parts, over the same blob."""
-        return replace(self, parts=_one(tuple((i, p) for i, p in self.parts.items() if i in parts)))
+        return replace(self, parts={i: p for i, p in self.parts.items() if i in parts})
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.blob,)
@@ -99,13 +83,14 @@ def prepare(parts: Mapping[int, Sequence[Primitive]], group: Group) -> GpuPrepar
         for part, primitives in sorted(parts.items())
         if primitives
     }
-    return GpuPrepared(blob.bytes(), _one(tuple(packed.items())))
+    return GpuPrepared(blob.bytes(), packed)
 
 
 @lru_cache(maxsize=STRUCTURES)
-def _one(parts: tuple[tuple[int, Part], ...]) -> Mapping[int, Part]:
-    """The same object for equal ones: it is handed over, and made ready to be planned, once."""
-    return dict(parts)
+def _one(parts: tuple[tuple[int, Part], ...]) -> tuple[Mapping[int, Part], Rows]:
+    """The same objects for equal ones: they are made, and handed over, once."""
+    found = dict(parts)
+    return found, Rows.of(found)
 
 
 def _part(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 from deltaserve.kernels.gpu.config import AuxConfig
 from deltaserve.kernels.gpu.plan import Tables, Tiling, Uses
 from deltaserve.kernels.gpu.static import StaticMemory
-from deltaserve.kernels.gpu.tags import Spots, resolve
 
 ARRAYS = (
     "items", "entries", "strengths", "page_a", "page_b", "page_col", "page_lo", "page_hi",
@@ -94,86 +93,115 @@ class StepPlan:
         return self.tiles * self.tiling.tokens
 
 
-def make(
-    tables: Tables, tokens: int, tiles: int, tiling: Tiling, aux: AuxConfig,
-    device: torch.device, spots: Sequence[Spots], limits: Limits | None = None,
-    memory: StaticMemory | None = None,
-) -> StepPlan:  # fmt: skip
-    """A plan with room for exactly these tables, or for what the limits say. spots: where the
-    blobs of each layer are. memory: to lie in; what is filled in there is for others to send."""
-    room: dict[str, slice] = {}
-    at = ALIGN  # the number of items comes first
+@dataclass(frozen=True, eq=False, slots=True)
+class Draft:
+    """A plan that has no memory yet. layers: that it is for. limits: room for other steps; without,
+    there is room for exactly these tables."""
 
-    def lay(names: Sequence[str]) -> None:
-        nonlocal at
-        for name in names:
-            size = getattr(tables, name).size
-            length = max(1, limits.of(name, size) if limits else size)
+    tables: Tables
+    tokens: int
+    tiles: int
+    tiling: Tiling
+    aux: AuxConfig
+    layers: int
+    limits: Limits | None = None
+
+    def room(self) -> tuple[dict[str, slice], int, int]:
+        """(`StepPlan.room`, its stride, numbers in all)."""
+        room: dict[str, slice] = {}
+        at = start = ALIGN  # the number of items comes first
+        for name in (*SHARED, *OFFSETS):
+            if name == OFFSETS[0]:
+                start = at
+            size = _size(self.tables, name)
+            length = max(1, self.limits.of(name, size) if self.limits else size)
             room[name] = slice(at, at + length)
             at += -(-length // ALIGN) * ALIGN
+        return room, at - start, start + (at - start) * self.layers
 
-    lay(SHARED)
-    first = at
-    lay(OFFSETS)
-    stride = at - first
-    count = first + stride * len(spots)
-    staging, buffer = (memory or StaticMemory(count, device)).take(count)
+
+def make(
+    drafts: Sequence[Draft], device: torch.device, memory: StaticMemory | None = None
+) -> list[StepPlan]:
+    """Plans that lie side by side and come to the device in one copy. memory: to lie in; what is
+    filled in there is for others to send."""
+    rooms = [draft.room() for draft in drafts]
+    own = memory
+    if own is None:
+        own = StaticMemory(sum(-(-count // ALIGN) * ALIGN for *_, count in rooms), device)
+    alone = memory is None and len(drafts) == 1
+    plans = []
+    for draft, (room, stride, count) in zip(drafts, rooms, strict=True):
+        plan = _laid_out(draft, room, stride, *own.take(count), alone)
+        write(plan, draft.tables)
+        plans.append(plan)
+    if memory is None:
+        own.send()
+    return plans
+
+
+def _laid_out(
+    draft: Draft, room: Mapping[str, slice], stride: int, staging: Tensor, buffer: Tensor,
+    apart: bool,
+) -> StepPlan:  # fmt: skip
+    tables, limits, tiling, layers = draft.tables, draft.limits, draft.tiling, draft.layers
     floats = buffer.view(torch.float32)
-
-    def of(layer: int) -> dict[str, Tensor]:
-        found = {n: (floats if n in FLOATS else buffer)[room[n]] for n in SHARED}
-        for name in OFFSETS:
-            where = room[name]
-            found[name] = buffer[where.start + layer * stride : where.stop + layer * stride]
-        return found
-
-    plan = StepPlan(
-        tokens=tokens,
-        tiles=tiles,
-        tiling=tiling,
-        aux=aux,
-        width=limits.width if limits else tables.width,
-        planes=limits.planes if limits else tables.planes,
-        uses=limits.uses if limits else tables.uses,
-        programs=tiling.programs if limits else min(tiling.programs, max(1, len(tables.items))),
-        limits=limits,
-        n_items=buffer[:1],
-        tables=of(0),
-        room=room,
-        stride=stride,
-        buffer=buffer,
-        staging=staging,
-        apart=memory is None,
-    )
-    plan.layers = (plan, *(replace(plan, tables=of(i)) for i in range(1, len(spots))))
-    fill(plan, tables, spots)
-    return plan
+    shared = {n: (floats if n in FLOATS else buffer)[room[n]] for n in SHARED}
+    start = room[OFFSETS[0]].start
+    rows = buffer[start : start + stride * layers].view(layers, stride)
+    columns = [rows[:, room[n].start - start : room[n].stop - start].unbind(0) for n in OFFSETS]
+    width, planes, uses = tables.width, tables.planes, tables.uses
+    programs = min(tiling.programs, max(1, len(tables.items)))
+    if limits is not None:
+        width, planes, uses, programs = limits.width, limits.planes, limits.uses, tiling.programs
+    plans = [
+        StepPlan(
+            draft.tokens, draft.tiles, tiling, draft.aux, width, planes, uses, programs, limits,
+            buffer[:1], {**shared, **dict(zip(OFFSETS, own, strict=True))}, room, stride, buffer,
+            staging, apart,
+        )
+        for own in zip(*columns, strict=True)
+    ]  # fmt: skip
+    plans[0].layers = plans
+    return plans[0]
 
 
-def fill(plan: StepPlan, tables: Tables, spots: Sequence[Spots]) -> None:
+def fill(plan: StepPlan, tables: Tables) -> None:
     """Replaces the plan's content; one copy to the device, unless others send it. Raises
-    StepTooLarge, and then the plan holds what it held. spots: as many as it was made with. The last
-    step that was given this plan must have been waited for: its copy may still read `staging`."""
+    StepTooLarge, and then the plan holds what it held. tables: of as many layers as it was made
+    for. The last step that was given this plan must have been waited for: its copy may still read
+    `staging`."""
     _check(plan, tables)
-    staging = plan.staging.numpy()
-    staging[0] = len(tables.items)
-    for name in SHARED:
-        array, start = getattr(tables, name), plan.room[name].start
-        staging[start : start + array.size] = array.reshape(-1).view(np.int32)
-    offsets = resolve([getattr(tables, name) for name in OFFSETS], spots)
-    for name, found in zip(OFFSETS, offsets, strict=True):
-        start, size = plan.room[name].start, found.shape[1]
-        rows = staging[start : start + plan.stride * (len(spots) - 1) + size]
-        np.lib.stride_tricks.as_strided(rows, found.shape, (plan.stride * 4, 4), writeable=True)[
-            :
-        ] = found
+    write(plan, tables)
     if plan.apart:
         plan.buffer.copy_(plan.staging, non_blocking=True)
 
 
+def write(plan: StepPlan, tables: Tables) -> None:
+    """Puts tables that fit in the plan's memory on the host."""
+    staging = plan.staging.numpy()
+    staging[0] = len(tables.items)
+    for name in SHARED:
+        array, start = getattr(tables, name), plan.room[name].start
+        if array.size:
+            staging[start : start + array.size] = array.reshape(-1).view(np.int32)
+    start, layers = plan.room[OFFSETS[0]].start, len(plan.layers)
+    rows = staging[start : start + plan.stride * layers].reshape(layers, plan.stride)
+    for name in OFFSETS:
+        found, at = getattr(tables, name), plan.room[name].start - start
+        if len(found):
+            rows[:, at : at + len(found)] = found.T
+
+
+def _size(tables: Tables, name: str) -> int:
+    """Numbers of a table, of one layer."""
+    array = getattr(tables, name)
+    return len(array) if name in OFFSETS else array.size
+
+
 def _check(plan: StepPlan, tables: Tables) -> None:
     for name, where in plan.room.items():
-        size, room = getattr(tables, name).size, where.stop - where.start
+        size, room = _size(tables, name), where.stop - where.start
         if size > room:
             raise StepTooLarge(f"{name} has {size} numbers; the plan has room for {room}")
     if plan.limits is None:

@@ -2,154 +2,151 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from dataclasses import dataclass
 
 import numpy as np
 
 from deltaserve.kernels.bit.words import ROWS
 from deltaserve.kernels.gpu.aux_kernel import BIT, PANEL, SELL
-from deltaserve.kernels.gpu.installed import Installed, Ints
-from deltaserve.kernels.gpu.plan.tiling import NO_ITEMS, Slots, Tiling, work_items
-from deltaserve.kernels.segments import Segments
+from deltaserve.kernels.gpu.plan.adapters import Adapters
+from deltaserve.kernels.gpu.plan.tiling import NO_ITEMS, Index, Tiling, repeated, sort, work_items
+from deltaserve.kernels.gpu.rows import PANELS, SELLS, SIGNS, Floats, Ints
 from deltaserve.kernels.sparse import panels, sell
 from deltaserve.kernels.table import Group
 
-Wanted: TypeAlias = tuple[int, int, int, int, int]
-"""(start, end) of a run, a module, (first, last) of their entries."""
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Wanted:
+    """Each run and module that has deltas of a kind, runs first. first, last: of their entries.
+    start, end: of the run. column, rows: of the module."""
+
+    run: Index
+    part: Index
+    first: Index
+    last: Index
+    start: Index
+    end: Index
+    column: Index
+    rows: Index
 
 
 class DeltaItems:
-    """Items whose results are planes of ready deltas: 1-bit tiles, panels, sparse slices."""
+    """bits, panels, sells: the items of each kind. entries: int32 [4 n, layers], four numbers of
+    each. strengths: of each. count: [parts, tokens in whole tiles] planes of each token."""
 
-    def __init__(
-        self, group: Group, slots: Slots, segments: Segments, tiles: int, tiling: Tiling
-    ) -> None:
-        self.group = group
-        self.tiling = tiling
-        self.entries: list[tuple[int, int, int, int]] = []
-        self.strengths: list[float] = []
-        self.count = np.zeros((len(group.out_features), tiles * tiling.tokens), dtype=np.int32)
-        bits = self._wanted(segments, slots, lambda own, part: own.signs.get(part, ()))
-        found = self._wanted(segments, slots, lambda own, part: own.panels.get(part, ()))
-        single = self._wanted(
-            segments, slots, lambda own, part: [own.sells[part]] if part in own.sells else ()
-        )
-        self.bits = self._bits(bits)
-        self.panels = self._panels(found)
-        self.sells = self._sells(single)
+    def __init__(self, group: Group, adapters: Adapters, tiles: int, tiling: Tiling) -> None:
+        self._group, self._adapters, self._tiling = group, adapters, tiling
+        self._outputs = np.array(group.out_features)
+        self._columns = np.cumsum(self._outputs) - self._outputs
+        # One run more than there are: of the tokens without any.
+        self._planes = np.zeros((len(adapters.spans.starts) + 1, len(self._outputs)), np.int32)
+        self._entries = [np.zeros((0, adapters.layers), dtype=np.int32)]
+        self._strengths = [np.zeros(0, dtype=np.float32)]
+        self._listed = 0
+        wanted = [self._wanted(kind) for kind in (SIGNS, PANELS, SELLS)]
+        self.bits = NO_ITEMS if wanted[0] is None else self._bits(wanted[0])
+        self.panels = NO_ITEMS if wanted[1] is None else self._panels(wanted[1])
+        self.sells = NO_ITEMS if wanted[2] is None else self._sells(wanted[2])
+        self.entries: Ints = np.concatenate(self._entries)
+        self.strengths: Floats = np.concatenate(self._strengths)
+        self.count = np.zeros((len(self._outputs), tiles * tiling.tokens), dtype=np.int32)
+        if self._listed:
+            owner = adapters.spans.owner
+            self.count[:, : len(owner)] = self._planes[owner].T
 
-    def _wanted(
-        self,
-        segments: Segments,
-        slots: Slots,
-        of: Callable[[Installed, int], object],
-    ) -> list[Wanted]:
-        """Each run and module that has any."""
-        wanted = []
-        for start, end, mix in segments.runs:
-            own = [(slots[slot], w) for slot, w in mix if slot in slots]
-            for part in range(len(self.group.out_features)):
-                first = len(self.entries)
-                for installed, w in own:
-                    rows = list(of(installed, part))  # type: ignore[call-overload]
-                    self.entries += rows
-                    self.strengths += [w] * len(rows)
-                if len(self.entries) > first:
-                    wanted.append((start, end, part, first, len(self.entries)))
-        return wanted
+    def _wanted(self, kind: int) -> _Wanted | None:
+        """Lists the entries of a kind."""
+        adapters, found = self._adapters, self._adapters.rows(kind)
+        if found is None:
+            return None
+        parts = len(self._outputs)
+        key = adapters.spans.run[found.entry] * parts + found.part
+        order = sort(key)
+        key = key[order]
+        first = np.concatenate(([0], np.flatnonzero(np.diff(key)) + 1))
+        last = np.append(first[1:], len(key))
+        self._entries.append(found.places[order].reshape(-1, adapters.layers))
+        self._strengths.append(adapters.strength[found.entry[order]])
+        self._listed, before = self._listed + len(key), self._listed
+        run, part = np.divmod(key[first], parts)
+        return _Wanted(
+            run, part, before + first, before + last, adapters.spans.starts[run],
+            adapters.spans.ends[run], self._columns[part], self._outputs[part],
+        )  # fmt: skip
 
-    def _place(self, part: int, start: int, end: int, planes: int) -> int:
-        """The first of `planes` new planes of these tokens and this module."""
-        plane = int(self.count[part, start])
-        self.count[part, start:end] += planes
+    def _place(self, wanted: _Wanted, planes: int) -> Ints:
+        """The first of `planes` new planes of each."""
+        where = wanted.run, wanted.part
+        plane = self._planes[where]
+        self._planes[where] = plane + planes
         return plane
 
     def _spread(self, tiles: int, limit: int) -> tuple[int, int]:
         """(row tiles of an item, pieces of its sum) so that every program has something to do and
         the list stays short. tiles: of all runs together; limit: pieces at most."""
-        programs = self.tiling.programs
+        programs = self._tiling.programs
         return max(1, tiles // (8 * programs)), max(1, min(limit, 4, programs // max(tiles, 1)))
 
-    def _bits(self, wanted: list[Wanted]) -> Ints:
-        found = [NO_ITEMS]
-        inner, depth = self.group.in_features, self.tiling.depth
-        together, pieces = self._spread(
-            self._tiles_of(wanted, ROWS),
-            -(-inner // (4 * depth)),
-        )
+    def _bits(self, wanted: _Wanted) -> Ints:
+        inner, depth = self._group.in_features, self._tiling.depth
+        together, pieces = self._spread(self._tiles(wanted, ROWS), -(-inner // (4 * depth)))
         step = -(-inner // (pieces * depth)) * depth // 128
         whole = -(-inner // 128)
         pieces = -(-whole // step)
-        for start, end, part, first, last in wanted:
-            plane = self._place(part, start, end, pieces)
-            tiles = self._tiles(part, ROWS)
-            for piece in range(pieces):
-                span = (piece * step, min((piece + 1) * step, whole))
-                found.append(self._tiled(BIT.value, tiles, start, end, part, first, last, together))
-                found[-1][:, 8] = plane + piece
-                found[-1][:, 9:11] = span
-        return np.concatenate(found)
-
-    def _panels(self, wanted: list[Wanted]) -> Ints:
-        found = [NO_ITEMS]
-        together, pieces = self._spread(
-            self._tiles_of(wanted, panels.TILE),
-            -(-self.group.in_features // panels.CHUNK),
-        )
-        for start, end, part, first, last in wanted:
-            plane = self._place(part, start, end, pieces)
-            tiles = self._tiles(part, panels.TILE)
-            for piece in range(pieces):
-                found.append(
-                    self._tiled(PANEL.value, tiles, start, end, part, first, last, together)
-                )
-                found[-1][:, 8] = plane + piece
-                found[-1][:, 9:11] = piece, pieces
-        return np.concatenate(found)
-
-    def _tiled(
-        self, kind: int, tiles: int, start: int, end: int, part: int, first: int, last: int,
-        together: int,
-    ) -> Ints:  # fmt: skip
-        """Items of `together` of the row tiles each, for blocks of the run's tokens."""
-        tile = np.arange(0, tiles, together)
-        m0 = np.arange(start, end, self.tiling.block)
-        count = np.minimum(self.tiling.block, end - m0)
-        column, rows = self.group.columns(part).start, self.group.out_features[part]
-        items = work_items(
-            [
-                kind, np.tile(m0, len(tile)), np.tile(count, len(tile)), first, last,
-                np.repeat(tile, len(m0)), column, rows,
-            ],
-            len(tile) * len(m0),
-        )  # fmt: skip
-        items[:, 11] = np.minimum(together, tiles - items[:, 5])
+        items, piece = self._tiled(BIT.value, wanted, ROWS, together, pieces)
+        items[:, 9] = piece * step
+        items[:, 10] = np.minimum((piece + 1) * step, whole)
         return items
 
-    def _sells(self, wanted: list[Wanted]) -> Ints:
-        found = [NO_ITEMS]
-        step, window = self.tiling.gathers, sell.WINDOW // sell.ROWS
-        for start, end, part, first, last in wanted:
-            slices = -(-self.group.out_features[part] // sell.ROWS)
-            together = window if last - first > 1 else max(1, slices // (4 * self.tiling.programs))
-            s = np.arange(0, slices, together)
-            m0 = np.arange(start // step, -(-end // step))
-            column, rows = self.group.columns(part).start, self.group.out_features[part]
-            columns: list[Ints | int] = [
-                SELL.value, np.tile(m0, len(s)), start, end, first, last, column, rows,
-                self._place(part, start, end, 1), np.repeat(s, len(m0)),
-                np.repeat(np.minimum(s + together, slices), len(m0)),
-            ]  # fmt: skip
-            found.append(work_items(columns, len(s) * len(m0)))
-        return np.concatenate(found)
+    def _panels(self, wanted: _Wanted) -> Ints:
+        limit = -(-self._group.in_features // panels.CHUNK)
+        together, pieces = self._spread(self._tiles(wanted, panels.TILE), limit)
+        items, piece = self._tiled(PANEL.value, wanted, panels.TILE, together, pieces)
+        items[:, 9], items[:, 10] = piece, pieces
+        return items
 
-    def _tiles(self, part: int, rows: int) -> int:
-        return -(-self.group.out_features[part] // rows)
-
-    def _tiles_of(self, wanted: Sequence[Wanted], rows: int) -> int:
+    def _tiles(self, wanted: _Wanted, rows: int) -> int:
         """Row tiles of all runs together, counted once for each block of tokens."""
-        return sum(
-            self._tiles(part, rows) * -(-(end - start) // self.tiling.block)
-            for start, end, part, _, _ in wanted
-        )
+        blocks = -(-(wanted.end - wanted.start) // self._tiling.block)
+        return int((-(-wanted.rows // rows) * blocks).sum())
+
+    def _tiled(
+        self, kind: int, wanted: _Wanted, rows: int, together: int, pieces: int
+    ) -> tuple[Ints, Index]:
+        """Items of `together` row tiles each, for blocks of the run's tokens, for each piece of the
+        sum; which piece."""
+        block = self._tiling.block
+        tiles = -(-wanted.rows // rows)
+        chunks, blocks = -(-tiles // together), -(-(wanted.end - wanted.start) // block)
+        of, number = repeated(pieces * chunks * blocks)
+        number, m0 = np.divmod(number, blocks[of])
+        piece, tile = np.divmod(number, chunks[of])
+        m0, tile = wanted.start[of] + m0 * block, tile * together
+        items = work_items(
+            [
+                kind, m0, np.minimum(block, wanted.end[of] - m0), wanted.first[of],
+                wanted.last[of], tile, wanted.column[of], wanted.rows[of],
+                self._place(wanted, pieces)[of] + piece, 0, 0,
+                np.minimum(together, tiles[of] - tile),
+            ],
+            len(of),
+        )  # fmt: skip
+        return items, piece
+
+    def _sells(self, wanted: _Wanted) -> Ints:
+        step, window = self._tiling.gathers, sell.WINDOW // sell.ROWS
+        slices = -(-wanted.rows // sell.ROWS)
+        # Several adapters write the same window of rows one after the other.
+        alone = np.maximum(1, slices // (4 * self._tiling.programs))
+        together = np.where(wanted.last - wanted.first > 1, window, alone)
+        m0 = wanted.start // step
+        blocks = -(-wanted.end // step) - m0
+        of, number = repeated(-(-slices // together) * blocks)
+        number, block = np.divmod(number, blocks[of])
+        s = number * together[of]
+        columns: list[Ints | Index | int] = [
+            SELL.value, m0[of] + block, wanted.start[of], wanted.end[of], wanted.first[of],
+            wanted.last[of], wanted.column[of], wanted.rows[of], self._place(wanted, 1)[of], s,
+            np.minimum(s + together[of], slices[of]),
+        ]  # fmt: skip
+        return work_items(columns, len(of))

@@ -2,97 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from deltaserve.kernels.gpu.aux_kernel import GATHER, SHRINK
-from deltaserve.kernels.gpu.installed import Ints, Pages
+from deltaserve.kernels.gpu.plan.adapters import Adapters
 from deltaserve.kernels.gpu.plan.tiling import (
     NO_ITEMS,
-    Slots,
+    Index,
     Table,
     Tiling,
-    token_tiles,
+    bounds,
+    repeated,
+    sort,
     work_items,
 )
+from deltaserve.kernels.gpu.rows import PAGES, Ints
 from deltaserve.kernels.lowrank.pages import PAGE
-from deltaserve.kernels.segments import Mix, Segments
 from deltaserve.kernels.table import Group
 
 
 def lowrank_tables(
-    group: Group, slots: Slots, segments: Segments, tiles: int, tiling: Tiling
+    group: Group, adapters: Adapters, tiles: int, tiling: Tiling
 ) -> tuple[Table, Ints, int]:
     """Pages by (tile, part), the work items of the shrink, rows of h."""
-    pieces = [
-        (tile, start, end, pages, w, col)
-        for start, end, mix in segments.runs
-        for pages, w, col in _stacked(mix, slots)
-        for tile in token_tiles(start, end, tiling)
-    ]
-    parts = len(group.out_features)
-    width = max((col + PAGE * len(pages) for *_, pages, _, col in pieces), default=0)
-    if not pieces:
-        none, bounds = np.zeros(0, dtype=np.int32), np.zeros(tiles * parts + 1, dtype=np.int32)
-        empty = {name: none for name in ("page_col", "page_lo", "page_hi")}
-        empty |= {name: none.astype(np.int64) for name in ("page_a", "page_b")}
-        return {**empty, "page_scale": none.astype(np.float32), "page_bounds": bounds}, NO_ITEMS, 0
-    lengths = [len(pages) for _, _, _, pages, _, _ in pieces]
-
-    def spread(values: list[int] | list[float], dtype: type) -> np.ndarray:
-        return np.repeat(np.array(values, dtype=dtype), lengths)
-
-    def joined(name: str) -> np.ndarray:
-        return np.concatenate([getattr(pages, name) for _, _, _, pages, _, _ in pieces])
-
-    tile = spread([p[0] for p in pieces], np.int32)
-    part, gathers = joined("part"), joined("gathers")
-    key = (tile * parts + part) * 2 + gathers
-    order = np.argsort(key, kind="stable")
-    key = key[order]
+    parts, found = len(group.out_features), adapters.rows(PAGES)
+    if found is None:
+        none, places = np.zeros(0, dtype=np.int32), np.zeros((0, adapters.layers), dtype=np.int32)
+        empty: Table = {name: none for name in ("page_col", "page_lo", "page_hi")}
+        empty |= {"page_a": places, "page_b": places, "page_scale": none.view(np.float32)}
+        return {**empty, "page_bounds": np.zeros(tiles * parts + 1, dtype=np.int32)}, NO_ITEMS, 0
+    counts = adapters.counts[:, PAGES]
+    first = np.cumsum(counts) - counts
+    # A run's adapters have their rows of h one after the other.
+    number = np.arange(len(found.entry)) - first[adapters.spans.head[found.entry]]
+    rows, tile = adapters.by_tile(found.entry)
+    gathers = found.fields[:, 1]
+    key = (tile * parts + found.part[rows]) * 2 + gathers[rows]
+    order = sort(key)
+    key, rows = key[order], rows[order]
+    entry, places = found.entry[rows], found.places[rows]
+    scale = found.fields[rows, 2].view(np.float32)
     fields: Table = {
-        "page_a": joined("a")[order],
-        "page_b": joined("b")[order],
-        "page_col": (joined("col") + spread([p[5] for p in pieces], np.int32))[order],
-        "page_lo": spread([p[1] for p in pieces], np.int32)[order],
-        "page_hi": spread([p[2] for p in pieces], np.int32)[order],
-        "page_scale": (joined("scale") * spread([p[4] for p in pieces], np.float32))[order],
-        "page_bounds": np.searchsorted(key // 2, np.arange(tiles * parts + 1)).astype(np.int32),
+        "page_a": places[:, 0],
+        "page_b": places[:, 1],
+        "page_col": (PAGE * number[rows]).astype(np.int32),
+        "page_lo": adapters.start[entry],
+        "page_hi": adapters.end[entry],
+        "page_scale": scale * adapters.strength[entry],
+        "page_bounds": bounds(key >> 1, tiles * parts),
     }
-    shrinks = _shrinks(tile[order] * 2 + gathers[order], group.in_features, tiling)
-    return fields, shrinks, width
+    shrinks = _shrinks(tile[order] * 2 + gathers[rows], group.in_features, tiling)
+    return fields, shrinks, PAGE * int(number.max() + 1)
 
 
-def _stacked(mix: Mix, slots: Slots) -> Iterator[tuple[Pages, float, int]]:
-    """(pages, strength, first row of h) of each adapter of a mix that has pages."""
-    col = 0
-    for slot, w in mix:
-        own = slots.get(slot)
-        if own is not None and len(own.pages):
-            yield own.pages, w, col
-            col += PAGE * len(own.pages)
-
-
-def _shrinks(kind: Ints, in_features: int, tiling: Tiling) -> Ints:
+def _shrinks(kind: Index, in_features: int, tiling: Tiling) -> Ints:
     """Items over a list of pages; kind: 2 tile + whether it gathers. Chunks of neighbouring pages
     of one kind, modules mixed: they share their input."""
     size = tiling.rows // PAGE
     edges = np.flatnonzero(np.diff(kind)) + 1
     starts = np.concatenate(([0], edges))
     ends = np.concatenate((edges, [len(kind)]))
-    first = np.concatenate([np.arange(a, b, size) for a, b in zip(starts, ends, strict=True)])
-    last = np.minimum(first + size, np.repeat(ends, -(-(ends - starts) // size)))
+    chunk, number = repeated(-(-(ends - starts) // size))
+    first = starts[chunk] + number * size
+    last = np.minimum(first + size, ends[chunk])
     blocks = tiling.tokens // tiling.block
     m0 = kind[first] // 2 * blocks
-    first, last = np.repeat(first, blocks), np.repeat(last, blocks)
-    m0 = np.repeat(m0, blocks) + np.tile(np.arange(blocks), len(m0))
+    if blocks > 1:
+        first, last = np.repeat(first, blocks), np.repeat(last, blocks)
+        m0 = np.repeat(m0, blocks) + np.tile(np.arange(blocks), len(m0))
     gather = kind[first] % 2 == 1
-    found = [work_items([GATHER.value, first[gather], last[gather], m0[gather]], int(gather.sum()))]
+    found = []
+    if gather.any():
+        own = first[gather], last[gather], m0[gather]
+        found.append(work_items([GATHER.value, *own], len(own[0])))
+        first, last, m0 = first[~gather], last[~gather], m0[~gather]
     whole = -(-in_features // 128)
     step = -(-whole // tiling.h_split)
     for s in range(tiling.h_split):
         begin, end = min(s * step, whole), min((s + 1) * step, whole)
-        columns = [SHRINK.value, first[~gather], last[~gather], m0[~gather], begin, end, s]
-        found.append(work_items(columns, int((~gather).sum())))
+        found.append(work_items([SHRINK.value, first, last, m0, begin, end, s], len(first)))
     return np.concatenate(found)

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deltaserve.kernels.gpu.installed import Floats, Ints
+from deltaserve.kernels.gpu.plan.adapters import Adapters
 from deltaserve.kernels.gpu.plan.deltas import DeltaItems
 from deltaserve.kernels.gpu.plan.lowrank import lowrank_tables
-from deltaserve.kernels.gpu.plan.tiling import Slots, Tiling
+from deltaserve.kernels.gpu.plan.tiling import Tiling
 from deltaserve.kernels.gpu.plan.vectors import input_vectors, output_vectors
-from deltaserve.kernels.gpu.tags import Tagged
-from deltaserve.kernels.segments import Segments
+from deltaserve.kernels.gpu.rows import Floats, Ints
 from deltaserve.kernels.table import Group
 
 
@@ -29,25 +28,26 @@ class Uses:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Tables:
-    """Everything that the launches read of the step, in host memory. width: rows of h. Offsets
-    in the arena are tagged (see tags.py)."""
+    """Everything that the launches read of the step, in host memory. width: rows of h. entries,
+    page_a, page_b, vec_offset and in_offset say where in the arena what lies: [n, layers]; the rest
+    is the same for all layers."""
 
     items: Ints
-    entries: Tagged
+    entries: Ints
     strengths: Floats
-    page_a: Tagged
-    page_b: Tagged
+    page_a: Ints
+    page_b: Ints
     page_col: Ints
     page_lo: Ints
     page_hi: Ints
     page_scale: Floats
     page_bounds: Ints
-    vec_offset: Tagged
+    vec_offset: Ints
     vec_lo: Ints
     vec_hi: Ints
     vec_strength: Floats
     vec_bounds: Ints
-    in_offset: Tagged
+    in_offset: Ints
     in_lo: Ints
     in_hi: Ints
     in_strength: Floats
@@ -59,25 +59,20 @@ class Tables:
 
 
 def build(
-    group: Group,
-    slots: Slots,
-    segments: Segments,
-    tiles: int,
-    tiling: Tiling,
-    apart: bool = False,
+    group: Group, adapters: Adapters, tiles: int, tiling: Tiling, apart: bool = False
 ) -> Tables:
     """tiles: token tiles that the tables are laid out for, at least those of the step. apart: list
     the modules' inputs apart even where they are the same."""
-    pages, shrinks, width = lowrank_tables(group, slots, segments, tiles, tiling)
-    work = DeltaItems(group, slots, segments, tiles, tiling)
-    vectors = output_vectors(group, slots, segments, tiles, tiling)
-    inputs, apart = input_vectors(group, slots, segments, tiles, tiling, apart)
+    pages, shrinks, width = lowrank_tables(group, adapters, tiles, tiling)
+    work = DeltaItems(group, adapters, tiles, tiling)
+    vectors = output_vectors(group, adapters, tiles)
+    inputs, apart = input_vectors(group, adapters, tiles, apart)
     # The longest items first: what is left at the end should be short.
     items = np.concatenate([work.bits, work.panels, work.sells, shrinks])
     return Tables(
         items=items,
-        entries=np.array(work.entries, dtype=np.int64).reshape(-1, 4),
-        strengths=np.array(work.strengths, dtype=np.float32),
+        entries=work.entries,
+        strengths=work.strengths,
         **pages,
         **vectors,
         **inputs,

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from deltaserve.kernels.gpu.aux_kernel import ITEM
-from deltaserve.kernels.gpu.installed import Installed, Ints
+from deltaserve.kernels.gpu.rows import Ints
 
-Slots = Mapping[int, Installed]
-Table = dict[str, Any]
+Table: TypeAlias = dict[str, Any]
 """Some fields of `Tables`."""
+Index: TypeAlias = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Tiling:
     programs: int
 
 
-def work_items(columns: Sequence[Ints | int], count: int) -> Ints:
+def work_items(columns: Sequence[Ints | Index | int], count: int) -> Ints:
     """[count, 12] from the item's numbers, arrays or one for all."""
     items = np.zeros((count, ITEM.value), dtype=np.int32)
     for i, column in enumerate(columns):
@@ -45,6 +46,20 @@ def work_items(columns: Sequence[Ints | int], count: int) -> Ints:
 NO_ITEMS = np.zeros((0, ITEM.value), dtype=np.int32)
 
 
-def token_tiles(start: int, end: int, tiling: Tiling) -> range:
-    """The token tiles that a run has tokens in."""
-    return range(start // tiling.tokens, (end - 1) // tiling.tokens + 1)
+def repeated(counts: Index) -> tuple[Index, Index]:
+    """Of `counts[i]` copies of each i: i, and the number of the copy, from 0."""
+    ends = np.cumsum(counts)
+    of = np.repeat(np.arange(len(counts)), counts)
+    return of, np.arange(len(of)) - (ends - counts)[of]
+
+
+def bounds(keys: Index, count: int) -> Ints:
+    """int32 [count + 1]: where in ascending keys those of each number below `count` begin."""
+    return np.searchsorted(keys, np.arange(count + 1)).astype(np.int32)
+
+
+def sort(keys: Index) -> Index:
+    """The order of the keys, not negative; equal ones stay in theirs."""
+    if len(keys) and keys.max() < 1 << 16:
+        keys = keys.astype(np.uint16)  # numpy sorts these by radix
+    return np.argsort(keys, kind="stable")

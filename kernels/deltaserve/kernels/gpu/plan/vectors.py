@@ -4,79 +4,99 @@ from __future__ import annotations
 
 import numpy as np
 
-from deltaserve.kernels.gpu.installed import Floats, Installed, Ints
-from deltaserve.kernels.gpu.plan.tiling import Slots, Table, Tiling, token_tiles
-from deltaserve.kernels.gpu.tags import Tagged
-from deltaserve.kernels.segments import Segments
+from deltaserve.kernels.gpu.plan.adapters import Adapters, Found
+from deltaserve.kernels.gpu.plan.tiling import Index, Table, bounds, sort
+from deltaserve.kernels.gpu.rows import BIAS, FACTOR, INPUTS, OUTPUTS, REPLACED
 from deltaserve.kernels.table import Group
 
 
-def output_vectors(
-    group: Group, slots: Slots, segments: Segments, tiles: int, tiling: Tiling
-) -> Table:
+def output_vectors(group: Group, adapters: Adapters, tiles: int) -> Table:
     """Output factors and biases by (tile, part), the factors first."""
-    parts = len(group.out_features)
-    rows: list[tuple[int, int, int, int, float]] = []
-    touched = [slots[s] for s in segments.slots if s in slots]
-    some = any(a.factors or a.biases or a.replaced for a in touched)
-    for start, end, mix in segments.runs if some else ():
-        own = [(slots[slot], w) for slot, w in mix if slot in slots]
-        for part in range(parts):
-            found = [(0, v, w) for adapter, w in own for v in adapter.factors.get(part, ())]
-            if not _scales_inputs(own, part):
-                found += [(0, a.replaced[part], w) for a, w in own if part in a.replaced]
-            found += [(1, v, w) for adapter, w in own for v in adapter.biases.get(part, ())]
-            for tile in token_tiles(start, end, tiling) if found else ():
-                key = (tile * parts + part) * 2
-                rows += [(key + which, offset, start, end, w) for which, offset, w in found]
-    names = ("vec_offset", "vec_lo", "vec_hi", "vec_strength", "vec_bounds")
-    return dict(zip(names, _sorted(rows, tiles * parts * 2), strict=True))
+    parts, found = len(group.out_features), adapters.rows(OUTPUTS)
+    if found is None:
+        return _nothing("vec", adapters.layers, tiles * parts * 2)
+    which = found.fields[:, 1]
+    kept = np.arange(len(which))
+    scaled = _scaled_inputs(group, adapters)
+    if scaled is not None:  # it takes the base's product away on the side of the inputs
+        there = scaled[adapters.spans.run[found.entry], found.part]
+        kept = kept[(which != REPLACED) | ~there]
+    rows, tile = adapters.by_tile(found.entry[kept])
+    rows = kept[rows]
+    key = (tile * parts + found.part[rows]) * 2 + (which[rows] == BIAS)
+    return _listed("vec", adapters, found, rows, key, which, tiles * parts * 2)
 
 
-def input_vectors(
-    group: Group, slots: Slots, segments: Segments, tiles: int, tiling: Tiling, apart: bool
-) -> tuple[Table, bool]:
+def input_vectors(group: Group, adapters: Adapters, tiles: int, apart: bool) -> tuple[Table, bool]:
     """Input factors by (tile, part), and whether the modules want inputs of their own.
 
     A replaced weight beside scaled inputs takes the base's product away on the side of the inputs:
     ``W (1 + w (s - 1) - v) x + v W' x``; with output factors, or none, on that of the outputs.
     """
-    parts = len(group.out_features)
-    found = []
-    some = any(slots[s].inputs for s in segments.slots if s in slots)
-    for start, end, mix in segments.runs if some else ():
-        own = [(slots[slot], w) for slot, w in mix if slot in slots]
-        lists = []
-        for part in range(parts):
-            wanted = [(a.inputs[part], w) for a, w in own if part in a.inputs]
-            if wanted:
-                wanted += [(a.replaced[part], w) for a, w in own if part in a.replaced]
-            lists.append(wanted)
-        if any(lists):
-            found.append((start, end, lists))
-            apart = apart or any(wanted != lists[0] for wanted in lists)
-    rows = [
-        (tile * parts + part, offset, start, end, w)
-        for start, end, lists in found
-        for part in range(parts if apart else 1)
-        for offset, w in lists[part]
-        for tile in token_tiles(start, end, tiling)
+    parts, scaled = len(group.out_features), _scaled_inputs(group, adapters)
+    found = adapters.rows(INPUTS) if scaled is not None else None
+    if scaled is None or found is None:
+        return _nothing("in", adapters.layers, tiles * parts), apart
+    which = found.fields[:, 1]
+    kept = np.flatnonzero(scaled[adapters.spans.run[found.entry], found.part])
+    apart = apart or _differ(parts, adapters, found, kept)
+    if not apart:
+        kept = kept[found.part[kept] == 0]
+    rows, tile = adapters.by_tile(found.entry[kept])
+    rows = kept[rows]
+    key = tile * parts + found.part[rows]
+    return _listed("in", adapters, found, rows, key, which, tiles * parts), apart
+
+
+def _scaled_inputs(group: Group, adapters: Adapters) -> np.ndarray | None:
+    """bool [runs, parts]: whether an adapter of the run scales the module's inputs; None if none
+    does anywhere."""
+    found = adapters.rows(INPUTS)
+    if found is None:
+        return None
+    own = found.fields[:, 1] == FACTOR
+    if not own.any():
+        return None
+    scaled = np.zeros((len(adapters.spans.starts), len(group.out_features)), dtype=np.bool_)
+    scaled[adapters.spans.run[found.entry[own]], found.part[own]] = True
+    return scaled
+
+
+def _differ(parts: int, adapters: Adapters, found: Found, kept: Index) -> bool:
+    """Whether the lists of some modules differ in some run."""
+    which, run = found.fields[kept, 1], adapters.spans.run[found.entry[kept]]
+    kept = kept[np.lexsort((which, run))]
+    lists = [
+        np.column_stack((found.entry[own], found.fields[own, 1:]))
+        for own in (kept[found.part[kept] == part] for part in range(parts))
     ]
-    names = ("in_offset", "in_lo", "in_hi", "in_strength", "in_bounds")
-    return dict(zip(names, _sorted(rows, tiles * parts), strict=True)), apart
+    return not all(np.array_equal(lists[0], other) for other in lists[1:])
 
 
-def _scales_inputs(own: list[tuple[Installed, float]], part: int) -> bool:
-    return any(part in adapter.inputs for adapter, _ in own)
+def _listed(
+    name: str, adapters: Adapters, found: Found, rows: Index, key: Index,
+    which: np.ndarray, keys: int,
+) -> Table:  # fmt: skip
+    """The rows by key; of one key by runs, and of one run what is replaced last."""
+    entry = found.entry[rows]
+    run = adapters.spans.run[entry]
+    order = sort((key * len(adapters.spans.starts) + run) * 2 + (which[rows] == REPLACED))
+    rows, entry = rows[order], entry[order]
+    return {
+        f"{name}_offset": found.places[rows, 0],
+        f"{name}_lo": adapters.start[entry],
+        f"{name}_hi": adapters.end[entry],
+        f"{name}_strength": adapters.strength[entry],
+        f"{name}_bounds": bounds(key[order], keys),
+    }
 
 
-def _sorted(
-    rows: list[tuple[int, int, int, int, float]], keys: int
-) -> tuple[Tagged, Ints, Ints, Floats, Ints]:
-    """(offset, lo, hi, strength, bounds by key)."""
-    rows.sort(key=lambda row: row[0])
-    offsets = np.array([row[1] for row in rows], dtype=np.int64)
-    numbers = np.array([(row[0], *row[2:4]) for row in rows], dtype=np.int32).reshape(-1, 3)
-    strengths = np.array([row[4] for row in rows], dtype=np.float32)
-    bounds = np.searchsorted(numbers[:, 0], np.arange(keys + 1)).astype(np.int32)
-    return offsets, numbers[:, 1], numbers[:, 2], strengths, bounds
+def _nothing(name: str, layers: int, keys: int) -> Table:
+    none = np.zeros(0, dtype=np.int32)
+    return {
+        f"{name}_offset": np.zeros((0, layers), dtype=np.int32),
+        f"{name}_lo": none,
+        f"{name}_hi": none,
+        f"{name}_strength": none.view(np.float32),
+        f"{name}_bounds": np.zeros(keys + 1, dtype=np.int32),
+    }

@@ -1,0 +1,88 @@
+"""Rows: an adapter's parts in one group as the planner reads them, numbers in a few arrays.
+
+There is a row for every page, 1-bit delta, panel, sparse delta and vector. Its fields say what it
+is: they decide how the tables of a step look. Its units say where it lies in the blob (and what
+else the kernels want to know of it): they are only copied into the tables. So layers whose rows
+have the same fields can share a plan, wherever in their blobs what lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from deltaserve.kernels.gpu.parts import Part
+
+Ints: TypeAlias = npt.NDArray[np.int32]
+Floats: TypeAlias = npt.NDArray[np.float32]
+
+PAGES, SIGNS, PANELS, SELLS, OUTPUTS, INPUTS = KINDS = range(6)
+
+FIELDS = (3, 1, 1, 1, 2, 3)
+"""Numbers that each kind's rows have, the module first. Pages: whether they gather, the bits of
+their scale. OUTPUTS: FACTOR, REPLACED or BIAS. INPUTS: FACTOR or REPLACED; the first row that lies
+in the same place."""
+
+FACTOR, REPLACED, BIAS = range(3)
+
+UNITS: tuple[tuple[int, ...], ...] = (
+    (1, 1), (1, 1, 0, 0), (1, 1, 1, 0), (1, 1, 1, 1), (1,), (1,),
+)  # fmt: skip
+"""Numbers that tell the kernels where a row of each kind lies: 1 for an offset in the blob, 0 for
+another number. A page's a and b; the entries of the other deltas; a vector."""
+
+Row: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+"""Fields and units."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """counts: rows of each kind. fields, units: int32, of all kinds in order, row by row."""
+
+    counts: tuple[int, ...]
+    fields: bytes
+    units: bytes
+
+    @staticmethod
+    def of(parts: Mapping[int, Part]) -> Rows:
+        """Of modules by their number; the rows of a kind in the modules' order."""
+        found: tuple[list[Row], ...] = tuple([] for _ in KINDS)
+        for i, part in sorted(parts.items()):
+            for kind, row in _rows(i, part, found[INPUTS]):
+                found[kind].append(row)
+        fields = [n for rows in found for row, _ in rows for n in row]
+        units = [n for rows in found for _, row in rows for n in row]
+        return Rows(
+            tuple(map(len, found)),
+            np.array(fields, dtype=np.int32).tobytes(),
+            np.array(units, dtype=np.int32).tobytes(),
+        )
+
+
+def _rows(i: int, part: Part, inputs: list[Row]) -> Iterator[tuple[int, Row]]:
+    """The rows of one module by their kind. inputs: of the modules before."""
+    for page in part.pages:
+        scale = int(np.float32(page.scale).view(np.int32))
+        yield PAGES, ((i, page.gathers, scale), (page.a, page.b))
+    for s in part.signs:
+        yield SIGNS, ((i,), (s.words, s.scales, s.planes, 0))
+    for panel in part.panels:
+        yield PANELS, ((i,), (panel.starts, panel.chunks, 0, 0))
+    if part.sell is not None:
+        sell = part.sell
+        yield SELLS, ((i,), (sell.starts, sell.rows, sell.columns, sell.values))
+    for at in part.factors:
+        yield OUTPUTS, ((i, FACTOR), (at,))
+    if part.replaced is not None:
+        yield OUTPUTS, ((i, REPLACED), (part.replaced,))
+    for at in part.biases:
+        yield OUTPUTS, ((i, BIAS), (at,))
+    for which, vector in ((FACTOR, part.input), (REPLACED, part.replaced)):
+        if vector is not None:
+            places = [units for _, units in inputs]
+            same = places.index((vector,)) if (vector,) in places else len(places)
+            yield INPUTS, ((i, which, same), (vector,))
