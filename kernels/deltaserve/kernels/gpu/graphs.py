@@ -46,8 +46,7 @@ class GraphTable:
         buckets: Sequence[int] = BUCKETS,
     ) -> None:
         self._groups = tuple(chain.from_iterable(f.layers.layers for f in families.values()))
-        self._arenas = {id(d.arena): d.arena for d in self._groups}
-        if any(arena.grows for arena in self._arenas.values()):
+        if any(deltas.arena.grows for deltas in self._groups):
             raise ValueError("graphs keep addresses in the arena: it must not grow")
         self._forward = forward
         self._families = families
@@ -120,13 +119,12 @@ class GraphTable:
         if not count or tokens is None or max(step.positions) >= self._max_length:
             return None
         slots = step.segments.slots
-        adapters = bool(slots) and any(not slots.isdisjoint(d.slots) for d in self._groups)
+        adapters = bool(slots) and any(not d.slots.keys().isdisjoint(slots) for d in self._groups)
         return self._graphs.get((tokens, adapters))
 
     def _state(self) -> object:
         """Changes whenever equal segments may need other plans."""
-        moves = sum(arena.moves for arena in self._arenas.values())
-        return moves, sum(deltas.changes for deltas in self._groups)
+        return tuple(family.layers.residents.version for family in self._families.values())
 
     def _reserve(self, tokens: int, family: Family, memory: StaticMemory | None) -> StepPlan:
         limits = self._limits(tokens, family.base.out_features)

@@ -195,7 +195,7 @@ class GpuLinearDeltas:
         be given an activation."""
         if self._planner is not None:
             return self._planner.plan(self, base, segments, gated)
-        if segments.slots.isdisjoint(self.slots):
+        if self.slots.keys().isdisjoint(segments.slots):
             return None
         return self.plan(segments, base, gated=gated)
 

@@ -32,7 +32,7 @@ class Stacks:
         """The step's plan for a group; None if no adapter of the step acts on it. gated: `run` will
         be given an activation."""
         captured = isinstance(segments, Reserved)
-        if not captured and segments.slots.isdisjoint(deltas.slots):
+        if not captured and deltas.slots.keys().isdisjoint(segments.slots):
             return None
         weights, layers = base.weights, self._groups[deltas.group]
         key = (deltas.group, weights.key(gated), weights.whole_zeros)

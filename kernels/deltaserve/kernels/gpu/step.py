@@ -185,7 +185,7 @@ def write(plan: StepPlan, tables: Tables) -> None:
         array, start = getattr(tables, name), plan.room[name].start
         if array.size:
             staging[start : start + array.size] = array.reshape(-1).view(np.int32)
-    start, layers = plan.room[OFFSETS[0]].start, len(plan.layers)
+    start, layers = plan.room[OFFSETS[0]].start, tables.layers
     rows = staging[start : start + plan.stride * layers].reshape(layers, plan.stride)
     for name in OFFSETS:
         found, at = getattr(tables, name), plan.room[name].start - start

@@ -57,6 +57,10 @@ class Tables:
     planes: int
     uses: Uses
 
+    @property
+    def layers(self) -> int:
+        return int(self.page_a.shape[1])
+
 
 def build(
     group: Group, adapters: Adapters, tiles: int, tiling: Tiling, apart: bool = False
