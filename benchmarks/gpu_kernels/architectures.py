@@ -49,7 +49,8 @@ def architecture(report: Report, name: str) -> None:
                 what = f"{name} {quantize}"
                 with report.attempt(what), _device() as gpu:
                     compare(
-                        report, what, asked, lambda b: _engine(b, root, quantize), gpu, TOKENS,
+                        report, what, asked,
+                        lambda b, eager: _engine(b, root, quantize, eager), gpu, TOKENS,
                         tolerance,
                     )  # fmt: skip
 
@@ -112,7 +113,7 @@ def _device() -> Iterator[Any]:
 
 
 @contextmanager
-def _engine(backend: Any, root: Path, quantize: str) -> Iterator[Any]:
+def _engine(backend: Any, root: Path, quantize: str, eager: bool) -> Iterator[Any]:
     from deltaserve.server.config import AdapterConfig, EngineConfig
     from deltaserve.server.engine.build import make_engine
     from deltaserve.server.model import load
@@ -120,7 +121,9 @@ def _engine(backend: Any, root: Path, quantize: str) -> Iterator[Any]:
     model = load(
         root / "base", dtype=torch.float32, quantize=quantize, group_size=GROUP, backend=backend
     )  # type: ignore[call-overload]
-    config = EngineConfig(kv_cache_bytes=8 << 20, max_batch_tokens=16, block_size=8)
+    config = EngineConfig(
+        kv_cache_bytes=8 << 20, max_batch_tokens=16, block_size=8, enforce_eager=eager
+    )
     engine = make_engine(model, config, AdapterConfig(roots=(root,)))
     engine.start()
     try:

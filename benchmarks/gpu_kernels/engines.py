@@ -1,5 +1,6 @@
-"""The whole engine on the GPU beside the engine on the CPU: every variant of the zoo in one mixed
-batch. The CPU scores what the GPU has said, so that a tie does not part them."""
+"""The whole engine on the GPU, with graphs and without, beside the engine on the CPU: every variant
+of the zoo in one mixed batch. The CPU scores what the GPU has said, so that a tie does not part
+them."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from gpu_kernels.data import ON_GPU
 
 if TYPE_CHECKING:
     from deltaserve.kernels.backend import Backend
+    from deltaserve.server.engine.collector import Answer
     from deltaserve.server.engine.text import Text
     from gpu_kernels.check import Report
 
@@ -62,7 +64,8 @@ def engines(report: Report, quantize: str, dtype: torch.dtype, quick: bool) -> N
         text = Text(ZOO / "base")
         asked = [Asked(n, mix, tuple(text.backend.encode(said).ids)) for n, mix, said in mixes]
         compare(
-            report, what, asked, lambda backend: _engine(backend, names, quantize, dtype, text),
+            report, what, asked,
+            lambda backend, eager: _engine(backend, names, quantize, dtype, text, eager),
             TritonBackend(), 2 if quick else 24, TOLERANCE[dtype],
         )  # fmt: skip
 
@@ -71,37 +74,44 @@ def compare(
     report: Report,
     what: str,
     asked: Sequence[Asked],
-    open_engine: Callable[[Backend], AbstractContextManager[Any]],
+    open_engine: Callable[[Backend, bool], AbstractContextManager[Any]],
     gpu: Backend,
     tokens: int,
     tolerance: float,
 ) -> None:
-    """tolerance: of a log-probability, and of how far behind the best a chosen token may be."""
+    """open_engine: with a backend, and whether every step is launched kernel by kernel. tolerance:
+    of a log-probability, and of how far behind the best a chosen token may be. Where steps can be
+    captured, the engine runs a second time without."""
     from deltaserve.kernels.backend import CpuBackend
     from deltaserve.server.engine.collector import generate
 
-    with open_engine(gpu) as engine:
-        requests = [_request(a.prompt, a.mix, max_tokens=tokens, logprobs=0) for a in asked]
-        ours = generate(engine, requests, timeout=300)
-    with open_engine(CpuBackend()) as engine:
-        requests = [
-            _request(a.prompt + answer.token_ids, a.mix, max_tokens=0, score_from=len(a.prompt),
-                     prompt_logprobs=1)
-            for a, answer in zip(asked, ours, strict=True)
-        ]  # fmt: skip
-        theirs = generate(engine, requests, timeout=300)
-    for a, answer, scored in zip(asked, ours, theirs, strict=True):
-        pairs = list(zip(answer.logprobs, scored.last.prompt_logprobs, strict=True))
-        error = max(abs(x.logprob - y.logprob) for x, y in pairs)
-        behind = max(y.top[0][1] - y.logprob for _, y in pairs)
-        right = len(pairs) == tokens and max(error, behind) < tolerance
-        report.fact(f"{what}, {a.name}: {error:.1e}, {behind:.1e} behind the best", right)
+    forms: list[tuple[str, list[Answer]]] = []
+    for eager in (False, True) if ON_GPU else (True,):
+        with open_engine(type(gpu)(), eager) as engine:
+            requests = [_request(a.prompt, a.mix, max_tokens=tokens, logprobs=0) for a in asked]
+            answers = generate(engine, requests, timeout=300)
+            forms.append((f", {engine._runner.replays} steps from graphs", answers))
+    for form, ours in forms:
+        with open_engine(CpuBackend(), True) as engine:
+            requests = [
+                _request(a.prompt + answer.token_ids, a.mix, max_tokens=0,
+                         score_from=len(a.prompt), prompt_logprobs=1)
+                for a, answer in zip(asked, ours, strict=True)
+            ]  # fmt: skip
+            theirs = generate(engine, requests, timeout=300)
+        for a, answer, scored in zip(asked, ours, theirs, strict=True):
+            pairs = list(zip(answer.logprobs, scored.last.prompt_logprobs, strict=True))
+            error = max(abs(x.logprob - y.logprob) for x, y in pairs)
+            behind = max(y.top[0][1] - y.logprob for _, y in pairs)
+            right = len(pairs) == tokens and max(error, behind) < tolerance
+            report.fact(f"{what}{form}, {a.name}: {error:.1e}, {behind:.1e} behind the best", right)
 
 
 @contextmanager
 def _engine(
-    backend: Backend, names: Sequence[str], quantize: str, dtype: torch.dtype, text: Text
-) -> Iterator[Any]:
+    backend: Backend, names: Sequence[str], quantize: str, dtype: torch.dtype, text: Text,
+    eager: bool,
+) -> Iterator[Any]:  # fmt: skip
     from deltaserve.server.config import AdapterConfig, EngineConfig
     from deltaserve.server.engine.build import make_engine
     from deltaserve.server.model import load
@@ -110,7 +120,9 @@ def _engine(
         ZOO / "base", dtype=dtype, quantize=quantize, group_size=GROUP, backend=backend,
         max_length=256,
     )  # fmt: skip
-    config = EngineConfig(kv_cache_bytes=32 << 20, max_batch_tokens=256 if ON_GPU else 64)
+    config = EngineConfig(
+        kv_cache_bytes=32 << 20, max_batch_tokens=256 if ON_GPU else 64, enforce_eager=eager
+    )
     engine = make_engine(model, config, AdapterConfig(roots=(ZOO,), bytes=256 << 20), text=text)
     engine.start()
     try:

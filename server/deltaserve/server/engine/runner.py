@@ -62,10 +62,13 @@ class StepResult(NamedTuple):
 
 
 class ModelRunner:
+    """replays: steps that were launched as graphs so far."""
+
     def __init__(self, model: Model, kv: KVStore) -> None:
         self.model = model
         self.kv = kv
         self.model.ctx.kv = kv
+        self.replays = 0
         self._graphs: Graphs | None = None
 
     @torch.inference_mode()
@@ -104,6 +107,7 @@ class ModelRunner:
             decoded = self._replay(self._graphs, parts, ids, positions, segments)
         if decoded is not None:
             logits, best = decoded
+            self.replays += 1
         else:
             logits = self._launch(batch, rows, logit_rows, ids, positions, segments)
             best = best_of(logits) if alone else logits[:0]
