@@ -8,9 +8,12 @@ import torch
 from kernel_oracle import relative_error, served
 from torch import Tensor
 
+from deltaserve.kernels.base import BaseLinear
 from deltaserve.kernels.gpu.base import GpuLinear, make_linear
+from deltaserve.kernels.gpu.convert import held_on_gpu
 from deltaserve.kernels.gpu.device import default_device
 from deltaserve.kernels.gpu.linear import GpuLinearDeltas
+from deltaserve.kernels.gpu.workspace import Workspace
 from deltaserve.kernels.primitives import Primitive
 from deltaserve.kernels.segments import Segments
 
@@ -31,7 +34,8 @@ MIXED = Segments(
 
 
 class GpuRig:
-    """adapters: {slot: {part: primitives}}, installed."""
+    """adapters: {slot: {part: primitives}}, installed. held: the base as loading leaves it, else one
+    is made of random weights."""
 
     def __init__(
         self,
@@ -43,16 +47,21 @@ class GpuRig:
         quantize: str = "none",
         group_size: int = 128,
         bias: bool = True,
+        held: BaseLinear | None = None,
     ) -> None:
         self.inner, self.outs, self.dtype = inner, tuple(outs), dtype
         self.adapters = dict(adapters)
         self.device = default_device()
-        weight = torch.randn(sum(outs), inner) / inner**0.5
-        given = torch.randn(sum(outs)) if bias else None
-        self.base: GpuLinear = make_linear(
-            weight, given, dtype=dtype, quantize=quantize, group_size=group_size
-        )
-        self.weight = self.base.weight().cpu()
+        self.base: GpuLinear
+        if held is None:
+            weight = torch.randn(sum(outs), inner) / inner**0.5
+            given = torch.randn(sum(outs)) if bias else None
+            self.base = make_linear(
+                weight, given, dtype=dtype, quantize=quantize, group_size=group_size
+            )
+        else:
+            self.base = held_on_gpu(held, self.device, Workspace(self.device))
+        self.weight = (self.base if held is None else held).weight().cpu()
         self.bias = None if self.base.bias is None else self.base.bias.cpu()
         self.deltas = GpuLinearDeltas(inner, outs, dtype)
         for slot, parts in adapters.items():

@@ -51,12 +51,12 @@ KEPT = {
     "int4 with broken zeros": lambda: int4(64, whole=False),
     "bytes": lambda: octets(INNER, torch.int8),
     "fp8": lambda: octets(INNER, torch.float8_e4m3fn),
+    "permuted": permuted,
 }
 REFUSED = {
     "int4 in groups of 40": lambda: int4(40),
     "scales of 32": lambda: octets(32, torch.int8),
     "zeros": lambda: octets(INNER, torch.int8, zeros=True),
-    "PermutedLinear": permuted,
     "Code4Linear": lambda: Code4Linear(
         torch.randint(0, 16, (OUT, INNER), dtype=torch.uint8), torch.randn(16),
         torch.rand(OUT, -(-INNER // 64)), None, DTYPE, 64,

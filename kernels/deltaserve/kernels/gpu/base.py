@@ -25,8 +25,9 @@ FORMATS = ("none", "int8", "int4", "fp8")
 class GpuLinear(BaseLinear):
     """A base linear on the GPU; made by `make_linear` and `concat`.
 
-    format: "dense", "int8", "int4" or "fp8". weights: what the kernels read. workspace: one of its
-    own if not given.
+    format: "dense", "int8", "int4" or "fp8". held: the canonical tensors; "order", int64 [in], says
+    which input each column of the others is for, which is its own if it is missing. weights: what
+    the kernels read. workspace: one of its own if not given.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class GpuLinear(BaseLinear):
         bias = held.get("bias")
         self.bias = None if bias is None else bias.to(self.device, dtype).contiguous()
         self.weights = self._pack(held)
-        self.nbytes = tensor_bytes(self.weights.weight, self.bias)
+        self.nbytes = tensor_bytes(self.weights.weight, self.weights.order, self.bias)
         if format != "dense":
             self.nbytes += tensor_bytes(self.weights.scale)
         if format == "int4" and self.weights.scale.dtype != torch.int32:
@@ -72,6 +73,11 @@ class GpuLinear(BaseLinear):
 
     def weight(self) -> Tensor:
         held = self.held()
+        weight = self._dequantized(held)
+        return weight[:, held["order"].argsort()] if "order" in held else weight
+
+    def _dequantized(self, held: dict[str, Tensor]) -> Tensor:
+        """float32 [out, in], in the order that it is held in."""
         if self.format == "dense":
             return held["weight"].float()
         if self.format == "int4":
@@ -100,10 +106,15 @@ class GpuLinear(BaseLinear):
             found["scale"] = to_host(w.scale)
         if self.bias is not None:
             found["bias"] = to_host(self.bias)
+        if w.order is not None:
+            found["order"] = to_host(w.order).long()
         return found
 
     def _pack(self, held: dict[str, Tensor]) -> Weights:
         none = torch.zeros(16, device=self.device)
+        order = held.get("order")
+        if order is not None:
+            order = order.to(self.device, torch.int32)
         weight, scale, zero, whole = none, none, none, True
         if self.format == "dense":
             weight = held["weight"].to(self.device, self.dtype).contiguous()
@@ -118,6 +129,7 @@ class GpuLinear(BaseLinear):
         return Weights(
             self.format, self.in_features, self.out_features, self.group_size, self.dtype,
             weight.to(self.device), scale.to(self.device), zero.to(self.device), self.bias, whole,
+            order,
         )  # fmt: skip
 
 
@@ -161,15 +173,10 @@ def quantize_fp8(weight: Tensor) -> dict[str, Tensor]:
 
 def concat(linears: Sequence[GpuLinear]) -> GpuLinear:
     """One linear whose outputs are those of `linears`, one after the other; of one format, dtype,
-    group size and in_features. A missing bias is zeros if another has one."""
+    group size, in_features and order of these. A missing bias is zeros if another has one."""
     first = linears[0]
     for other in linears[1:]:
-        if (other.format, other.dtype, other.group_size, other.in_features) != (
-            first.format,
-            first.dtype,
-            first.group_size,
-            first.in_features,
-        ):
+        if _kind(other) != _kind(first) or not _same_order(other, first):
             raise ValueError(f"cannot join {_name(first)} and {_name(other)}")
     if len(linears) == 1:
         return first
@@ -177,7 +184,9 @@ def concat(linears: Sequence[GpuLinear]) -> GpuLinear:
     if any("bias" in h for h in held):
         for h, linear in zip(held, linears, strict=True):
             h.setdefault("bias", torch.zeros(linear.out_features, dtype=linear.dtype))
-    joined = {name: torch.cat([h[name] for h in held]) for name in held[0]}
+    joined = {name: torch.cat([h[name] for h in held]) for name in held[0] if name != "order"}
+    if "order" in held[0]:
+        joined["order"] = held[0]["order"]
     return GpuLinear(joined, first.format, first.dtype, first.group_size, first.device)
 
 
@@ -204,6 +213,17 @@ def _pair(scale: Tensor, zero: Tensor, dtype: torch.dtype, none: Tensor) -> tupl
     if torch.equal(narrow.double(), both.double()):
         return narrow.contiguous().view(torch.int32).squeeze(-1), none
     return both[..., 0].contiguous(), both[..., 1].contiguous()
+
+
+def _kind(linear: GpuLinear) -> tuple[object, ...]:
+    return linear.format, linear.dtype, linear.group_size, linear.in_features
+
+
+def _same_order(a: GpuLinear, b: GpuLinear) -> bool:
+    first, second = a.weights.order, b.weights.order
+    if first is None or second is None:
+        return first is second
+    return torch.equal(first, second)
 
 
 def _name(linear: GpuLinear) -> str:

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from deltaserve.kernels.backend import UnsupportedWeights
-from deltaserve.kernels.base import BaseLinear, ByteLinear, DenseLinear, Int4Linear, Int8Linear
+from deltaserve.kernels.base import (
+    BaseLinear,
+    ByteLinear,
+    DenseLinear,
+    Int4Linear,
+    Int8Linear,
+    PermutedLinear,
+)
 from deltaserve.kernels.gpu.base import GpuLinear
 from deltaserve.kernels.gpu.workspace import Workspace
 
@@ -26,6 +33,9 @@ def _form(linear: BaseLinear) -> tuple[dict[str, Tensor], str, int]:
         raise UnsupportedWeights(
             f"activations of {linear.activations}: a GPU computes with float ones alone"
         )
+    if isinstance(linear, PermutedLinear):
+        held, form, group = _form(linear.inner)
+        return {**held, "order": linear.order}, form, group
     if isinstance(linear, DenseLinear):
         return linear.held(), "dense", 0
     if isinstance(linear, Int8Linear):

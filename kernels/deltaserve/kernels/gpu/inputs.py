@@ -28,7 +28,8 @@ BLOCK = 16
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Inputs:
-    """x: what the adapters read, [M, K]. base: what the base reads, [M, K] or [parts, M, K].
+    """x: what the adapters read, [M, K]. base: what the base reads, [M, K] or [parts, M, K], in the
+    order of the weight's columns.
     sums: float32 [parts or 1, K / step, padded]; turned: [K, padded]; biases: float32 [K / 128,
     padded]. step: columns of a sum, 0 if there are none. padded: tokens in whole tiles of `tokens`.
     apart: whether base and sums have one copy per part."""
@@ -51,7 +52,8 @@ class Inputs:
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What a group's launches want of its input x [count, width]. step: columns of the base's steps
-    whose sums it reads, 0 for none. tiles, tokens: see `Inputs`. parts: of the group."""
+    whose sums it reads, 0 for none. tiles, tokens: see `Inputs`. parts: of the group. order: of the
+    weight's columns, see `Weights`."""
 
     count: int
     width: int
@@ -60,10 +62,22 @@ class Wanted:
     tiles: int
     tokens: int
     uses: Uses
+    order: Tensor | None = None
 
     @property
     def padded(self) -> int:
         return self.tiles * self.tokens
+
+    @property
+    def step_of_x(self) -> int:
+        """`step`, for the kernel that makes x: 0 if the base reads x in another order, as only
+        inputs_kernel makes that."""
+        return 0 if self.order is not None else self.step
+
+    @property
+    def copied(self) -> bool:
+        """Whether the base reads something else than x."""
+        return self.uses.scaled or self.order is not None
 
     @property
     def copies(self) -> int:
@@ -73,7 +87,7 @@ class Wanted:
     def something(self) -> bool:
         """Whether anything beside x is wanted."""
         uses = self.uses
-        return bool(self.step or uses.scaled or uses.turned or uses.biased)
+        return bool(self.step or self.copied or uses.turned or uses.biased)
 
     def room(self, x: Tensor, step: int, sums: Tensor | None, workspace: Workspace) -> Inputs:
         """Places for it. step: columns of a sum. sums: those there are already."""
@@ -84,7 +98,7 @@ class Wanted:
         scaled = self.copies * x.numel()
         return Inputs(
             x=x,
-            base=workspace.take("scaled", scaled, x.dtype) if uses.scaled else x,
+            base=workspace.take("scaled", scaled, x.dtype) if self.copied else x,
             sums=sums,
             turned=workspace.take("turned", self.width * padded if uses.turned else 1, x.dtype),
             biases=workspace.take("biases", -(-self.width // 128) * padded if uses.biased else 1),
@@ -108,6 +122,7 @@ def wanted(
         tiles=plan.tiles if plan else -(-count // tokens),
         tokens=tokens,
         uses=plan.uses if plan else Uses(),
+        order=weights.order,
     )
 
 
@@ -119,9 +134,11 @@ def run_inputs(
     workspace: Workspace,
     sums: Sums | None = None,
 ) -> Inputs:
-    """x: [count, width], contiguous. sums: those of x, if whoever made it took them. One launch, or
-    none if nothing else is wanted."""
+    """x: [count, width], contiguous. sums: those of x, if whoever made it took them, which is of no
+    use to a base that reads x in another order. One launch, or none if nothing else is wanted."""
     uses = want.uses
+    if want.order is not None:
+        sums = None
     step = want.step and (sums.step if sums else want.step)
     if sums is not None and want.step and (want.step % sums.step or sums.padded != want.padded):
         raise ValueError(
@@ -131,7 +148,7 @@ def run_inputs(
     given = sums.values if sums is not None and step else None
     inputs = want.room(x, step, None if uses.scaled else given, workspace)
     summing = step if given is None or uses.scaled else 0
-    if not (summing or uses.scaled or uses.turned or uses.biased):
+    if not (summing or want.copied or uses.turned or uses.biased):
         return inputs
     t = plan.tables if plan else {}
     ints, floats = workspace.take("nothing", 1, torch.int32), workspace.take("nothing", 1)
@@ -141,7 +158,7 @@ def run_inputs(
         (want.padded // BLOCK, -(-want.width // 128), want.copies),
         (
             x, inputs.base, inputs.sums, floats if given is None else given, inputs.turned,
-            inputs.biases,
+            inputs.biases, want.order,
             column_offsets(x.dtype, x.device) if uses.biased else floats,
             arena.view(torch.float32) if arena else floats, t.get("in_offset", ints),
             t.get("in_lo", ints), t.get("in_hi", ints), t.get("in_strength", floats),

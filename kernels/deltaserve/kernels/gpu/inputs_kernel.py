@@ -1,7 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""What a group's launches want of its input beside x itself: scaled copies, sums over the steps
-of a base with 4-bit weights, x turned for sparse slices, the biases of 1-bit deltas. Where the
-kernel that makes x does this, or some of it, nothing is launched, or less is left to do here."""
+"""What a group's launches want of its input beside x itself: copies scaled or in another order, sums
+over the steps of a base with 4-bit weights, x turned for sparse slices, the biases of 1-bit deltas.
+Where the kernel that makes x does this, or some of it, nothing is launched, or less is left to do
+here."""
 
 from __future__ import annotations
 
@@ -11,15 +12,17 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["M", "TILES"])
 def inputs_kernel(
-    x, scaled, sums, given, turned, biases, columns, arena_float, offsets, los, his, strengths,
-    bounds, M, TILES,
+    x, scaled, sums, given, turned, biases, order, columns, arena_float, offsets, los, his,
+    strengths, bounds, M, TILES,
     K: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr, TOKENS: tl.constexpr,
     BT: tl.constexpr, SCALED: tl.constexpr, TURNED: tl.constexpr, BIASED: tl.constexpr,
     GIVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """grid (blocks of BT tokens, chunks of 128 columns, parts). x: [M, K].
 
+    order: int32 [K] or None; column k of what the base is given is column order[k] of x.
     SCALED: scaled [parts, M, K] = x times ``1 + sum of w (s - 1)`` of each token's input vectors.
+    It is written for an order too.
     STEP: unless it is 0, sums float32 [parts, K / STEP, MP] of what the base is given, over STEP
     columns each; GIVEN: tokens without input vectors keep those of given [K / STEP, MP], the sums
     that whoever made x took in an order of his own: a base row must not depend on its neighbours.
@@ -43,6 +46,9 @@ def inputs_kernel(
         if BIASED:
             total = tl.sum(value.to(tl.float32) * tl.load(columns + at)[None, :], axis=1)
             tl.store(biases + chunk * MP + m, total)
+    if order is not None:
+        k = tl.load(order + k, mask=k < K, other=K)
+        value = tl.load(x + m[:, None] * K + k[None, :], mask=seen, other=0.0)
     changed = m < 0
     if SCALED:
         f = tl.full((BT, 128), 1.0, tl.float32)
@@ -54,6 +60,7 @@ def inputs_kernel(
             f += tl.where(own[:, None], (tl.load(strengths + v) * (s - 1.0))[None, :], 0.0)
             changed = changed | own
         value = (value.to(tl.float32) * f).to(x.dtype.element_ty)
+    if SCALED or order is not None:
         tl.store(scaled + (part * M).to(tl.int64) * K + place, value, mask=seen)
     if STEP > 0:
         PIECES: tl.constexpr = 128 // STEP

@@ -3,7 +3,8 @@ the mix; one more where attention is split, and one where the step has prompts.
 
 What a group of linears wants of its input beside x is made by the kernel that makes x: the norms,
 attention, the epilogue of gate and up. Only adapters whose 1-bit or sparse deltas or scaled inputs
-are on o or down cost a launch of inputs_kernel there.
+are on o or down, and weights whose inputs are in an order of their own, cost a launch of
+inputs_kernel there.
 """
 
 from __future__ import annotations
@@ -85,29 +86,31 @@ class GpuLayer:
         norms = self._head_norms(segments, tokens)
         rope_write(qkv, parts.heads, *rotation, *cache, step.cells, norms)
         want = self.o.wanted(tokens, plans[1])
-        sums = self._sums(want, sum_step(parts.dim, want.step) if want.step else 0)
+        sums = self._sums(want, sum_step(parts.dim, want.step_of_x) if want.step_of_x else 0)
         mixed = self._attend(qkv, cache, step, sums, beside)
         h = self.o.run(mixed, plans[1], Output(residual=x), sums)
         want = self.down.wanted(tokens, plans[3])
-        sums = self._sums(want, min(want.step, self._rows(tokens)))
+        sums = self._sums(want, min(want.step_of_x, self._rows(tokens)))
         gated = Output(activation="silu", sums=sums)
         act = self.up.run(self._norm(second, h, self.up, plans[2], segments), plans[2], gated)
         return self.down.run(act, plans[3], Output(residual=h, y=h), sums)
 
     def _norm(
         self, norm: Norm, x: Tensor, group: _Group, plan: StepPlan | None, segments: Segments
-    ) -> Inputs:
+    ) -> Inputs | Tensor:
         deltas = cast(GpuNormDeltas, norm.deltas)
         want = group.wanted(len(x), plan)
-        return run_norm(
+        ordered = want.order is not None
+        inputs = run_norm(
             x,
             norm.gain,
             norm.eps,
             self.workspace,
             offset=norm.offset,
             tuned=deltas.planned(segments, want.padded) if deltas.touches(segments) else None,
-            following=Following(want, plan, group.deltas.arena),
+            following=None if ordered else Following(want, plan, group.deltas.arena),
         )
+        return inputs.x if ordered else inputs
 
     def _head_norms(self, segments: Segments, tokens: int) -> HeadNorms | None:
         if self.parts.head_norms is None:

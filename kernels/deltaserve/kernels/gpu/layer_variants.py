@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -62,6 +62,11 @@ class _Cut:
         sums = self.spec.format == "int4" and self.config.how == "sums"
         return self.config.bk if sums else 0
 
+    @property
+    def step_of_x(self) -> int:
+        """See `Wanted`."""
+        return 0 if self.spec.ordered else self.step
+
 
 def of_layer(spec: LayerSpec, buckets: Sequence[int], arch: int) -> Iterator[Variant]:
     """What a layer needs for these numbers of tokens, with adapters and without; all of it."""
@@ -82,11 +87,15 @@ def _of_step(spec: LayerSpec, bucket: int, adapters: bool, arch: int) -> Iterato
     )
     dtype = qkv.spec.dtype
     for cut in (qkv, up):
-        yield norm_variant(cut.spec, cut.tokens, cut.step, adapters)
+        if cut.spec.ordered:  # the norm makes x alone
+            yield norm_variant(replace(cut.spec, parts=(1,)), 16, 0, adapters)
+            yield from _inputs(cut, 0)
+        else:
+            yield norm_variant(cut.spec, cut.tokens, cut.step, adapters)
     for tuned in {False, adapters and spec.head_norms}:
         yield rope_variant(spec, dtype, tuned)
-    mixed = sum_step(spec.dim, o.step) if o.step else 0
-    act = min(down.step, tile_rows(up.config, True))
+    mixed = sum_step(spec.dim, o.step_of_x) if o.step_of_x else 0
+    act = min(down.step_of_x, tile_rows(up.config, True))
     found = attention.variants(
         spec.heads, spec.kv_heads, spec.dim, spec.dim, spec.block_size, dtype, (spec.windowed,),
         spec.softcap, sums=mixed,
@@ -110,7 +119,7 @@ def _inputs(cut: _Cut, given: int) -> Iterator[Variant]:
         if (scaled or turned or biased) and not (cut.aux and (cut.aux.gathers > 1 or not turned)):
             continue
         step = (given or cut.step) if scaled or not given else 0
-        if step or scaled or turned or biased:
+        if step or scaled or turned or biased or cut.spec.ordered:
             uses = Uses(scaled, False, turned, biased)
             yield inputs_variant(cut.spec, cut.tokens, step, uses, given=bool(given and step))
 

@@ -31,7 +31,7 @@ NUMBERS = frozenset({
 FACTORS = frozenset({"eps", "offset"})
 TABLES = frozenset({
     "arena_int", "bounds", "counter", "entries", "his", "items", "los", "n_items", "offsets",
-    "key_bounds", "key_mixes", "key_offsets", "mix_bounds", "mix_offset", "mixes",
+    "order", "key_bounds", "key_mixes", "key_offsets", "mix_bounds", "mix_offset", "mixes",
     "page_a", "page_b", "page_bounds", "page_col", "page_hi", "page_lo", "plane_count", "tiles",
     "vec_bounds", "vec_hi", "vec_lo", "vec_offset", "weight",
 })  # fmt: skip
@@ -44,7 +44,7 @@ COMPUTE = frozenset({
 @dataclass(frozen=True, slots=True)
 class GroupSpec:
     """A group of linears of a model, as its kernels know it. wide_scales: scales and zeros of int4
-    are float32 (see `Weights`)."""
+    are float32. ordered: the weight's columns are in an order of their own (see `Weights`)."""
 
     name: str
     format: str
@@ -56,6 +56,7 @@ class GroupSpec:
     residual: bool = False
     bias: bool = False
     wide_scales: bool = False
+    ordered: bool = False
 
     @property
     def key(self) -> GroupKey:
@@ -80,6 +81,7 @@ def spec_of(base: GpuLinear, group: Group) -> GroupSpec:
         dtype=base.dtype,
         bias=base.bias is not None,
         wide_scales=wide,
+        ordered=base.weights.order is not None,
     )
 
 
@@ -138,8 +140,10 @@ def inputs_variant(
     flags = [f"sums of {step}"] if step else []
     flags += [name for name in ("scaled", "turned", "biased") if getattr(uses, name)]
     flags += ["given"] if given else []
+    flags += ["ordered"] if spec.ordered else []
     name = f"inputs {spec.name} {tokens} tokens {' '.join(flags)}"
-    return variant_of(name, inputs_kernel, constants, spec.dtype, 4, 1, {}, pdl=pdl)
+    absent = [] if spec.ordered else ["order"]
+    return variant_of(name, inputs_kernel, constants, spec.dtype, 4, 1, {}, absent, pdl=pdl)
 
 
 def of_group(spec: GroupSpec, buckets: Sequence[int], arch: int) -> Iterator[Variant]:
@@ -157,9 +161,10 @@ def of_group(spec: GroupSpec, buckets: Sequence[int], arch: int) -> Iterator[Var
         ]
         for scaled, turned, biased in product((False, True), repeat=3):
             uses = Uses(scaled, False, turned, biased)
-            if (step or any((scaled, turned, biased))) and (own.gathers > 1 or not turned):
+            wanted = step or spec.ordered or any((scaled, turned, biased))
+            if wanted and (own.gathers > 1 or not turned):
                 found.append(inputs_variant(spec, tokens, step, uses))
-        if step and tokens != max(config.bm, 16):
+        if (step or spec.ordered) and tokens != max(config.bm, 16):
             found.append(inputs_variant(spec, max(config.bm, 16), step, Uses()))
         for variant in found:
             if variant.identity not in seen:

@@ -16,7 +16,8 @@ class Weights:
     of a dense format. scale of int4: int32 [groups, out], the zero in the upper half, both of
     type dtype, or float32 beside zero where they are not exact in it; of int8 and fp8: float32
     [out]; else unused. bias: [out] or None. dtype: of x and y. whole_zeros: whether the zeros of
-    int4 are whole numbers, as all but HQQ's are."""
+    int4 are whole numbers, as all but HQQ's are. order: int32 [in], the column of x that each
+    column of the weight is for, or None if they are in one order."""
 
     format: str
     in_features: int
@@ -28,6 +29,7 @@ class Weights:
     zero: Tensor
     bias: Tensor | None
     whole_zeros: bool = True
+    order: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
