@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import archs
+import packers
 import pytest
 import test_activated
 import test_adaption_prompt
 import test_architectures_served
+import test_quantized_served
 import torch
 from engine_pair import Pair, on_gpu, pair, prompt
 from rig import request
@@ -272,6 +274,18 @@ def test_a_quantized_base(gpu: TritonBackend, family: Path, quantize: str) -> No
                 for i, n in enumerate(["", *names])
             }
         )
+
+
+@pytest.mark.parametrize("name", ["gptq-asymmetric-in-order", "bitsandbytes"])
+def test_a_quantized_checkpoint(gpu: TritonBackend, tmp_path: Path, name: str) -> None:
+    make_base(tmp_path / "float", "llama")
+    pack, config = test_quantized_served.CHECKPOINTS[name]
+    packers.write(tmp_path / "float", tmp_path / "base", tmp_path / "plain", pack, config)
+    random = torch.Generator().manual_seed(0)
+    VARIANTS["dora"].make(tmp_path / "plain", tmp_path / "adapters" / "dora", random)
+    with ExitStack() as stack:
+        both = pair(stack, gpu, tmp_path, ["dora"])
+        both.same({n or "base": request(prompt(3, 5), n, max_tokens=2) for n in ("", "dora")})
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,8 @@ MIXED = Segments(
 
 
 class GpuRig:
-    """adapters: {slot: {part: primitives}}, installed. held: the base as loading leaves it, else one
-    is made of random weights."""
+    """adapters: {slot: {part: primitives}}, installed. held: the base as loading leaves it; else
+    one is made of random weights."""
 
     def __init__(
         self,

@@ -7,16 +7,25 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from gpu_rig import GpuRig
-from kernel_oracle import random_primitive
+from gpu_rig import TOLERANCE, GpuRig
+from kernel_oracle import random_primitive, relative_error
 
-from deltaserve.kernels.base import BaseLinear, Int4Linear, PermutedLinear
+from deltaserve.kernels.base import (
+    BaseLinear,
+    ByteLinear,
+    Code4Linear,
+    Int4Linear,
+    PermutedLinear,
+)
 from deltaserve.kernels.gpu import device
+from deltaserve.kernels.gpu.convert import held_on_gpu
+from deltaserve.kernels.gpu.device import default_device
+from deltaserve.kernels.gpu.workspace import Workspace
 from deltaserve.kernels.segments import Segments
 
-INNER, OUTS = 200, (37, 20)
-FAMILIES = {1: ("low", "input"), 2: ("bit", "csr", "output"), 3: ("replace", "bias")}
-MIXED = Segments([(1, 2, ((1, 1.0),)), (2, 4, ((2, 0.5), (1, 0.5))), (5, 6, ((3, 1.0),))], 7)
+INNER, OUTS = 136, (21, 12)
+FAMILIES = {1: ("low", "input"), 2: ("bit", "csr", "output")}
+MIXED = Segments([(1, 2, ((1, 1.0),)), (2, 4, ((2, 0.5), (1, 0.5)))], 5)
 
 
 def int4(dtype: torch.dtype, group: int, *, whole: bool = True) -> BaseLinear:
@@ -28,20 +37,53 @@ def int4(dtype: torch.dtype, group: int, *, whole: bool = True) -> BaseLinear:
     return Int4Linear(q, scale, zero.round() if whole else zero, bias, dtype, group)
 
 
+def codes(dtype: torch.dtype, group: int) -> BaseLinear:
+    """Codes that 16 bits do not hold."""
+    out = sum(OUTS)
+    q = torch.randint(0, 16, (out, INNER), dtype=torch.uint8)
+    scale = (torch.rand(out, -(-INNER // group)) + 0.5) / INNER**0.5
+    return Code4Linear(q, torch.randn(16), scale, torch.randn(out), dtype, group)
+
+
+def octets(
+    dtype: torch.dtype, group: int, kind: torch.dtype = torch.int8, zeros: bool = False
+) -> BaseLinear:
+    out, groups = sum(OUTS), -(-INNER // group)
+    q = torch.randint(-128, 128, (out, INNER)).clamp(-127 if kind != torch.int8 else -128).to(kind)
+    zero = torch.randint(-128, 129, (out, groups)).float() if zeros else None
+    scale = (torch.rand(out, groups) + 0.5) / (74 * INNER**0.5)
+    return ByteLinear(q, scale, zero, torch.randn(out), dtype, group)
+
+
 def ordered(linear: BaseLinear) -> BaseLinear:
     return PermutedLinear(linear, torch.randperm(INNER))
 
 
 FORMS: dict[str, Callable[[torch.dtype], BaseLinear]] = {
+    "int4 of 8": lambda dtype: int4(dtype, 8),
+    "int4 of 16, broken zeros": lambda dtype: int4(dtype, 16, whole=False),
+    "int4 of 40": lambda dtype: int4(dtype, 40),
     "int4 ordered": lambda dtype: ordered(int4(dtype, 32)),
     "int4 ordered, broken zeros": lambda dtype: ordered(int4(dtype, 64, whole=False)),
+    "codes of 64": lambda dtype: codes(dtype, 64),
+    "codes of 8, ordered": lambda dtype: ordered(codes(dtype, 8)),
+    "bytes of 48": lambda dtype: octets(dtype, 48),
+    "bytes of 128 with zeros": lambda dtype: octets(dtype, 128, zeros=True),
+    "bytes of rows with zeros": lambda dtype: octets(dtype, INNER, zeros=True),
+    "bytes of 24 with zeros": lambda dtype: octets(dtype, 24, zeros=True),
+    "fp8 of 128": lambda dtype: octets(dtype, 128, torch.float8_e4m3fn),
+    "fp8 of 16": lambda dtype: octets(dtype, 16, torch.float8_e4m3fn),
 }
+IN_FLOAT32 = ("int4 of 16, broken zeros", "codes of 8, ordered", "bytes of rows with zeros")
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [*((form, torch.bfloat16) for form in FORMS), *((form, torch.float32) for form in IN_FLOAT32)],
+    ids=str,
+)
 def test_beside_adapters(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Odd sizes, with the instructions that a GPU runs, a few tokens and many."""
+    """Odd sizes, with the instructions that a GPU runs; and tiles for many tokens."""
     monkeypatch.setattr(device, "packs", lambda: True)
     adapters = {
         slot: {p: tuple(random_primitive(k, n, INNER) for k in kinds) for p, n in enumerate(OUTS)}
@@ -49,4 +91,19 @@ def test_beside_adapters(form: str, dtype: torch.dtype, monkeypatch: pytest.Monk
     }
     rig = GpuRig(INNER, OUTS, dtype, adapters, held=FORMS[form](dtype))
     rig.check(MIXED)
-    rig.check(Segments([(0, 1, ((1, 1.0),))], 40))
+    x = rig.x(33)
+    expected = torch.cat(rig.parts(x, Segments([], 33)), 1)
+    assert relative_error(rig.base(x).cpu(), expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_codes_keep_every_bit(dtype: torch.dtype) -> None:
+    """Of weights that are alike but for their last bits, what is left when they cancel."""
+    q = torch.arange(16, dtype=torch.uint8).expand(3, 16)
+    code = 1 + torch.arange(16) * 2.0**-23
+    linear = Code4Linear(q, code, torch.ones(3, 2), None, dtype, 8)
+    x = torch.zeros(15, 16)
+    x[:, 0], x[range(15), range(1, 16)] = -1, 1
+    place = default_device()
+    y = held_on_gpu(linear, place, Workspace(place))(x.to(place, dtype))
+    assert torch.equal(y.cpu().double(), (code[1:] - code[0]).double()[:, None].expand(15, 3))

@@ -17,7 +17,7 @@ from deltaserve.kernels.attention.gpu_step import GpuStep
 from deltaserve.kernels.attention.step import How, Span
 from deltaserve.kernels.decoder import LayerParts, Linear, Norm
 from deltaserve.kernels.gpu import aux, gemm, inputs, norm, rope
-from deltaserve.kernels.gpu.base import make_linear
+from deltaserve.kernels.gpu.base import GpuLinear, make_linear
 from deltaserve.kernels.gpu.device import default_device
 from deltaserve.kernels.gpu.layer import GpuLayer
 from deltaserve.kernels.gpu.linear import GpuLinearDeltas
@@ -64,8 +64,9 @@ class LayerRig:
         window: int | None = None,
         group: int = 128,
         joined: bool = False,
+        ordered: bool = False,
     ) -> None:
-        self.dtype, self.group = dtype, group
+        self.dtype, self.group, self.ordered = dtype, group, ordered
         gate_up = (HIDDEN, (2 * INNER,) if joined else (INNER, INNER))
         self.shapes = (*SHAPES, gate_up, (INNER, (HIDDEN,)))
         self.space = Workspace(DEVICE)
@@ -147,6 +148,9 @@ class LayerRig:
         weight = torch.randn(sum(outs), inner) / inner**0.5
         bias = 0.1 * torch.randn(sum(outs))
         base = make_linear(weight, bias, dtype=self.dtype, quantize=quantize, group_size=self.group)
+        if self.ordered:
+            held = {**base.held(), "order": torch.randperm(inner)}
+            base = GpuLinear(held, base.format, self.dtype, base.group_size)
         deltas = GpuLinearDeltas(inner, outs, self.dtype, workspace=self.space)
         own: list[dict[int, tuple[Primitive, ...]]] = [{} for _ in range(5)]
         for slot, families in kinds.items():
@@ -187,6 +191,7 @@ CASES = [
     (torch.bfloat16, "int4", DECODES, {"head_norms": True, "tuned": True}),
     (torch.float16, "int4", PROMPTS, {"turned": 16, "group": 32, "joined": True}),
     (torch.bfloat16, "fp8", PROMPTS, {"head_norms": True}),
+    (torch.bfloat16, "int4", PROMPTS, {"ordered": True, "tuned": True, "group": 16}),
 ]
 
 

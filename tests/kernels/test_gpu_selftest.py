@@ -15,21 +15,23 @@ from deltaserve.kernels.backend import KernelError
 from deltaserve.kernels.gpu import aux, gemm, inputs, prepared, ready, selftest
 from deltaserve.kernels.gpu.base import make_linear
 from deltaserve.kernels.gpu.device import default_device
+from deltaserve.kernels.gpu.form import Form
 from deltaserve.kernels.gpu.launch import launch
 from deltaserve.kernels.gpu.selftest import self_test
 from deltaserve.kernels.gpu.variants import of_group, spec_of
 from deltaserve.kernels.table import Group
 
+DENSE = Form("dense")
 PLAIN = AttentionSpec(4, 2, 32, 32)
 SPECIAL = AttentionSpec(4, 1, 32, 16, window=20, softcap=5.0, sinks=True)
 
 
 def test_right_kernels_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     state = torch.random.get_rng_state()
-    self_test(torch.float32, default_device(), ["int4"], [SPECIAL], 16)
+    self_test(torch.float32, default_device(), [Form("int4", 128)], [SPECIAL], 16)
     assert torch.equal(torch.random.get_rng_state(), state)
     monkeypatch.setattr(selftest, "BUCKETS", (16,))
-    self_test(torch.bfloat16, default_device(), ["none", "fp8"], [PLAIN], 16)
+    self_test(torch.bfloat16, default_device(), [DENSE, Form("fp8")], [PLAIN], 16)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,7 @@ def test_a_kernel_that_does_nothing(
         monkeypatch.setattr(module, "launch", skip)
     monkeypatch.setattr(selftest, "BUCKETS", (16,))
     with pytest.raises(KernelError, match=f"{named}.* is wrong on the interpreter: its relative"):
-        self_test(torch.float32, default_device(), ["none"], [PLAIN], 16)
+        self_test(torch.float32, default_device(), [DENSE], [PLAIN], 16)
 
 
 @pytest.mark.parametrize("name, named", [("pack_signs", "1 bit"), ("pack_entries", "entries")])
@@ -75,7 +77,7 @@ def test_what_is_read_wrongly(name: str, named: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(prepared, name, wrong)
     monkeypatch.setattr(selftest, "BUCKETS", (16,))
     with pytest.raises(KernelError, match=named):
-        self_test(torch.float32, default_device(), ["none"], [], 16)
+        self_test(torch.float32, default_device(), [DENSE], [], 16)
 
 
 def test_a_kernel_that_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +86,7 @@ def test_a_kernel_that_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(gemm, "launch", fail)
     with pytest.raises(KernelError, match=r"int8 linears, 16 tokens: does not run on .*: illegal"):
-        self_test(torch.float32, default_device(), ["int8"], [], 16)
+        self_test(torch.float32, default_device(), [Form("int8")], [], 16)
 
 
 def test_compiled_and_tested_before_it_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +114,7 @@ def test_compiled_and_tested_before_it_is_ready(monkeypatch: pytest.MonkeyPatch)
     assert len(identities) == len(compiled)
     for wanted in (
         of_group(spec, (1, 256, 600), 90),
-        of_group(selftest.specs(["int4"], torch.float32)[0], selftest.BUCKETS, 90),
+        of_group(selftest.specs([Form("int4", 128)], torch.float32)[0], selftest.BUCKETS, 90),
         variants(4, 2, 32, 32, 16, torch.float32),
     ):
         assert {v.identity for v in wanted} <= identities

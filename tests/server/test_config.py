@@ -41,7 +41,6 @@ def parents(*pairs: tuple[str, str]) -> AdapterConfig:
             lambda: ModelConfig(HERE, device="cuda", quantize="int8", activations="int8"),
             "--activations",
         ),
-        (lambda: ModelConfig(HERE, device="cuda", quantize="int4", group_size=40), "--group-size"),
         (lambda: ModelConfig(HERE, threads=0), "--threads"),
         (lambda: AdapterConfig(preload=(("a", HERE / "nowhere"),)), "--adapter"),
         (lambda: AdapterConfig(preload=(("a@b", HERE),)), "--adapter"),

@@ -66,10 +66,9 @@ class ModelConfig:
             )
         if self.activations == "int8" and self.device == "cuda":
             raise ConfigError("--activations int8: a GPU computes with float; leave it out")
-        unit = 32 if self.device == "cuda" else 8
-        _at_least("--group-size", self.group_size, unit)
-        if self.group_size % unit:
-            raise ConfigError(f"--group-size {self.group_size}: must be a multiple of {unit}")
+        _at_least("--group-size", self.group_size, 8)
+        if self.group_size % 8:
+            raise ConfigError(f"--group-size {self.group_size}: must be a multiple of 8")
         if self.threads is not None:
             _at_least("--threads", self.threads, 1)
         if not self.base.is_dir():

@@ -3,7 +3,9 @@
 matrix instruction reads (base/words.py), with the weights as its left operand and the tokens as
 its right one: a decode batch is the short side, and on Hopper the left operand may be registers.
 
-Formats: "int4" with a scale and a zero per group, "int8" and "fp8" with a scale per row, "dense".
+Formats: "int4" with a scale and a zero per group, "code4" (numbers of a table of 16) with a scale
+per group, "int8" and "fp8" with a scale per row or per group, "uint8" with a scale and a zero per
+group, "dense".
 """
 
 from __future__ import annotations
@@ -11,149 +13,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-def bits_over(mask: int, word: int, flip: bool = False) -> tl.constexpr:
-    """PTX for ``(w & mask) | word``, or ``^ word``, as one instruction. It has room for one
-    constant, and the assembler would move the other to a register over and over; so the word is
-    hidden from it: it is added to the program's number on the third axis, zero in every grid."""
-    table = "0x6A" if flip else "0xEA"
-    return tl.constexpr(
-        "{ .reg .b32 c; mov.u32 c, %ctaid.z; "
-        f"add.u32 c, c, {word:#x}; lop3.b32 $0, $1, {mask:#x}, c, {table}; }}"
-    )
-
-
-NIBBLES_BF16 = bits_over(0x000F000F, 0x43004300)
-NIBBLES_F16 = bits_over(0x000F000F, 0x64006400)
-LOW_BF16 = bits_over(0x007F007F, 0x43004300)
-TOP_BF16 = bits_over(0x00800080, 0x43804380, flip=True)
-BYTES_F16 = bits_over(0x00FF00FF, 0x64006400)
+from deltaserve.kernels.base.unpack_kernel import codes, floats8, nibbles, nibbles_minus, octets
 
 
 @triton.jit
-def over(w, ASM: tl.constexpr):
-    """What `bits_over` says, of every word."""
-    return tl.inline_asm_elementwise(ASM, "=r,r", [w], tl.int32, True, 1)
-
-
-@triton.jit
-def nibble_pairs(w, DT: tl.constexpr, PACKED: tl.constexpr):
-    """The lowest nibble of each half word added to 128 in bf16, to 1024 in f16."""
-    if PACKED:
-        if DT == tl.bfloat16:
-            p = over(w, NIBBLES_BF16)
-        else:
-            p = over(w, NIBBLES_F16)
+def dot_exact(w, xt, X: tl.constexpr):
+    """float32 w [BN, BK] times xt [BK, BM] of type X, summed in float32. For bf16, the 24 bits of a
+    weight are three numbers of 8."""
+    if X == tl.bfloat16:
+        top = (w.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        rest = w - top
+        middle = (rest.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        part = tl.dot((rest - middle).to(X), xt)
+        part = tl.dot(middle.to(X), xt, part)
+        part = tl.dot(top.to(X), xt, part)
     else:
-        p = (w & 0x000F000F) | (0x43004300 if DT == tl.bfloat16 else 0x64006400)
-    return p
+        part = tl.dot(w, xt.to(tl.float32), input_precision="ieee")
+    return part
 
 
 @triton.jit
-def pair_fma(a, b, c, DT: tl.constexpr):
-    """a * b + c on the two bf16 or f16 halves of 32-bit words, exact where the values are."""
-    if DT == tl.bfloat16:
-        r = tl.inline_asm_elementwise(
-            "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], tl.int32, True, 1
-        )
-    else:
-        r = tl.inline_asm_elementwise(
-            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], tl.int32, True, 1
-        )
-    return r
-
-
-@triton.jit
-def pair_sub(a, b, DT: tl.constexpr, PACKED: tl.constexpr):
-    """a - b on pairs. PACKED: as one instruction; else as the interpreter can run it: the result
-    is then two values side by side on a new last axis, otherwise a word."""
-    if PACKED:
-        if DT == tl.bfloat16:
-            r = pair_fma(b, tl.full(b.shape, -1082081408, tl.int32), a, DT)  # two of -1
-        else:
-            r = pair_fma(b, tl.full(b.shape, -1140802560, tl.int32), a, DT)
-        return halves(r, DT)
-    else:
-        return halves(a, DT) - halves(b, DT)
-
-
-@triton.jit
-def halves(p, DT: tl.constexpr):
-    """Words -> their lower and upper half on a new last axis."""
-    return tl.join(p.to(tl.int16), (p >> 16).to(tl.int16)).to(DT, bitcast=True)
-
-
-@triton.jit
-def nibbles(w, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PACKED: tl.constexpr):
-    """[BN, BK / 8] words -> [BN, BK] of OFFSET + q, exact: 128 + q in bf16, 1024 + q in f16."""
-    w = tl.reshape(w, (BN, BK // 32, 4, 1))
-    w = w >> (4 * tl.arange(0, 4)[None, None, None, :])
-    p = nibble_pairs(w, DT, PACKED)
-    b = tl.reshape(halves(p, DT), (BN, BK // 32, 4, 2, 2, 2))  # n, c, L, s, half, e
-    return tl.reshape(tl.permute(b, (0, 1, 3, 4, 2, 5)), (BN, BK))
-
-
-@triton.jit
-def nibbles_minus(w, z, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PACKED: tl.constexpr):
-    """[BN, BK / 8] words, whole zeros z [BN], float32 -> [BN, BK] of q - z, exact."""
-    w = tl.reshape(w, (BN, BK // 32, 4, 1))
-    w = w >> (4 * tl.arange(0, 4)[None, None, None, :])
-    p = nibble_pairs(w, DT, PACKED)
-    zz = (z + (128 if DT == tl.bfloat16 else 1024)).to(DT)
-    zz = zz.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    zz = tl.broadcast_to((zz | (zz << 16))[:, None, None, None], (BN, BK // 32, 4, 4))
-    b = tl.reshape(pair_sub(p, zz, DT, PACKED), (BN, BK // 32, 4, 2, 2, 2))
-    return tl.reshape(tl.permute(b, (0, 1, 3, 4, 2, 5)), (BN, BK))
-
-
-@triton.jit
-def octets(w, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PACKED: tl.constexpr):
-    """[BN, BK / 4] words of q + 128 -> [BN, BK] of q in -128..127, exact.
-
-    bf16 has 7 bits of mantissa, one too few for 128 + byte: 128 + the lower seven bits, less 128
-    or 256 by the highest one, which lies where the two constants differ."""
-    w = tl.reshape(w, (BN, BK // 16, 4, 1))
-    j = 8 * tl.arange(0, 2)[None, None, None, :]
-    w = w >> j
-    if DT == tl.bfloat16:
-        if PACKED:
-            p, c = over(w, LOW_BF16), over(w, TOP_BF16)
-        else:
-            p, c = (w & 0x007F007F) | 0x43004300, (w & 0x00800080) ^ 0x43804380
-    else:
-        if PACKED:
-            p = over(w, BYTES_F16)
-        else:
-            p = (w & 0x00FF00FF) | 0x64006400
-        c = tl.full(p.shape, 0x64806480, tl.int32)  # two of 1152
-    b = pair_sub(p, c, DT, PACKED)  # n, c, L, half, e
-    return tl.reshape(tl.permute(b, (0, 1, 3, 2, 4)), (BN, BK))
-
-
-@triton.jit
-def floats8(w, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PACKED: tl.constexpr):
-    """[BN, BK / 4] words of float8 e4m3 -> [BN, BK], exact: the bits in the wider type's places
-    are the value scaled by a power of two, which one packed multiplication undoes."""
-    w = tl.reshape(w, (BN, BK // 16, 4, 1))
-    j = 8 * (1 - tl.arange(0, 2))[None, None, None, :]
-    w = w << j  # the byte in the upper half of each 16 bits
-    if DT == tl.bfloat16:
-        p = (w & -2147450880) | ((w & 0x7F007F00) >> 4)
-    else:
-        p = (w & -2147450880) | ((w & 0x7F007F00) >> 1)
-    if PACKED:
-        minus_zero = tl.full(p.shape, -2147450880, tl.int32)
-        if DT == tl.bfloat16:
-            power = tl.full(p.shape, 0x7B807B80, tl.int32)  # two of 2**120
-        else:
-            power = tl.full(p.shape, 0x5C005C00, tl.int32)  # two of 2**8
-        b = halves(pair_fma(p, power, minus_zero, DT), DT)
-    else:
-        if DT == tl.bfloat16:
-            b = (halves(p, DT).to(tl.float32) * 1.329227995784916e36).to(DT)  # 2**120
-        else:
-            b = (halves(p, DT).to(tl.float32) * 256.0).to(DT)
-    return tl.reshape(tl.permute(b, (0, 1, 3, 2, 4)), (BN, BK))
+def columns(w, i, GROUP: tl.constexpr, BK: tl.constexpr):
+    """w [BN, BK], zero but for the i-th group of its columns, unless they are of one group."""
+    if GROUP < BK:
+        w = tl.where((tl.arange(0, BK) // GROUP == i)[None, :], w, 0.0)
+    return w
 
 
 @triton.jit
@@ -190,6 +74,25 @@ def scale_and_zero(scale, zero, at, live, DT: tl.constexpr):
 
 
 @triton.jit
+def sums_of(
+    sums, k, m, MP, K: tl.constexpr, PIECE: tl.constexpr, SPAN: tl.constexpr, SUM: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """[BM], x summed over the SPAN columns k.., the PIECE-th group of a step that begins inside."""
+    for j in tl.static_range(SPAN // SUM):
+        p = sums + (k // SUM + j) * MP + m
+        if EVEN_K or PIECE + j == 0:
+            more = tl.load(p)
+        else:
+            more = tl.load(p, mask=(m >= 0) & (k + j * SUM < K), other=0.0)
+        if j == 0:
+            total = more
+        else:
+            total += more
+    return total
+
+
+@triton.jit
 def product(
     x, sums, weight, scale, zero, n, live, m, k_from, k_to, M, MP,
     N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
@@ -202,10 +105,12 @@ def product(
 
     x: [M, K]. sums: float32 [K / SUM, MP], x summed over SUM columns each, which divide a step;
     read by HOW "sums" alone.
-    scale, zero: [K / GROUP, N] of int4, see `scale_and_zero`; else scale is float32 [N].
+    scale, zero: [K / GROUP, N] of int4 and uint8, see `scale_and_zero`; else scale is float32,
+    [K / GROUP, N] or, where GROUP is 1, [N], and zero is the table of code4. A step has one group
+    or, where they are smaller, several, of which there are as many as whole steps have.
     HOW, of int4: "sums" leaves the zeros to the sums of x, so that nothing touches a weight after
-    it is unpacked, which pays while tokens are few; "after" subtracts whole zeros from the
-    weights. Both scale the sums of each group: no weight is ever rounded.
+    it is unpacked, which pays while tokens are few; "after" subtracts zeros, whole ones unless X
+    is float32, from the weights. Both scale the sums of each group: no weight is ever rounded.
     """
     X: tl.constexpr = x.dtype.element_ty
     at = tl.arange(0, BK)
@@ -225,30 +130,46 @@ def product(
             else:
                 w = tl.load(p, mask=inside, other=0.0, eviction_policy="evict_first")
             acc = tl.dot(w, xt, acc, input_precision="ieee")
-        elif FORMAT == "int8":
+        elif FORMAT == "int8" and GROUP == 1:
             w = load_words(weight, k, n, live, N, 16, BK, EVEN_N)
             acc = tl.dot(octets(w, BN, BK, DT, PACKED).to(X), xt, acc, input_precision="ieee")
-        elif FORMAT == "fp8":
+        elif FORMAT == "fp8" and GROUP == 1:
             w = load_words(weight, k, n, live, N, 16, BK, EVEN_N)
             acc = tl.dot(floats8(w, BN, BK, DT, PACKED).to(X), xt, acc, input_precision="ieee")
         else:
-            w = load_words(weight, k, n, live, N, 32, BK, EVEN_N)
-            s, z = scale_and_zero(scale, zero, (k // GROUP) * N + n, live, DT)
-            if HOW == "sums":
-                part = tl.dot(nibbles(w, BN, BK, DT, PACKED).to(X), xt, input_precision="ieee")
-                total = tl.load(sums + (k // SUM) * MP + m)
-                for i in tl.static_range(1, BK // SUM):
-                    more = sums + (k // SUM + i) * MP + m
-                    if EVEN_K:
-                        total += tl.load(more)
+            BITS4: tl.constexpr = FORMAT == "int4" or FORMAT == "code4"
+            w = load_words(weight, k, n, live, N, 32 if BITS4 else 16, BK, EVEN_N)
+            SPAN: tl.constexpr = GROUP if GROUP < BK else BK
+            for i in tl.static_range(BK // SPAN):
+                own = (k // GROUP + i) * N + n
+                if FORMAT == "int4" or FORMAT == "uint8":
+                    s, z = scale_and_zero(scale, zero, own, live, DT)
+                else:
+                    s = tl.load(scale + own, mask=live, other=0.0)
+                if FORMAT == "int4" and HOW == "sums":
+                    q = columns(nibbles(w, BN, BK, DT, PACKED), i, GROUP, BK)
+                    part = tl.dot(q.to(X), xt, input_precision="ieee")
+                    total = sums_of(sums, k + i * SPAN, m, MP, K, i, SPAN, SUM, EVEN_K)
+                    offset = z + (128 if DT == tl.bfloat16 else 1024)
+                    part -= offset[:, None] * total[None, :]
+                elif FORMAT == "int4":
+                    if X == tl.float32:
+                        q = nibbles(w, BN, BK, DT, PACKED).to(X) - 1024 - z[:, None]
                     else:
-                        total += tl.load(more, mask=(m >= 0) & (k + i * SUM < K), other=0.0)
-                offset = z + (128 if DT == tl.bfloat16 else 1024)
-                acc += (part - offset[:, None] * total[None, :]) * s[:, None]
-            else:
-                w = nibbles_minus(w, z, BN, BK, DT, PACKED)
-                part = tl.dot(w.to(X), xt, input_precision="ieee")
+                        q = nibbles_minus(w, z, BN, BK, DT, PACKED)
+                    q = columns(q, i, GROUP, BK)
+                    part = tl.dot(q.to(X), xt, input_precision="ieee")
+                elif FORMAT == "code4":
+                    part = dot_exact(columns(codes(w, zero, BN, BK), i, GROUP, BK), xt, X)
+                elif FORMAT == "fp8":
+                    q = columns(floats8(w, BN, BK, DT, PACKED), i, GROUP, BK)
+                    part = tl.dot(q.to(X), xt, input_precision="ieee")
+                else:
+                    q = octets(w, BN, BK, DT, PACKED)
+                    if FORMAT == "uint8":
+                        q = q.to(tl.float32) - z[:, None]  # at most 256: exact in X
+                    part = tl.dot(columns(q, i, GROUP, BK).to(X), xt, input_precision="ieee")
                 acc += part * s[:, None]
-    if FORMAT == "int8" or FORMAT == "fp8":
+    if GROUP == 1 and FORMAT != "dense":
         acc *= tl.load(scale + n, mask=live, other=0.0)[:, None]
     return acc

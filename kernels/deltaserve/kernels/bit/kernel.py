@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deltaserve.kernels.base.kernel import bits_over, halves, over
+from deltaserve.kernels.base.unpack_kernel import bits_over, halves, over
 
 # What a bit of a word becomes (bit/words.py): the bit over a base number.
 BF16_15 = bits_over(0x80008000, 0x3F803F80)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deltaserve.kernels.base import words
 from deltaserve.kernels.base.linear import BaseLinear, tensor_bytes
-from deltaserve.kernels.base.quantize import dequantize
 from deltaserve.kernels.base.quantize import quantize as quantize_weight
 from deltaserve.kernels.gpu.device import COMPUTE_DTYPES, default_device
 from deltaserve.kernels.gpu.gemm import Output, choose, run_gemm
@@ -19,15 +19,23 @@ from deltaserve.kernels.gpu.weights import Weights
 from deltaserve.kernels.gpu.workspace import Workspace
 
 INT4_GROUP = 128
+DEEPEST = words.ALIGN
+"""Inputs of the deepest step of any kernel."""
 FORMATS = ("none", "int8", "int4", "fp8")
+FOUR_BITS = ("int4", "code4")
+WITH_ZEROS = ("int4", "uint8")
+SHARED = ("order", "code")
+"""Canonical tensors that have no rows."""
 
 
 class GpuLinear(BaseLinear):
     """A base linear on the GPU; made by `make_linear` and `concat`.
 
-    format: "dense", "int8", "int4" or "fp8". held: the canonical tensors; "order", int64 [in], says
-    which input each column of the others is for, which is its own if it is missing. weights: what
-    the kernels read. workspace: one of its own if not given.
+    format: "dense", "int8", "uint8" (whole numbers of a byte with zeros), "int4", "code4" (codes of
+    4 bits) or "fp8". held: the canonical tensors, as of the linear that the CPU would serve;
+    "order", int64 [in], says which input each column of the others is for, its own if it is
+    missing. group_size: inputs of one scale; 0, of bytes alone, for one scale per row. weights:
+    what the kernels read. workspace: one of its own if not given.
     """
 
     def __init__(
@@ -46,15 +54,17 @@ class GpuLinear(BaseLinear):
         self.device = device or default_device()
         first = held["weight"] if format == "dense" else held["q"]
         self.out_features, self.in_features = first.shape
-        self.group_size = _group_size(group_size, self.in_features) if format == "int4" else 0
+        grouped = format in FOUR_BITS or (format != "dense" and group_size != 0)
+        self.group_size = _group_size(group_size, self.in_features) if grouped else 0
         bias = held.get("bias")
         self.bias = None if bias is None else bias.to(self.device, dtype).contiguous()
         self.weights = self._pack(held)
-        self.nbytes = tensor_bytes(self.weights.weight, self.weights.order, self.bias)
+        w = self.weights
+        self.nbytes = tensor_bytes(w.weight, w.order, self.bias)
         if format != "dense":
-            self.nbytes += tensor_bytes(self.weights.scale)
-        if format == "int4" and self.weights.scale.dtype != torch.int32:
-            self.nbytes += tensor_bytes(self.weights.zero)
+            self.nbytes += tensor_bytes(w.scale)
+        if format == "code4" or (format in WITH_ZEROS and w.scale.dtype != torch.int32):
+            self.nbytes += tensor_bytes(w.zero)
         self._workspace = workspace or Workspace(self.device)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -80,30 +90,39 @@ class GpuLinear(BaseLinear):
         """float32 [out, in], in the order that it is held in."""
         if self.format == "dense":
             return held["weight"].float()
-        if self.format == "int4":
-            return dequantize(held["q"], held["scale"], held["zero"], self.group_size)
+        numbers = held["q"].float()
         if self.format == "fp8":
-            return held["q"].view(torch.float8_e4m3fn).float() * held["scale"][:, None]
-        return dequantize(held["q"], held["scale"], None)
+            numbers = held["q"].view(torch.float8_e4m3fn).float()
+        elif self.format == "code4":
+            numbers = held["code"][held["q"].int()]
+        if not self.group_size:
+            return numbers * held["scale"][:, None]
+        index = torch.arange(self.in_features) // self.group_size
+        if "zero" in held:
+            numbers -= held["zero"][:, index]
+        return numbers * held["scale"][:, index]
 
     def held(self) -> dict[str, Tensor]:
         w = self.weights
         found: dict[str, Tensor] = {}
         if self.format == "dense":
             found["weight"] = to_host(w.weight)
-        elif self.format == "int4":
-            found["q"] = words.unpack_nibbles(to_host(w.weight), self.in_features)
+        else:
+            if self.format in FOUR_BITS:
+                found["q"] = words.unpack_nibbles(to_host(w.weight), self.in_features)
+            else:
+                octets = words.unpack_bytes(to_host(w.weight), self.in_features)
+                signed = (octets ^ 128).view(torch.int8)
+                found["q"] = octets if self.format == "fp8" else signed
             scale, zero = to_host(w.scale), to_host(w.zero)
             if scale.dtype == torch.int32:
                 both = scale.unsqueeze(-1).view(_half(self.dtype))
-                scale, zero = both[..., 0], both[..., 1]
-            found["scale"] = scale.T.float().contiguous()
-            found["zero"] = zero.T.float().contiguous()
-        else:
-            octets = words.unpack_bytes(to_host(w.weight), self.in_features)
-            signed = (octets ^ 128).view(torch.int8)
-            found["q"] = octets if self.format == "fp8" else signed
-            found["scale"] = to_host(w.scale)
+                scale, zero = both[..., 0].float(), both[..., 1].float()
+            found["scale"] = self._by_row(scale)
+            if self.format in WITH_ZEROS:
+                found["zero"] = self._by_row(zero)
+            if self.format == "code4":
+                found["code"] = zero
         if self.bias is not None:
             found["bias"] = to_host(self.bias)
         if w.order is not None:
@@ -118,19 +137,39 @@ class GpuLinear(BaseLinear):
         weight, scale, zero, whole = none, none, none, True
         if self.format == "dense":
             weight = held["weight"].to(self.device, self.dtype).contiguous()
-        elif self.format == "int4":
-            weight = words.pack_nibbles(held["q"])
-            whole = bool(torch.equal(held["zero"], held["zero"].round()))
-            scale, zero = _pair(held["scale"].float(), held["zero"].float(), self.dtype, none)
         else:
             q = held["q"].view(torch.uint8)
-            weight = words.pack_bytes(q if self.format == "fp8" else q ^ 128)
-            scale = held["scale"].float()
+            if self.format in FOUR_BITS:
+                weight = words.pack_nibbles(q)
+            else:
+                weight = words.pack_bytes(q if self.format == "fp8" else q ^ 128)
+            scale = self._by_group(held["scale"])
+        if self.format in WITH_ZEROS:
+            whole = bool(torch.equal(held["zero"], held["zero"].round()))
+            scale, zero = _pair(scale, self._by_group(held["zero"]), self.dtype, none)
+        elif self.format == "code4":
+            zero = held["code"].float().contiguous()
         return Weights(
             self.format, self.in_features, self.out_features, self.group_size, self.dtype,
             weight.to(self.device), scale.to(self.device), zero.to(self.device), self.bias, whole,
             order,
         )  # fmt: skip
+
+    def _by_group(self, values: Tensor) -> Tensor:
+        """float32 [groups, out] of values [out, groups], as many groups as whole steps have; values
+        [out] of rows as they are."""
+        if not self.group_size:
+            return values.float().contiguous()
+        wanted = -(-self.in_features // DEEPEST) * max(1, DEEPEST // self.group_size)
+        if self.group_size > DEEPEST:
+            wanted = values.shape[1]
+        return F.pad(values.float(), (0, wanted - values.shape[1])).T.contiguous()
+
+    def _by_row(self, values: Tensor) -> Tensor:
+        """What `_by_group` was given."""
+        if not self.group_size:
+            return values
+        return values[: -(-self.in_features // self.group_size)].T.contiguous()
 
 
 def make_linear(
@@ -143,8 +182,8 @@ def make_linear(
     device: torch.device | None = None,
 ) -> GpuLinear:
     """From a float weight [out, in]. quantize: "none", "int8" and "fp8" (e4m3), both with a scale
-    per output row, or "int4" in groups of `group_size` inputs: 32, 64, a multiple of 128, or at
-    least in_features for one group of all."""
+    per output row, or "int4" in groups of `group_size` inputs: 8, 16, 32, 64, a multiple of 128,
+    or at least in_features for one group of all."""
     if quantize not in FORMATS:
         raise ValueError(f'quantize is "{quantize}"; it must be one of {", ".join(FORMATS)}')
     if quantize == "none":
@@ -157,7 +196,8 @@ def make_linear(
         held = quantize_weight(weight, 4, _group_size(group_size, weight.shape[1]))
     if bias is not None:
         held["bias"] = bias
-    return GpuLinear(held, "dense" if quantize == "none" else quantize, dtype, group_size, device)
+    format = "dense" if quantize == "none" else quantize
+    return GpuLinear(held, format, dtype, group_size if format == "int4" else 0, device)
 
 
 def quantize_fp8(weight: Tensor) -> dict[str, Tensor]:
@@ -176,7 +216,7 @@ def concat(linears: Sequence[GpuLinear]) -> GpuLinear:
     group size, in_features and order of these. A missing bias is zeros if another has one."""
     first = linears[0]
     for other in linears[1:]:
-        if _kind(other) != _kind(first) or not _same_order(other, first):
+        if not _alike(other, first):
             raise ValueError(f"cannot join {_name(first)} and {_name(other)}")
     if len(linears) == 1:
         return first
@@ -184,19 +224,18 @@ def concat(linears: Sequence[GpuLinear]) -> GpuLinear:
     if any("bias" in h for h in held):
         for h, linear in zip(held, linears, strict=True):
             h.setdefault("bias", torch.zeros(linear.out_features, dtype=linear.dtype))
-    joined = {name: torch.cat([h[name] for h in held]) for name in held[0] if name != "order"}
-    if "order" in held[0]:
-        joined["order"] = held[0]["order"]
+    joined = {name: torch.cat([h[name] for h in held]) for name in held[0] if name not in SHARED}
+    joined |= {name: held[0][name] for name in SHARED if name in held[0]}
     return GpuLinear(joined, first.format, first.dtype, first.group_size, first.device)
 
 
 def _group_size(group_size: int, in_features: int) -> int:
     if group_size >= in_features or group_size == -1:
-        return -(-in_features // 128) * 128
-    if group_size not in (32, 64) and (group_size <= 0 or group_size % 128):
+        return -(-in_features // DEEPEST) * DEEPEST
+    if group_size not in (8, 16, 32, 64) and (group_size <= 0 or group_size % DEEPEST):
         raise ValueError(
-            f"group_size is {group_size}; the GPU takes 32, 64, multiples of 128 and -1 for one "
-            "group of all inputs"
+            f"group_size is {group_size}; the GPU takes 8, 16, 32, 64, multiples of {DEEPEST} and "
+            "-1 for one group of all inputs"
         )
     return group_size
 
@@ -207,23 +246,23 @@ def _half(dtype: torch.dtype) -> torch.dtype:
 
 
 def _pair(scale: Tensor, zero: Tensor, dtype: torch.dtype, none: Tensor) -> tuple[Tensor, Tensor]:
-    """[out, groups] each -> what `Weights` holds."""
-    both = torch.stack((scale.T, zero.T), -1)
+    """[groups, out] each -> what `Weights` holds."""
+    both = torch.stack((scale, zero), -1)
     narrow = both.to(_half(dtype))
     if torch.equal(narrow.double(), both.double()):
         return narrow.contiguous().view(torch.int32).squeeze(-1), none
-    return both[..., 0].contiguous(), both[..., 1].contiguous()
+    return scale, zero
 
 
-def _kind(linear: GpuLinear) -> tuple[object, ...]:
-    return linear.format, linear.dtype, linear.group_size, linear.in_features
-
-
-def _same_order(a: GpuLinear, b: GpuLinear) -> bool:
-    first, second = a.weights.order, b.weights.order
-    if first is None or second is None:
-        return first is second
-    return torch.equal(first, second)
+def _alike(a: GpuLinear, b: GpuLinear) -> bool:
+    kinds = [(x.format, x.dtype, x.group_size, x.in_features) for x in (a, b)]
+    first, second = a.held(), b.held()
+    return kinds[0] == kinds[1] and all(
+        torch.equal(first[name], second[name])
+        if name in first and name in second
+        else name not in first and name not in second
+        for name in SHARED
+    )
 
 
 def _name(linear: GpuLinear) -> str:

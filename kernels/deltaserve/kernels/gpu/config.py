@@ -35,6 +35,10 @@ class GemmConfig:
     num_warps: int = 4
     num_stages: int = 4
 
+    def summed(self, format: str, group_size: int) -> int:
+        """Columns of the sums of x that the product reads; 0 for none."""
+        return min(self.bk, group_size) if format == "int4" and self.how == "sums" else 0
+
 
 @dataclass(frozen=True, slots=True)
 class AuxConfig:
@@ -86,25 +90,30 @@ def rule(key: GroupKey, tokens: int, arch: int) -> GemmConfig:
     are what fits without spilling."""
     many, hopper = bucket(tokens), arch >= 90
     wide = key.gated or key.out_features >= 16384
-    deep = min(128, key.group_size) if key.format == "int4" else 128
+    deep = depth(key)
     if many <= 32:
         bm = 8 if many <= 8 else 16 if many <= 16 else 32
         bn, bk = 128 if wide else 64, 64 if key.format == "dense" else deep
         warps = 8 if wide and not hopper and key.format != "dense" else 4
         return GemmConfig(bm, bn, bk, 1, "sums", warps, _stages(key, bm, bn, bk, arch))
     deep = 64 if key.format == "dense" else deep
-    if many <= 64:
+    if many <= 64 or key.format == "code4":  # three numbers for a code take registers
         if wide:
             return GemmConfig(64, 128, deep, 1, "after", 8, 3)
         return GemmConfig(64, 64, deep, 1, "after", 4, 3)
     if hopper:
         return GemmConfig(128, 128, deep, 1, "after", 8, 3)
-    if key.format in ("int8", "fp8"):
-        return GemmConfig(64, 128, 64, 1, "after", 8, 3)
+    if BITS[key.format] == 8:
+        return GemmConfig(64, 128, min(deep, 64), 1, "after", 8, 3)
     return GemmConfig(128, 64, deep, 1, "after", 8, 3)
 
 
-BITS = {"dense": 16, "int8": 8, "fp8": 8, "int4": 4}
+def depth(key: GroupKey) -> int:
+    """Columns of the deepest step: within a group of the base, if that has 32 or more."""
+    return max(32, min(128, key.group_size)) if key.group_size else 128
+
+
+BITS = {"dense": 16, "int8": 8, "uint8": 8, "fp8": 8, "int4": 4, "code4": 4}
 """Of a weight."""
 
 IN_FLIGHT = 5 << 20

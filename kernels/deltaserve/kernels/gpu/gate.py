@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -39,10 +40,23 @@ def all_variants(arch: int = 90) -> list[Variant]:
         found += _gemms(llama_8b(format)[0], (16, 256), arch)
     small = GroupSpec("qkv g64 bias", "int4", 2048, (2048, 512, 512), 64, bias=True)
     found += _gemms(small, (16, 64), arch)
+    found += _forms(arch)
     found += _layer(arch)
     found += attention.variants(32, 8, 128, 128)
     found += attention.variants(8, 4, 256, 256, windowed=(True,), softcap=True)
     found += attention.variants(64, 8, 64, 64, windowed=(True,), sinks=torch.bfloat16)
+    return found
+
+
+def _forms(arch: int) -> list[Variant]:
+    """What else checkpoints hold: scales for groups of bytes, zeros of bytes, codes, inputs in an
+    order of their own."""
+    found: list[Variant] = []
+    for format, size in (("int8", 128), ("uint8", 128), ("fp8", 128), ("code4", 64)):
+        spec = GroupSpec(f"qkv g{size}", format, 4096, (4096, 1024, 1024), size)
+        found += _gemms(spec, (16, 256) if format == "code4" else (16,), arch)
+    ordered = replace(llama_8b("int4")[0], ordered=True)
+    found.append(inputs_variant(ordered, 16, 128, EVERYTHING))
     return found
 
 

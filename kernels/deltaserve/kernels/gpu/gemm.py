@@ -63,13 +63,16 @@ def can_gate(parts: Sequence[int]) -> bool:
 def choose(weights: Weights, tokens: int, gated: bool = False) -> GemmConfig:
     """The table's configuration, made to fit what the base needs."""
     config = gemm_config(weights.key(gated), tokens, gpu.arch(weights.device))
-    if weights.format != "int4":
+    return fitted(config, weights.format, weights.dtype, weights.whole_zeros)
+
+
+def fitted(config: GemmConfig, format: str, dtype: torch.dtype, whole_zeros: bool) -> GemmConfig:
+    """With the zeros of int4 applied in a way that is exact."""
+    if format != "int4":
         return config
-    if not weights.whole_zeros:
-        return replace(config, how="sums")
-    if weights.dtype == torch.float32 and config.how == "sums":
+    if dtype == torch.float32:
         return replace(config, how="after")  # 1024 + q and back costs float32 its last digits
-    return config
+    return config if whole_zeros else replace(config, how="sums")
 
 
 def tile_rows(config: GemmConfig, gated: bool) -> int:
@@ -103,8 +106,7 @@ def run_gemm(
     partial = config.bm * config.bn * columns * down * split if split > 1 else 1
     t = plan.tables if plan else {}
     ints, floats = workspace.take("nothing", 1, torch.int32), workspace.take("nothing", 1)
-    step = inputs.step or config.bk
-    groups = -(-weights.in_features // step)
+    groups = -(-weights.in_features // (inputs.step or config.bk))
     sums = output.sums
     pdl = gpu.overlaps(inputs.x.device) and plan is not None
     launch(
@@ -129,7 +131,7 @@ def run_gemm(
             weights.key(), weights.dtype, tuple(parts), config, tokens=inputs.tokens,
             h_split=plan.aux.h_split if plan else 0, activation=output.activation,
             bias=weights.bias is not None, residual=output.residual is not None, pdl=pdl,
-            step=step, y_step=0 if sums is None else sums.step, apart=inputs.apart,
+            step=inputs.step, y_step=0 if sums is None else sums.step, apart=inputs.apart,
         ),
         config.num_warps,
         config.num_stages,
@@ -156,7 +158,7 @@ def constants(
         GROUP=key.group_size or 1, HOW=config.how, DT=gpu.unpacked_type(dtype),
         BM=config.bm, BN=config.bn, BK=config.bk, SPLIT_K=config.split_k, TOKENS=tokens,
         ROWS=32 if config.bm >= 128 else 64, H_SPLIT=max(h_split, 1), ACTIVATION=activation,
-        SUM=step or config.bk, Y_SUM=y_step,
+        SUM=step or config.summed(key.format, key.group_size) or config.bk, Y_SUM=y_step,
         APART=apart and activation is not None and len(parts) == 2,
         EVEN_N=len(parts) <= 3 and all(n % rows == 0 for n in tiled),
         EVEN_K=key.in_features % (config.bk * config.split_k) == 0,

@@ -13,8 +13,11 @@ from deltaserve.kernels.table import Group
 
 TILE = 128
 """Tokens of a tile at most, to whose multiples a step is padded."""
+SMALLEST = 8
+"""Columns of the smallest groups of a base."""
+
 LEAST = 16
-"""Tokens of a tile at least; columns of a sum."""
+"""Tokens of a tile at least."""
 PROCESSORS = 160
 """Of a GPU, at most."""
 SLACK = 1.25
@@ -75,8 +78,8 @@ def _workspace(tokens: int, group: Group, arch: int) -> dict[str, int]:
     """Of `Workspace`, by the names of its buffers."""
     limits = default_limits(tokens, sum(group.out_features))
     padded, width, size = _padded(tokens), group.in_features, group.dtype.itemsize
-    # attention and the gated product leave sums over as few columns as this
-    sums = 4 * padded * -(-width // LEAST)
+    # groups of the base, attention and the gated product leave sums over as few columns as this
+    sums = 4 * padded * -(-width // SMALLEST)
     return {
         "h": 4 * aux_config(tokens, width, arch).h_split * limits.width * padded,
         "planes": 4 * limits.planes * padded * sum(group.out_features),

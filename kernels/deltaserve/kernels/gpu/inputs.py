@@ -118,7 +118,7 @@ def wanted(
         count=count,
         width=weights.in_features,
         parts=parts,
-        step=config.bk if weights.format == "int4" and config.how == "sums" else 0,
+        step=config.summed(weights.format, weights.group_size),
         tiles=plan.tiles if plan else -(-count // tokens),
         tokens=tokens,
         uses=plan.uses if plan else Uses(),

@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""What a group's launches want of its input beside x itself: copies scaled or in another order, sums
-over the steps of a base with 4-bit weights, x turned for sparse slices, the biases of 1-bit deltas.
-Where the kernel that makes x does this, or some of it, nothing is launched, or less is left to do
-here."""
+"""What a group's launches want of its input beside x itself: copies scaled or in another order,
+sums over the steps of a base with 4-bit weights, x turned for sparse slices, the biases of 1-bit
+deltas. Where the kernel that makes x does this, or some of it, nothing is launched, or less is left
+to do here."""
 
 from __future__ import annotations
 

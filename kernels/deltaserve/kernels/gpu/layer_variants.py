@@ -12,7 +12,7 @@ from deltaserve.kernels.attention import variants as attention
 from deltaserve.kernels.attention.cells import write_kernel
 from deltaserve.kernels.attention.gpu import sum_step
 from deltaserve.kernels.gpu import norm, rope
-from deltaserve.kernels.gpu.config import AuxConfig, GemmConfig, aux_config, gemm_config
+from deltaserve.kernels.gpu.config import AuxConfig, GemmConfig, aux_config
 from deltaserve.kernels.gpu.gemm import tile_rows
 from deltaserve.kernels.gpu.inputs import Wanted
 from deltaserve.kernels.gpu.norm_kernel import norm_kernel
@@ -59,8 +59,7 @@ class _Cut:
 
     @property
     def step(self) -> int:
-        sums = self.spec.format == "int4" and self.config.how == "sums"
-        return self.config.bk if sums else 0
+        return self.config.summed(self.spec.format, self.spec.key.group_size)
 
     @property
     def step_of_x(self) -> int:
@@ -80,9 +79,9 @@ def of_layer(spec: LayerSpec, buckets: Sequence[int], arch: int) -> Iterator[Var
 
 def _of_step(spec: LayerSpec, bucket: int, adapters: bool, arch: int) -> Iterator[Variant]:
     qkv, o, up, down = (
-        _Cut(g, gemm_config(g.key, bucket, arch), aux_config(bucket, g.in_features, arch))
+        _Cut(g, g.config(bucket, arch), aux_config(bucket, g.in_features, arch))
         if adapters
-        else _Cut(g, gemm_config(g.key, bucket, arch), None)
+        else _Cut(g, g.config(bucket, arch), None)
         for g in spec.groups
     )
     dtype = qkv.spec.dtype

@@ -12,6 +12,7 @@ from deltaserve.kernels.gpu import selftest
 from deltaserve.kernels.gpu.config import BUCKETS
 from deltaserve.kernels.gpu.device import arch as arch_of
 from deltaserve.kernels.gpu.device import interpreted
+from deltaserve.kernels.gpu.form import Form
 from deltaserve.kernels.gpu.precompile import precompile
 from deltaserve.kernels.gpu.selftest import self_test
 from deltaserve.kernels.gpu.variant import Variant
@@ -35,7 +36,7 @@ def make_ready(
     block_size: cells of a block. progress: called with the share done (0 to 1) and what is done
     now. Raises KernelError.
     """
-    formats = sorted({"none" if g.format == "dense" else g.format for g in groups})
+    forms = sorted({Form.of(spec) for spec in groups})
     if not interpreted():
         found = variants(groups, attention, dtype, arch_of(device), max_tokens, block_size)
 
@@ -45,7 +46,7 @@ def make_ready(
         progress(0.0, "compiling kernels")
         precompile(found, arch_of(device), progress=say)
     progress(COMPILING, "testing kernels")
-    self_test(dtype, device, formats, sorted(attention, key=str), block_size)
+    self_test(dtype, device, forms, sorted(attention, key=str), block_size)
     progress(1.0, "testing kernels")
 
 
@@ -58,10 +59,10 @@ def variants(
     block_size: int,
 ) -> list[Variant]:
     """What serving launches, and the self-test before it."""
-    formats = sorted({"none" if g.format == "dense" else g.format for g in groups})
+    forms = sorted({Form.of(spec) for spec in groups})
     buckets = (*BUCKETS, *range(512, max_tokens + 256, 256))
     found = [v for spec in groups for v in of_group(spec, buckets, arch)]
-    for spec in selftest.specs(formats, dtype):
+    for spec in selftest.specs(forms, dtype):
         found += of_group(spec, selftest.BUCKETS, arch)
     for kind in attention:
         found += attention_variants.variants(

@@ -15,7 +15,7 @@ from deltaserve.kernels.attention.step import AttentionSpec
 from deltaserve.kernels.attention.tables import AttentionTables
 from deltaserve.kernels.backend import KernelError
 from deltaserve.kernels.bit.reference import delta as bit_delta
-from deltaserve.kernels.gpu.base import GpuLinear, make_linear
+from deltaserve.kernels.gpu.form import Form
 from deltaserve.kernels.gpu.linear import GpuLinearDeltas
 from deltaserve.kernels.gpu.variants import GroupSpec, spec_of
 from deltaserve.kernels.lowrank.reference import delta as lowrank_delta
@@ -44,27 +44,26 @@ TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 or a missing piece is far above."""
 
 
-def specs(formats: Sequence[str], dtype: torch.dtype) -> list[GroupSpec]:
+def specs(forms: Sequence[Form], dtype: torch.dtype) -> list[GroupSpec]:
     """What is tested, with `BUCKETS` tokens each, for its kernels to be compiled."""
     host, group = torch.device("cpu"), Group(INNER, OUTS, dtype)
-    return [spec_of(_made(format, dtype, host), group) for format in formats]
+    return [spec_of(form.linear(OUTS, INNER, dtype, host), group) for form in forms]
 
 
 def self_test(
     dtype: torch.dtype,
     device: torch.device,
-    formats: Sequence[str],
+    forms: Sequence[Form],
     attention: Sequence[AttentionSpec],
     block_size: int,
 ) -> None:
-    """formats: of the base's linears ("none" for dense, "int8", "int4", "fp8"). Raises KernelError
-    for the first kernel that is wrong. torch's generator of the host is left as it was."""
+    """forms: of the base's linears. Raises KernelError for the first kernel that is wrong. torch's
+    generator of the host is left as it was."""
     checks: list[tuple[str, Callable[[], Results]]] = []
-    for format in formats:
+    for form in forms:
         for tokens in BUCKETS:
-            linear = partial(_linear, format, dtype, device, tokens)
-            how = "unquantized" if format == "none" else format
-            checks.append((f"{how} linears, {tokens} tokens", linear))
+            linear = partial(_linear, form, dtype, device, tokens)
+            checks.append((f"{form} linears, {tokens} tokens", linear))
     for spec in attention:
         checks.append(
             (f"attention of {spec}", partial(_attention, spec, block_size, dtype, device))
@@ -100,9 +99,9 @@ def _check(
             )
 
 
-def _linear(format: str, dtype: torch.dtype, device: torch.device, tokens: int) -> Results:
+def _linear(form: Form, dtype: torch.dtype, device: torch.device, tokens: int) -> Results:
     """One step: tokens of the base, and for each kind of adapter some of its own."""
-    base = _made(format, dtype, device)
+    base = form.linear(OUTS, INNER, dtype, device)
     assert base.bias is not None
     held, bias = base.weight().cpu().double(), base.bias.cpu().double()
     deltas = GpuLinearDeltas(INNER, OUTS, dtype, device=device)
@@ -134,12 +133,6 @@ def _linear(format: str, dtype: torch.dtype, device: torch.device, tokens: int) 
                 expected += made[slot][part].bias.double()  # type: ignore[union-attr]
             yield kinds[slot - 1], y[start:end, rows], expected
             at += n
-
-
-def _made(format: str, dtype: torch.dtype, device: torch.device) -> GpuLinear:
-    out = sum(OUTS)
-    weight = torch.randn(out, INNER) / INNER**0.5
-    return make_linear(weight, torch.randn(out), dtype=dtype, quantize=format, device=device)
 
 
 def _served(primitive: Primitive, x: Tensor, weight: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from deltaserve.kernels.gpu import device as gpu
-from deltaserve.kernels.gpu.config import BITS, GemmConfig, GroupKey, gemm_config
+from deltaserve.kernels.gpu.base import FOUR_BITS, WITH_ZEROS
+from deltaserve.kernels.gpu.config import BITS, GemmConfig, GroupKey, depth, gemm_config
 from deltaserve.kernels.gpu.gemm import Output, run_gemm
 from deltaserve.kernels.gpu.inputs import Inputs, run_inputs, wanted
 from deltaserve.kernels.gpu.plan import Uses
@@ -51,7 +52,7 @@ def candidates(key: GroupKey, tokens: int, arch: int) -> Iterator[GemmConfig]:
     first = gemm_config(key, tokens, arch)
     yield first
     tiles = [t for t in (8, 16, 32, 64, 128) if t >= min(tokens, 64)][:2]
-    deep = min(128, key.group_size) if key.format == "int4" else 128
+    deep = depth(key)
     for bm in tiles:
         for bn in (32, 64, 128):
             for bk in sorted({deep, min(deep, 64)}):
@@ -166,8 +167,9 @@ def _fits(key: GroupKey, config: GemmConfig, arch: int) -> bool:
 def _variants(spec: GroupSpec, config: GemmConfig) -> Iterator[Variant]:
     tokens = max(config.bm, 16)
     yield gemm_variant(spec, config, tokens, 0)
-    if spec.format == "int4" and config.how == "sums":
-        yield inputs_variant(spec, tokens, config.bk, Uses())
+    step = config.summed(spec.format, spec.key.group_size)
+    if step or spec.ordered:
+        yield inputs_variant(spec, tokens, step, Uses())
 
 
 def _copies(spec: GroupSpec, device: torch.device) -> list[Weights]:
@@ -184,20 +186,28 @@ def _copies(spec: GroupSpec, device: torch.device) -> list[Weights]:
 
 
 def _random(spec: GroupSpec, out: int, inner: int, device: torch.device) -> Weights:
-    none = torch.zeros(16, device=device)
+    size = spec.key.group_size
     padded = -(-inner // 128) * 128
-    weight, scale, zero = none, none, none
+    rows = (padded // size if size < 128 else -(-inner // size), out) if size else (out,)
+    weight, order = torch.zeros(16, device=device), None
+    scale = zero = weight
     if spec.format == "dense":
         weight = (torch.randn(out, inner, device=device) / inner**0.5).to(spec.dtype)
     else:
-        span = 32 if spec.format == "int4" else 16
+        span = 32 if spec.format in FOUR_BITS else 16
         words = torch.randint(-(2**31), 2**31 - 1, (padded // span, out, 4), device=device)
         weight = words.int() & (0x3F3F3F3F if spec.format == "fp8" else -1)  # fp8: no NaN
-        scale = torch.full((out,), 1 / (70 * inner**0.5), device=device)
-    if spec.format == "int4":
-        groups = -(-inner // spec.group_size)
-        pair = torch.full((groups, out, 2), 1 / (5 * inner**0.5), device=device)
-        pair[..., 1] = torch.randint(6, 10, (groups, out), device=device).float()
-        scale = pair.to(spec.dtype).view(torch.int32).squeeze(-1)
-    size = spec.key.group_size
-    return Weights(spec.format, inner, out, size, spec.dtype, weight, scale, zero, None)
+        near = 70 if span == 16 else 5
+        scale = torch.full(rows, 1 / (near * inner**0.5), device=device)
+    if spec.format in WITH_ZEROS:
+        middle = 8 if spec.format == "int4" else 0
+        zero = torch.randint(middle - 2, middle + 2, rows, device=device).float()
+        if not spec.wide_scales:
+            scale = torch.stack((scale, zero), -1).to(spec.dtype).view(torch.int32).squeeze(-1)
+    elif spec.format == "code4":
+        zero = torch.linspace(-8, 7, 16, device=device)
+    if spec.ordered:
+        order = torch.randperm(inner, device=device, dtype=torch.int32)
+    return Weights(
+        spec.format, inner, out, size, spec.dtype, weight, scale, zero, None, order=order
+    )

@@ -11,7 +11,7 @@ import torch
 
 from deltaserve.kernels.gpu import aux, gemm, inputs
 from deltaserve.kernels.gpu.aux_kernel import aux_kernel
-from deltaserve.kernels.gpu.base import GpuLinear
+from deltaserve.kernels.gpu.base import FOUR_BITS, WITH_ZEROS, GpuLinear
 from deltaserve.kernels.gpu.config import AuxConfig, GemmConfig, GroupKey, aux_config, gemm_config
 from deltaserve.kernels.gpu.device import NAMES
 from deltaserve.kernels.gpu.gemm_kernel import gemm_kernel
@@ -43,24 +43,28 @@ COMPUTE = frozenset({
 
 @dataclass(frozen=True, slots=True)
 class GroupSpec:
-    """A group of linears of a model, as its kernels know it. wide_scales: scales and zeros of int4
-    are float32. ordered: the weight's columns are in an order of their own (see `Weights`)."""
+    """A group of linears of a model, as its kernels know it. group_size: inputs of one scale, 0 for
+    a scale per row; None: 128 of 4 bits, rows of others. wide_scales: scales and zeros are float32
+    where they could be of 16 bits. whole_zeros, ordered: see `Weights`."""
 
     name: str
     format: str
     in_features: int
     parts: tuple[int, ...]
-    group_size: int = 128
+    group_size: int | None = None
     dtype: torch.dtype = torch.bfloat16
     activation: str | None = None
     residual: bool = False
     bias: bool = False
     wide_scales: bool = False
+    whole_zeros: bool = True
     ordered: bool = False
 
     @property
     def key(self) -> GroupKey:
-        size = self.group_size if self.format == "int4" else 0
+        size = self.group_size
+        if size is None:
+            size = 128 if self.format in FOUR_BITS else 0
         gated = self.activation is not None
         return GroupKey(self.format, size, self.in_features, sum(self.parts), gated)
 
@@ -68,19 +72,25 @@ class GroupSpec:
     def group(self) -> Group:
         return Group(self.in_features, self.parts, self.dtype)
 
+    def config(self, tokens: int, arch: int) -> GemmConfig:
+        """As `gemm.choose`."""
+        config = gemm_config(self.key, tokens, arch)
+        return gemm.fitted(config, self.format, self.dtype, self.whole_zeros)
+
 
 def spec_of(base: GpuLinear, group: Group) -> GroupSpec:
     """A group of linears of a loaded model, whose outputs are those of `base`."""
-    wide = base.format == "int4" and base.weights.scale.dtype != torch.int32
+    wide = base.format in WITH_ZEROS and base.weights.scale.dtype != torch.int32
     return GroupSpec(
         name=f"{group.in_features} to {', '.join(map(str, group.out_features))}",
         format=base.format,
         in_features=group.in_features,
         parts=group.out_features,
-        group_size=base.group_size or 128,
+        group_size=base.group_size,
         dtype=base.dtype,
         bias=base.bias is not None,
         wide_scales=wide,
+        whole_zeros=base.weights.whole_zeros,
         ordered=base.weights.order is not None,
     )
 
@@ -100,7 +110,7 @@ def gemm_variant(
     types: dict[str, str] = {}
     if spec.format == "dense":
         types = {"weight": _pointer(spec.dtype), "scale": "*fp32", "zero": "*fp32"}
-    elif spec.format == "int4":
+    elif spec.format in WITH_ZEROS:
         types = {"scale": "*fp32" if spec.wide_scales else "*i32", "zero": "*fp32"}
     else:
         types = {"scale": "*fp32", "zero": "*fp32"}
@@ -150,10 +160,10 @@ def of_group(spec: GroupSpec, buckets: Sequence[int], arch: int) -> Iterator[Var
     """What a group needs for these numbers of tokens, with adapters and without."""
     seen: set[tuple[object, ...]] = set()
     for bucket in buckets:
-        config = gemm_config(spec.key, bucket, arch)
+        config = spec.config(bucket, arch)
         own = aux_config(bucket, spec.in_features, arch)
         tokens = max(config.bm, own.block, 16)
-        step = config.bk if spec.format == "int4" and config.how == "sums" else 0
+        step = config.summed(spec.format, spec.key.group_size)
         found = [
             gemm_variant(spec, config, max(config.bm, 16), 0),
             gemm_variant(spec, config, tokens, own.h_split),

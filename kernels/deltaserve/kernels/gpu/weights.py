@@ -12,12 +12,15 @@ from deltaserve.kernels.gpu.config import GroupKey
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Weights:
-    """format: "dense", "int8", "int4" or "fp8". weight: int32 words (base/words.py), or [out, in]
-    of a dense format. scale of int4: int32 [groups, out], the zero in the upper half, both of
-    type dtype, or float32 beside zero where they are not exact in it; of int8 and fp8: float32
-    [out]; else unused. bias: [out] or None. dtype: of x and y. whole_zeros: whether the zeros of
-    int4 are whole numbers, as all but HQQ's are. order: int32 [in], the column of x that each
-    column of the weight is for, or None if they are in one order."""
+    """format: "dense", "int8", "uint8", "int4", "code4" or "fp8". weight: int32 words
+    (base/words.py), or [out, in] of a dense format. group_size: inputs of one scale, 0 if that is
+    for a whole row. scale of int4 and uint8: int32 [groups, out], the zero in the upper half, both
+    of type dtype, or float32 beside zero where they are not exact in it; of the others: float32
+    [groups, out], or [out] without groups. zero of code4: float32 [16], the numbers that codes
+    stand for. What a format has no use for may hold anything. bias: [out] or None. dtype: of x and
+    y. whole_zeros: whether the zeros of int4 are whole numbers, as all but HQQ's are. order: int32
+    [in], the column of x that each column of the weight is for, or None if they are in one
+    order."""
 
     format: str
     in_features: int
