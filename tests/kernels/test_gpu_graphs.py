@@ -209,19 +209,26 @@ def test_base_rows_are_the_same_with_and_without_adapters(
     assert torch.equal(mixed[:2], alone[:2]) and not torch.equal(mixed[2:], alone[2:])
 
 
-def test_an_adapter_that_moves_between_two_replays(
+def test_what_is_installed_changes_between_two_replays(
     model: Model, captured: tuple[RecordedCapture, GraphTable]
 ) -> None:
+    """An adapter that moves, and another one in its slot, after both sides knew the step."""
     _, table = captured
     step = decode_step([((7, 1.0),), ((8, 1.0),)], [5, 6])
-    before = check(model, table, step)
+    before, again = check(model, table, step), check(model, table, step)
     for deltas in model.deltas:
         deltas.remove(1)
     moves = model.arena.moves
     model.arena.drop(model.arena.reserve(model.arena.units * 16 - model.arena.used))
     assert model.arena.moves > moves
     after = check(model, table, step)
-    assert before is not None and after is not None and torch.equal(before, after)
+    assert before is not None and again is not None and after is not None
+    assert torch.equal(before, again) and torch.equal(before, after)
+    for deltas in model.deltas:
+        deltas.install(7, deltas.slots[8])
+    other = check(model, table, step)
+    assert other is not None
+    assert not torch.equal(other[0], after[0]) and torch.equal(other[1], after[1])
 
 
 def test_steps_that_do_not_fit_are_for_the_caller(model: Model) -> None:
