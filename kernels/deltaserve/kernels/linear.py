@@ -144,8 +144,12 @@ class LinearDeltas:
 
     def is_native(self, slot: int) -> bool:
         """Whether `native` does all that the slot's adapter does, to entries of few tokens."""
-        tables = (self._gated.items, self._replace.items, self._sparse.others, self._scale.split)
-        return not any(slot in held for held in tables)
+        return not (
+            slot in self._gated.items
+            or slot in self._replace.items
+            or slot in self._sparse.others
+            or slot in self._scale.split
+        )
 
     def native(self, base: NativeLinear) -> NativeGroup:
         """The group as native code calls it, valid as long as this lives."""

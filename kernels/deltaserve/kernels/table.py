@@ -54,6 +54,7 @@ class Table(Generic[P]):
 
     def __init__(self, group: Group) -> None:
         self.group = group
+        self.columns = tuple(group.columns(part) for part in range(len(group.out_features)))
         self.items: dict[int, tuple[P, ...]] = {}
 
     def install(self, slot: int, items: Sequence[P]) -> None:

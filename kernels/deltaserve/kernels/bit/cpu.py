@@ -68,7 +68,7 @@ class BitTable(Table[PackedBit]):
     def _add_torch(self, x: Tensor, y: Tensor, segments: Segments) -> None:
         for tokens, strength, item in self.entries(segments):
             run = x[tokens].float()
-            out = y[tokens, self.group.columns(item.part)]
+            out = y[tokens, self.columns[item.part]]
             for plane, scale in zip(item.signs, item.scale, strict=True):
                 for start in range(0, plane.shape[0], BLOCK_ROWS):
                     rows = slice(start, start + BLOCK_ROWS)
@@ -81,5 +81,5 @@ class BitTable(Table[PackedBit]):
 
     def _row(self, item: PackedBit) -> tuple[int, ...]:
         planes, out = item.scale.shape[0], self.group.out_features[item.part]
-        column = self.group.columns(item.part).start
+        column = self.columns[item.part].start
         return item.signs.data_ptr(), item.scale.data_ptr(), column, planes, out

@@ -45,4 +45,4 @@ class GatedTable(Table[PackedGated]):
             hidden = both[:, item.experts :].float().reshape(len(both), item.experts, -1)
             hidden = (hidden * gate[:, :, None]).flatten(1).to(x.dtype)
             delta = F.linear(hidden, item.b).float()
-            y[tokens, self.group.columns(item.part)] += delta * (item.scale * strength)
+            y[tokens, self.columns[item.part]] += delta * (item.scale * strength)

@@ -67,14 +67,14 @@ class LowRankTable(Table[PackedLowRank]):
         for tokens, strength, item in self.entries(segments):
             h = x[tokens].float() @ item.a.float().T
             h.mul_(item.scale * strength)
-            y[tokens, self.group.columns(item.part)] += h @ item.b.float()
+            y[tokens, self.columns[item.part]] += h @ item.b.float()
 
     def _changed(self, slot: int) -> None:
         rows = [self._row(item) for item in self.items.get(slot, ())]
         self.pointers.put(slot, rows)
 
     def _row(self, item: PackedLowRank) -> tuple[float, ...]:
-        rank, out = item.b.shape
-        column = self.group.columns(item.part).start
-        is_bf16 = item.a.dtype == torch.bfloat16
-        return item.a.data_ptr(), item.b.data_ptr(), column, rank, out, item.scale, is_bf16
+        a, b = item.a, item.b
+        rank, out = b.shape
+        column = self.columns[item.part].start
+        return a.data_ptr(), b.data_ptr(), column, rank, out, item.scale, a.dtype == torch.bfloat16

@@ -97,6 +97,7 @@ class PointerTable:
         self._pack = struct.Struct("".join(FORMATS[kind] for _, kind in fields)).pack_into
         self._used = 0
         self._free: dict[int, list[int]] = {}
+        self._held: dict[int, tuple[int, int]] = {}  # what `first` and `count` say
         self._first: npt.NDArray[np.int32] = np.zeros(8, np.int32)
         self._count: npt.NDArray[np.int32] = np.zeros(8, np.int32)
         self._rows: npt.NDArray[Any] = np.zeros(8, self._dtype)
@@ -108,14 +109,13 @@ class PointerTable:
     def put(self, slot: int, rows: Sequence[tuple[Any, ...]]) -> None:
         """Sets the rows of a slot, none to empty it. A few microseconds: the engine thread does it
         for every group of an adapter that comes or goes."""
-        count = len(rows)
-        if slot < len(self._count):
-            held = int(self._count[slot])
-            if held:
-                self._count[slot] = 0
-                self._free.setdefault(held, []).append(int(self._first[slot]))
-        if not count:
+        held = self._held.pop(slot, None)
+        if held is not None:
+            self._count[slot] = 0
+            self._free.setdefault(held[1], []).append(held[0])
+        if not rows:
             return
+        count, size = len(rows), self._dtype.itemsize
         if slot >= len(self._count):
             more = np.zeros(max(slot + 1, 2 * len(self._count)) - len(self._count), np.int32)
             self._first = np.concatenate((self._first, more))
@@ -128,23 +128,24 @@ class PointerTable:
             if self._used + count > len(self._rows):
                 self._make_room(count)
             first, self._used = self._used, self._used + count
-        at = first * self._dtype.itemsize
+        at = first * size
         for row in rows:
             self._pack(self._bytes, at, *row)
-            at += self._dtype.itemsize
+            at += size
+        self._held[slot] = first, count
         self._first[slot], self._count[slot] = first, count
 
     def _make_room(self, more: int) -> None:
         """Drops the rows of emptied slots, in an array twice as large as what is left."""
-        slots = np.flatnonzero(self._count).tolist()
-        kept = [self._rows[self._first[s] : self._first[s] + self._count[s]] for s in slots]
-        needed = sum(len(k) for k in kept) + more
+        kept = {slot: self._rows[at : at + count] for slot, (at, count) in self._held.items()}
+        needed = sum(map(len, kept.values())) + more
         self._rows = np.zeros(max(8, 2 * needed), self._dtype)
         self._used = 0
         self._free.clear()
-        for slot, rows in zip(slots, kept, strict=True):
+        for slot, rows in kept.items():
             self._rows[self._used : self._used + len(rows)] = rows
             self._first[slot] = self._used
+            self._held[slot] = self._used, len(rows)
             self._used += len(rows)
         self._locate()
 

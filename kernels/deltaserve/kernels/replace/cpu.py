@@ -42,7 +42,7 @@ class ReplaceTable(Table[PackedReplace]):
         """
         slot, strength = entry
         for item in self.items.get(slot, ()):
-            columns = self.group.columns(item.part)
+            columns = self.columns[item.part]
             own = None if bias is None else bias[columns]
             base = plain[:, columns]
             if item.index is not None:
@@ -58,7 +58,7 @@ class ReplaceTable(Table[PackedReplace]):
     def overwrite(self, x: Tensor, y: Tensor, bias: Tensor | None, slot: int) -> None:
         """y[t, out] := ``W' x + bias`` for one run of one adapter at strength 1, in place."""
         for item in self.items.get(slot, ()):
-            columns = self.group.columns(item.part)
+            columns = self.columns[item.part]
             own = None if bias is None else bias[columns]
             if item.index is None:
                 y[:, columns] = onednn.linear(x, item.weight, own).to(y.dtype)

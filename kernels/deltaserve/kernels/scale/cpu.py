@@ -83,11 +83,11 @@ class BiasTable(Table[PackedBias]):
         if apply_vectors(y, segments, self.pointers, factor=False):
             return
         for tokens, strength, item in self.entries(segments):
-            y[tokens, self.group.columns(item.part)].add_(item.bias, alpha=strength)
+            y[tokens, self.columns[item.part]].add_(item.bias, alpha=strength)
 
     def _changed(self, slot: int) -> None:
         items = self.items.get(slot, ())
-        self.pointers.put(slot, [_row(self.group, i.part, i.bias) for i in items])
+        self.pointers.put(slot, [_row(self.columns[i.part], i.bias) for i in items])
 
 
 class ScaleTable(Table[PackedScale]):
@@ -153,21 +153,17 @@ class ScaleTable(Table[PackedScale]):
             for part in range(len(self.group.out_features)):
                 factor = self.output_factor(mix, part)
                 if factor is not None:
-                    columns = self.group.columns(part)
+                    columns = self.columns[part]
                     own = 0 if wide is None else wide[columns]
                     y[start:end, columns] = (y[start:end, columns] - own) * factor + own
 
     def _of(self, mix: Mix, part: int) -> list[tuple[PackedScale, float]]:
         return [(i, w) for slot, w in mix for i in self.items.get(slot, ()) if i.part == part]
 
-    def _input(self, slot: int, part: int) -> Tensor | None:
-        found = [i.input for i in self.items.get(slot, ()) if i.part == part]
-        return found[0] if found else None
-
     def _changed(self, slot: int) -> None:
         items = self.items.get(slot, ())
-        parts = range(len(self.group.out_features))
-        inputs = [self._input(slot, part) for part in parts]
+        given = {i.part: i.input for i in items}
+        inputs = [given.get(part) for part in range(len(self.columns))]
         self.split.discard(slot)
         self._scaling.discard(slot)
         if any(i is not None for i in inputs):
@@ -178,12 +174,12 @@ class ScaleTable(Table[PackedScale]):
         # The inputs are one vector of the whole group: as if it were part 0, as long as x.
         rows = [] if shared is None else [(shared.data_ptr(), 0, self.group.in_features)]
         self.inputs.put(slot, rows)
-        outputs = [_row(self.group, i.part, i.output) for i in items if i.output is not None]
+        columns = self.columns
+        outputs = [_row(columns[i.part], i.output) for i in items if i.output is not None]
         self.outputs.put(slot, outputs)
 
 
-def _row(group: Group, part: int, vector: Tensor) -> tuple[int, int, int]:
-    columns = group.columns(part)
+def _row(columns: slice, vector: Tensor) -> tuple[int, int, int]:
     return vector.data_ptr(), columns.start, columns.stop - columns.start
 
 

@@ -115,7 +115,7 @@ class SparseTable(Table[PackedSparse]):
             for i, item in enumerate(self.items.get(slot, ())):
                 if done and self._is_native(slot, i, end - start):
                     continue
-                primitive, columns = item.primitive, self.group.columns(item.part)
+                primitive, columns = item.primitive, self.columns[item.part]
                 out = y[start:end, columns]
                 if isinstance(primitive, SparseCsr):
                     out.add_(_csr(primitive, x[start:end], out.shape[1]), alpha=strength)
@@ -143,7 +143,7 @@ class SparseTable(Table[PackedSparse]):
         rows: list[tuple[int, ...]] = []
         own = self.items.get(slot, ())
         for i, item in enumerate(own):
-            primitive, columns = item.primitive, self.group.columns(item.part)
+            primitive, columns = item.primitive, self.columns[item.part]
             is_bf16 = primitive.values.dtype == torch.bfloat16
             if isinstance(primitive, SparseCsr):
                 pointers = [t.data_ptr() for t in item.tensors()]
