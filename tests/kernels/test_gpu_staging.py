@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
 from types import SimpleNamespace
 from unittest import mock
 
@@ -18,7 +21,7 @@ from deltaserve.kernels.gpu.delivery import Delivery, DeviceCourier
 from deltaserve.kernels.gpu.device import default_device
 from deltaserve.kernels.gpu.linear import GpuLinearDeltas
 from deltaserve.kernels.gpu.prepared import GpuPrepared, Part
-from deltaserve.kernels.gpu.staging import Staging
+from deltaserve.kernels.gpu.staging import Staging, Submit, now
 from deltaserve.kernels.gpu.streams import HostStreams, streams
 
 SLICES, SIZE = 3, 2 * LINE
@@ -45,10 +48,27 @@ class SteppedArena(Arena):
         self.streams.launch(lambda: copy(source, offset, units))
 
 
+class Thread:
+    """What fills the ring, when it is told to."""
+
+    def __init__(self) -> None:
+        self._jobs: deque[tuple[Callable[[], None], Future[None]]] = deque()
+
+    def submit(self, job: Callable[[], None]) -> Future[None]:
+        self._jobs.append((job, Future()))
+        return self._jobs[-1][1]
+
+    def work(self) -> None:
+        while self._jobs:
+            job, done = self._jobs.popleft()
+            job()
+            done.set_result(None)
+
+
 class Rig:
-    def __init__(self, lines: int = 64) -> None:
+    def __init__(self, lines: int = 64, submit: Submit = now) -> None:
         self.streams = DelayedStreams()
-        self.staging = Staging(self.streams, slices=SLICES, nbytes=SIZE)
+        self.staging = Staging(self.streams, slices=SLICES, nbytes=SIZE, submit=submit)
         self.arena = SteppedArena(default_device(), lines * LINE, grows=False)
         self.arena.streams = self.streams
 
@@ -78,6 +98,50 @@ def test_slices_are_bounded_and_the_ring_is_never_waited_for() -> None:
         assert torch.equal(content(prepared, own.arena), prepared.blob)
     delivery.finish()
     assert own.arena.used == 0 and one.home.spot is None  # nobody had installed it
+
+
+def test_the_ring_is_filled_beside_the_steps_a_slice_of_several_blobs_at_a_time() -> None:
+    thread = Thread()
+    own = Rig(submit=thread.submit)
+    blobs = [blob(n, 1 + n % 2) for n in range(1, 6)]  # 8 lines, 4 slices
+    delivery = own.deliver(*blobs)
+    for left in (3, 2, 1, 0):
+        assert own.staging.pump(9) and own.staging.full
+        assert own.streams.copies == []  # it is not in the ring yet
+        thread.work()
+        assert own.staging.pump(1) == (left > 0) and not own.staging.full
+        assert len(own.streams.copies) == 2  # with its event
+        own.streams.advance_copies()
+    assert delivery.arrived
+    delivery.publish()
+    for prepared in blobs:
+        assert torch.equal(content(prepared, own.arena), prepared.blob)
+
+
+def test_a_slice_that_is_being_filled_when_it_is_cancelled_comes_back() -> None:
+    thread = Thread()
+    own = Rig(submit=thread.submit)
+    for _ in range(2 * SLICES):
+        delivery = own.deliver(blob(1, 2))
+        assert own.staging.pump() and own.staging.full
+        delivery.cancel()
+        assert delivery.arrived and not own.staging.pump()
+        delivery.finish()
+        thread.work()
+    assert own.streams.copies == []
+    own.deliver(blob(1, 2))
+    thread.work()
+    assert not own.staging.pump() and len(own.streams.copies) == 2
+
+
+def test_what_could_not_be_filled_is_not_launched() -> None:
+    failed: Future[None] = Future()
+    failed.set_exception(MemoryError("no more"))
+    own = Rig(submit=lambda job: failed)
+    own.deliver(blob(1, 2))
+    with pytest.raises(MemoryError, match="no more"):
+        own.staging.pump()
+    assert own.streams.copies == []
 
 
 def test_what_is_pinned_is_copied_without_the_ring() -> None:
@@ -163,7 +227,8 @@ class StagingMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.own = Rig(24)
+        self.thread = Thread()
+        self.own = Rig(24, self.thread.submit)
         self.number = 0
         self.coming: list[tuple[GpuPrepared, Delivery]] = []
         self.there: list[tuple[GpuPrepared, Delivery]] = []
@@ -219,6 +284,10 @@ class StagingMachine(RuleBasedStateMachine):
         pair = data.draw(st.sampled_from(self.there))
         self.there.remove(pair)
         pair[1].finish()
+
+    @rule()
+    def the_ring_is_filled(self) -> None:
+        self.thread.work()
 
     @rule(count=st.integers(1, 4))
     def copies_happen(self, count: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import torch
@@ -38,6 +39,7 @@ from deltaserve.kernels.gpu.staging import Staging
 from deltaserve.kernels.gpu.streams import streams
 from deltaserve.kernels.gpu.variants import spec_of
 from deltaserve.kernels.gpu.workspace import Workspace
+from deltaserve.kernels.native.openmp import compute_alone
 from deltaserve.kernels.norm import NormDeltas
 from deltaserve.kernels.table import Group
 
@@ -108,7 +110,8 @@ class TritonBackend:
 
     def courier(self, nbytes: int) -> Courier:
         self.arena.fix(nbytes)
-        return DeviceCourier(self.arena, Staging(streams(self.device)))
+        thread = ThreadPoolExecutor(1, "deltaserve-staging", initializer=compute_alone)
+        return DeviceCourier(self.arena, Staging(streams(self.device), submit=thread.submit))
 
     def make_ready(
         self,

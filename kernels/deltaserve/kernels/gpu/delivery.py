@@ -9,7 +9,7 @@ from typing import Protocol
 from deltaserve.kernels.gpu.arena import UNIT, Arena, OutOfArena
 from deltaserve.kernels.gpu.blob import Home, Spot
 from deltaserve.kernels.gpu.prepared import GpuPrepared
-from deltaserve.kernels.gpu.staging import Piece, Staging
+from deltaserve.kernels.gpu.staging import Staging
 
 
 class Delivery:
@@ -23,14 +23,13 @@ class Delivery:
         self._arena = arena
         self._place = arena.reserve(sum(p.nbytes for p in blobs.values()))
         self._place.held = True  # until the copy is done, and nobody has read it before
-        memory, at = arena.bytes_of(self._place), 0
         self._homes: list[tuple[Home, int]] = []
-        pieces: list[Piece] = []
+        at = 0
         for p in blobs.values():
             self._homes.append((p.home, at // UNIT))
-            pieces.append((memory[at : at + p.nbytes], p.blob))
             at += p.nbytes
-        self._landing = staging.begin(pieces)
+        self._staging = staging
+        self._landing = staging.begin(arena.bytes_of(self._place), [p.blob for p in blobs.values()])
 
     @property
     def arrived(self) -> bool:
@@ -39,7 +38,7 @@ class Delivery:
 
     def cancel(self) -> None:
         """Copy no more of it."""
-        self._landing.cancel()
+        self._staging.cancel(self._landing)
 
     def publish(self) -> None:
         """Tell what was prepared where it lies."""
@@ -66,8 +65,8 @@ class Linears(Protocol):
 
 
 class DeviceCourier:
-    """Deliveries to one arena. per_pump: slices that the processor copies to pinned memory each
-    time it is called, between two steps."""
+    """Deliveries to one arena. per_pump: slices that are launched each time it is called,
+    between two steps."""
 
     def __init__(self, arena: Arena, staging: Staging, per_pump: int = 1) -> None:
         self._arena = arena

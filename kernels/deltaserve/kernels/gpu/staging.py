@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from deltaserve.kernels.gpu.streams import Event, Streams
@@ -14,17 +18,35 @@ SLICE = 4 << 20
 RING = 16
 """Slices that may be on their way at once."""
 
-Piece: TypeAlias = tuple[Tensor, Tensor]
-"""uint8 in device memory, and as many in host memory that are to come there."""
+Submit: TypeAlias = Callable[[Callable[[], None]], "Future[None]"]
+"""Has it done, by a thread beside the steps'."""
+
+
+def now(job: Callable[[], None]) -> Future[None]:
+    """Does it before it returns."""
+    done: Future[None] = Future()
+    job()
+    done.set_result(None)
+    return done
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """target: uint8 in device memory. parts: in host memory, what comes there, one after the
+    other."""
+
+    target: Tensor
+    parts: Sequence[Tensor]
 
 
 class Landing:
-    """Copies of some pieces. done: all of them have arrived, or, after `cancel`, those that had
+    """Copies of some slices. done: all of them have arrived, or, after `cancel`, those that had
     been launched have; only then may the memory be read, moved or given away."""
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        self._slices = _slices(pieces)
-        self._next: Piece | None = next(self._slices, None)
+    def __init__(self, slices: Iterator[Slice]) -> None:
+        self._slices = slices
+        self._next: Slice | None = next(slices, None)
+        self._filled: tuple[Tensor, Future[None]] | None = None  # of the ring, for `_next`
         self._event: Event | None = None
         self.cancelled = False
 
@@ -37,24 +59,44 @@ class Landing:
         """Asks the device; never waits for it."""
         return self.launched and (self._event is None or self._event.done())
 
-    def cancel(self) -> None:
+    def cancel(self, ring: Ring) -> None:
         """Launch no more."""
-        self._next = None
+        if self._filled is not None:
+            ring.give(*self._filled)
+        self._next = self._filled = None
         self.cancelled = True
 
+    def fill(self, ring: Ring, submit: Submit) -> None:
+        """Have the next slice copied to the ring, if it has to be, is not yet and there is room."""
+        if self._next is None or self._filled is not None or self._direct:
+            return
+        slot = ring.take()
+        if slot is not None:
+            self._filled = slot, submit(partial(_fill, slot, self._next.parts))
+
     def launch(self, streams: Streams, ring: Ring) -> bool:
-        """The next slice. False if the ring is full."""
+        """The next slice. False if it is not in the ring yet."""
         assert self._next is not None
-        target, source = self._next
-        if not source.is_pinned():
-            slot = ring.take(source.numel())
-            if slot is None:
-                return False
-            source = slot.copy_(source)
-        streams.copy(target, source)
-        self._event = ring.give(source, streams.record())
-        self._next = next(self._slices, None)
+        target = self._next.target
+        if self._direct:
+            streams.copy(target, self._next.parts[0])
+            self._event = streams.record()
+        elif self._filled is not None and self._filled[1].done():
+            slot, filled = self._filled
+            filled.result()  # raises what was raised there
+            streams.copy(target, slot[: target.numel()])
+            self._event = streams.record()
+            ring.give(slot, self._event)
+        else:
+            return False
+        self._filled, self._next = None, next(self._slices, None)
         return True
+
+    @property
+    def _direct(self) -> bool:
+        """The next slice is in pinned memory already."""
+        assert self._next is not None
+        return len(self._next.parts) == 1 and self._next.parts[0].is_pinned()
 
 
 class Ring:
@@ -64,73 +106,90 @@ class Ring:
         memory = streams.pinned(slices * nbytes)
         self._free = cut(memory, nbytes)
         self._busy: deque[tuple[Tensor, Event]] = deque()
-        self._taken: Tensor | None = None
 
-    def take(self, nbytes: int) -> Tensor | None:
-        """`nbytes` of a free slice, for one copy; None while all are on their way."""
+    def take(self) -> Tensor | None:
+        """A free slice, until it is given back; None while there is none."""
         while self._busy and self._busy[0][1].done():
             self._free.append(self._busy.popleft()[0])
-        if not self._free:
-            return None
-        self._taken = self._free.pop()
-        return self._taken[:nbytes]
+        return self._free.pop() if self._free else None
 
-    def give(self, source: Tensor, event: Event) -> Event:
-        """What was taken, if anything was, is free again after the event."""
-        if self._taken is not None:
-            self._busy.append((self._taken, event))
-            self._taken = None
-        return event
+    def give(self, slot: Tensor, event: Event) -> None:
+        """What was taken is free again after the event."""
+        self._busy.append((slot, event))
 
 
 class Staging:
     """Copies what is prepared through a ring of pinned memory; what is pinned itself, directly. One
-    after the other: the first is in use soonest that way. full: the last `pump` found no slice of
-    the ring free.
+    after the other: the first is in use soonest that way. submit: copies to the ring. full: the
+    last `pump` left a slice because it is not in the ring yet.
 
     Its methods are called by the engine thread between steps and return at once: a slice is copied
-    by the processor to the ring, and launched from there.
+    to the ring while a step runs, and launched from there after it.
     """
 
-    def __init__(self, streams: Streams, *, slices: int = RING, nbytes: int = SLICE) -> None:
+    def __init__(
+        self, streams: Streams, *, slices: int = RING, nbytes: int = SLICE, submit: Submit = now
+    ) -> None:
         self.streams = streams
         self._ring = Ring(streams, slices, nbytes)
         self._nbytes = nbytes
+        self._submit = submit
         self._under_way: deque[Landing] = deque()
         self.full = False
 
-    def begin(self, pieces: Sequence[Piece]) -> Landing:
-        """The targets may have been given back by somebody whom launched steps still read."""
-        slices = [
-            piece
-            for target, source in pieces
-            for piece in zip(cut(target, self._nbytes), cut(source, self._nbytes), strict=True)
-        ]
-        landing = Landing(slices)
+    def begin(self, target: Tensor, parts: Sequence[Tensor]) -> Landing:
+        """target: uint8 in device memory, which may have been given back by somebody whom launched
+        steps still read. parts: uint8 in host memory, what comes there, one after the other."""
+        landing = Landing(_slices(target, parts, self._nbytes))
         if not landing.launched:
             self._under_way.append(landing)
             self.streams.after_steps()
+            self._fill()
         return landing
+
+    def cancel(self, landing: Landing) -> None:
+        """Launch no more of it."""
+        landing.cancel(self._ring)
 
     def pump(self, slices: int = 1) -> bool:
         """Launch as many slices at most. Whether any is left to be launched."""
         self.full = False
-        while self._under_way:
-            first = self._under_way[0]
-            if first.launched:
-                self._under_way.popleft()
-                continue
-            if slices <= 0:
-                return True
-            self.full = not first.launch(self.streams, self._ring)
+        while slices > 0 and self._fill():
+            self.full = not self._under_way[0].launch(self.streams, self._ring)
             if self.full:
                 return True
             slices -= 1
-        return False
+        return self._fill()
+
+    def _fill(self) -> bool:
+        """The next slice. Whether there is one."""
+        while self._under_way and self._under_way[0].launched:
+            self._under_way.popleft()
+        if self._under_way:
+            self._under_way[0].fill(self._ring, self._submit)
+        return bool(self._under_way)
 
 
-def _slices(pieces: Sequence[Piece]) -> Iterator[Piece]:
-    return (piece for piece in pieces if piece[1].numel())
+def _fill(slot: Tensor, parts: Sequence[Tensor]) -> None:
+    at = 0
+    with torch.inference_mode():  # what the engine thread makes may be written in that alone
+        for part in parts:
+            slot[at : at + part.numel()].copy_(part)
+            at += part.numel()
+
+
+def _slices(target: Tensor, parts: Sequence[Tensor], nbytes: int) -> Iterator[Slice]:
+    at, own, size = 0, list[Tensor](), 0
+    for rest in parts:
+        while rest.numel():
+            own.append(rest[: nbytes - size])
+            size += own[-1].numel()
+            rest = rest[own[-1].numel() :]
+            if size == nbytes:
+                yield Slice(target[at : at + size], own)
+                at, own, size = at + size, [], 0
+    if own:
+        yield Slice(target[at : at + size], own)
 
 
 def cut(memory: Tensor, nbytes: int) -> list[Tensor]:
