@@ -21,15 +21,19 @@ from gpu_kernels.supervise import Place, give_up
 from gpu_serving import PARTS
 from gpu_serving.sizes import FULL, REHEARSAL, Sizes
 
-OFF = ("start", "base", "floor")
-"""Made without graphs as well; `floor` only then."""
+TWICE = ("start", "base")
+"""Made with graphs and without."""
+LAST = ("kinds", "bits")
+"""They take adapters of gigabytes: made if time is left."""
 LIMITS = {
     "start": 240, "base": 60, "adapters": 90, "loads": 90, "kinds": 90, "bits": 120,
     "transformers": 120, "floor": 90,
 }  # fmt: skip
 """Seconds after which a part is given up."""
-BUILD = 400
+BUILD = 450
 """Seconds after which a start is."""
+CLOSE = 30
+"""Seconds that an engine has to close."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +48,17 @@ class Step:
 
 
 def steps_of(parts: Sequence[str], graphs: Sequence[str]) -> list[Step]:
-    """In the order in which they are run: one engine after the other."""
-    found = [Step(p, "auto") for p in PARTS if p in parts and p not in ("floor", "transformers")]
-    if "auto" not in graphs:
-        found = [Step(s.part, "off") for s in found]
-    if "transformers" in parts:
-        found.append(Step("transformers", "none"))
-    if "off" in graphs or "floor" in parts:
-        found += [Step(p, "off") for p in OFF if p in parts and ("off" in graphs or p == "floor")]
-    return list(dict.fromkeys(found))
+    """In the order in which they are run: one engine after the other. `floor` looks at launches,
+    which a graph hides."""
+    way = "auto" if "auto" in graphs else "off"
+    chosen = [p for p in PARTS if p in parts]
+    last = [Step(p, way) for p in chosen if p in LAST]
+    found = [Step(p, way) for p in chosen if p not in (*LAST, "transformers", "floor")]
+    found += [Step(p, "none") for p in chosen if p == "transformers"]
+    if "off" in graphs:
+        found += [Step(p, "off") for p in chosen if p in TWICE]
+    found += [Step(p, "off") for p in chosen if p == "floor"]
+    return list(dict.fromkeys(found + last))
 
 
 def without(graphs: str, steps: Sequence[Step]) -> list[Step]:
@@ -109,25 +115,31 @@ class Run:
 def work(args: argparse.Namespace) -> int:
     """One process of a run. Ends with RESTART when the next part needs another engine, or when the
     device no longer answers."""
-    run, made = Run(args), False
+    run, served, again = Run(args), None, False
     with ExitStack() as stack:
-        served = None
         for i, step in enumerate(run.steps):
             rest = run.steps[i + 1 :]
             if run.left() <= 0:
                 left = ", ".join(map(str, run.steps[i:]))
                 print(f"not begun for lack of time: {left}", flush=True)
                 break
-            if made and (served is None or served.graphs != step.graphs):
+            if i and (step.graphs == "none" or served is None or served.graphs != step.graphs):
                 run.leave(run.steps[i:])
-                give_up()
-            if served is None and step.graphs != "none":
+                again = True
+                break
+            if step.graphs != "none":
                 run.leave(without(step.graphs, run.steps[i:]))
-                served = _serve(run, step, stack)
+                served = served or _serve(run, step, stack)
             run.leave(rest)
-            made = True
             _measure(run, step, served)
-        run.leave(())
+        else:
+            run.leave(())
+        closing = threading.Timer(CLOSE, give_up)
+        closing.daemon = True
+        closing.start()
+    closing.cancel()
+    if again:
+        give_up()
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -60,6 +59,7 @@ class Stage:
             batch=len(names),
             context=decoded.context,
             form=form,
+            max_length=self.sizes.max_length,
             p50_ms=round(decoded.ms(0.5), 4),
             p99_ms=round(decoded.ms(0.99), 4),
             floor_ms=round(floor, 4),
@@ -93,12 +93,8 @@ def base(stage: Stage) -> Iterator[Row]:
         yield stage.decoded([""] * batch, "base")[0]
     asked = request(sizes, 0, "", SCORED, logprobs=0)
     (answer,) = generate(engine, [asked], PATIENCE)
-    told = {
-        "prompt": asked.prompt_ids,
-        "tokens": answer.token_ids,
-        "logprobs": [t.logprob for t in answer.logprobs],
-    }
-    (stage.folder / "answer.json").write_text(json.dumps(told))
+    tokens, logprobs = list(answer.token_ids), [t.logprob for t in answer.logprobs]
+    yield stage.row("answer", SCORED, "tokens", tokens=tokens, logprobs=logprobs)
 
 
 def adapters(stage: Stage) -> Iterator[Row]:

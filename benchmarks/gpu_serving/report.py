@@ -31,7 +31,7 @@ def markdown(rows: Sequence[Row]) -> str:
 def _of(rows: Sequence[Row], title: str) -> str:
     runs = ", ".join(dict.fromkeys(f"{r['commit']} of {r['date']}" for r in rows))
     last = rows[-1]
-    measured = [r for r in rows if "value" in r]
+    measured = [r for r in rows if "value" in r and r["what"] != "answer"]
     steps = [r for r in measured if r["what"] == "decode"]
     return "\n".join(
         t
