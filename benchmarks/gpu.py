@@ -109,8 +109,10 @@ def check(args: argparse.Namespace) -> int:
     with ThreadPoolExecutor(args.jobs) as pool:
         found = list(pool.map(run, range(len(units))))
     failed, late = sum(bool(status) for status in found), found.count(None)
-    print(f"{failed} of {len(units)} pieces had something wrong" if failed else "all right", end="")
-    print(f"; {late} were not done in {args.seconds:.0f} s" if late else "")
+    if failed or not late:
+        print(f"{failed} of {len(units)} pieces had something wrong" if failed else "all right")
+    if late:
+        print(f"{late} of {len(units)} pieces were not done in {args.seconds:g} s")
     return 1 if failed or late else 0
 
 

@@ -1,6 +1,7 @@
 """benchmarks/gpu.py: its arithmetic, its tables, how it treats peers that fail; and the whole of
 `check --quick` in Triton's interpreter."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -18,7 +19,8 @@ sys.path.insert(0, str(BENCHMARKS))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from gpu_kernels import case, data, record, report, shapes, supervise  # noqa: E402
+import gpu  # noqa: E402
+from gpu_kernels import case, check, data, record, report, shapes, supervise  # noqa: E402
 from gpu_kernels.check import Report  # noqa: E402
 from gpu_kernels.peers import in_torch, quantized, vllm  # noqa: E402
 from gpu_kernels.peers.work import AbsentError, Work  # noqa: E402
@@ -47,6 +49,19 @@ def test_check_in_the_interpreter_finds_every_kernel_right() -> None:
         "engine",
     ):
         assert any(kind in line for line in checks), kind
+
+
+def test_what_a_check_has_no_time_for_is_counted_and_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check, "units", lambda *_: [None] * 3)
+    args = argparse.Namespace(
+        quick=True, architectures=None, unit=None, jobs=2, seconds=0.5
+    )  # two pieces are begun, and importing torch alone takes them longer
+    assert gpu.check(args) == 1
+    said = capsys.readouterr().out
+    assert said.count("[cut short]") == 2
+    assert said.endswith("3 of 3 pieces were not done in 0.5 s\n") and "all right" not in said
 
 
 def test_a_wrong_figure_and_a_figure_that_is_not_finite_are_counted() -> None:

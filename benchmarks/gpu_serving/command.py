@@ -26,8 +26,8 @@ TWICE = ("start", "base")
 LAST = ("kinds", "bits")
 """They take adapters of gigabytes: made if time is left."""
 LIMITS = {
-    "start": 240, "base": 60, "adapters": 90, "loads": 90, "kinds": 90, "bits": 120,
-    "transformers": 120, "floor": 90,
+    "start": 240, "base": 60, "adapters": 90, "loads": 90, "kinds": 120, "bits": 120,
+    "transformers": 150, "floor": 90,
 }  # fmt: skip
 """Seconds after which a part is given up."""
 BUILD = 450
