@@ -26,7 +26,6 @@ from safetensors.torch import save_file
 from variants import VARIANTS, make_base, open_base
 
 from deltaserve.adapters.delta_file import write_delta
-from deltaserve.adapters.errors import UnsupportedAdapter
 from deltaserve.kernels.backend import DeviceUnavailable, open_backend
 from deltaserve.kernels.gpu import linear, plan
 from deltaserve.kernels.gpu.backend import TritonBackend
@@ -62,7 +61,7 @@ LORAMOE = {
     "fan_in_fan_out": False,
     "bias": "none",
     "modules_to_save": None,
-    "target_modules": ["up_proj"],
+    "target_modules": ["up_proj", "down_proj"],
 }
 
 
@@ -297,20 +296,30 @@ def test_architectures(gpu: TritonBackend, name: str, tmp_path: Path) -> None:
     test_architectures_served.check(name, tmp_path, (4, 5), 2, type(gpu)())
 
 
-def test_what_has_no_kernels_is_refused_by_name(engines: Pair, family: Path) -> None:
+def test_experts_with_a_gate(engines: Pair, family: Path) -> None:
+    """On one module of two, beside other adapters and mixed with one."""
     experts = family / "adapters" / "experts"
     experts.mkdir(exist_ok=True)
     (experts / "adapter_config.json").write_text(json.dumps(LORAMOE))
     stored = {}
-    prefix = "base_model.model.model.layers.0.mlp.up_proj."
-    stored[prefix + "lora_route.weight"] = torch.randn(4, 64)
-    for i in range(4):
-        stored[f"{prefix}lora_A{i}.weight"] = torch.randn(3, 64)
-        stored[f"{prefix}lora_B{i}.weight"] = torch.randn(96, 3)
+    random = torch.Generator().manual_seed(5)
+    for layer, module, out in ((0, "mlp.up_proj", 96), (1, "mlp.down_proj", 64)):
+        inner = 160 - out
+        prefix = f"base_model.model.model.layers.{layer}.{module}."
+        stored[prefix + "lora_route.weight"] = torch.randn(4, inner, generator=random)
+        for i in range(4):
+            stored[f"{prefix}lora_A{i}.weight"] = torch.randn(3, inner, generator=random)
+            stored[f"{prefix}lora_B{i}.weight"] = torch.randn(out, 3, generator=random) / 3
     save_file(stored, experts / "adapter_model.safetensors")
-    with pytest.raises(UnsupportedAdapter, match=r"up_proj.*--device cpu"):
-        engines.gpu.adapters.load("experts", str(experts)).result(timeout=60)
-    engines.cpu.adapters.load("experts", str(experts)).result(timeout=60)
+    for engine in (engines.cpu, engines.gpu):
+        engine.adapters.load("experts", str(experts)).result(timeout=60)
+    asked = {
+        "base": request(prompt(50), max_tokens=3),
+        "experts": request(prompt(50), "experts", max_tokens=3),
+        "mixed": request(prompt(51), [("experts", 0.5), ("lora", 1.0)], max_tokens=3),
+    }
+    found = engines.same(asked)
+    assert found["base"].logprobs[0].logprob != found["experts"].logprobs[0].logprob
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -33,6 +33,7 @@ from deltaserve.kernels.gpu.workspace import Workspace
 from deltaserve.kernels.primitives import (
     Bias,
     Bit,
+    GatedLowRank,
     LowRank,
     Primitive,
     Replace,
@@ -82,6 +83,7 @@ def primitives(out: int, inner: int = INNER) -> list[Primitive]:
     return [
         LowRank(torch.randn(1, inner), torch.randn(out, 1)),
         LowRank(torch.randn(100, inner), torch.randn(out, 100)),
+        GatedLowRank(torch.randn(4, inner), torch.randn(12, inner), torch.randn(out, 12)),
         Bit(torch.zeros(2, out, inner // 8, dtype=torch.uint8), torch.ones(2, out)),
         SparseCsr(ends, torch.zeros(out, dtype=torch.int32), torch.ones(out)),
         SparseRows(index, torch.randn(2, inner)),

@@ -34,7 +34,7 @@ SIZES = [
 
 
 @pytest.mark.parametrize("inner, outs, dtype", SIZES, ids=str)
-@pytest.mark.parametrize("kind", (*FAMILIES, "replace_rows"))
+@pytest.mark.parametrize("kind", (*FAMILIES, "replace_rows", "gated"))
 def test_family(kind: str, inner: int, outs: tuple[int, ...], dtype: torch.dtype) -> None:
     adapters = {
         slot: {
@@ -68,7 +68,7 @@ def test_families_together(
         1: ("low", "csr", "output"),
         2: ("bit", "bias", "rows", "output"),
         3: ("replace", "low", "blocks", "cols"),
-        4: ("low", "low", "bit"),
+        4: ("gated", "low", "bit", "gated"),
     }
     adapters = {
         slot: {

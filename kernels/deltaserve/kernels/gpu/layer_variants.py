@@ -22,6 +22,7 @@ from deltaserve.kernels.gpu.variant import Variant
 from deltaserve.kernels.gpu.variants import (
     GroupSpec,
     aux_variant,
+    gate_variant,
     gemm_variant,
     inputs_variant,
     variant_of,
@@ -108,6 +109,7 @@ def _of_step(spec: LayerSpec, bucket: int, adapters: bool, arch: int) -> Iterato
             )
         if cut.aux is not None:
             yield aux_variant(cut.spec, cut.aux, cut.tokens, arch)
+            yield gate_variant(dtype, cut.tokens, cut.aux.h_split)
     yield from _inputs(o, mixed)
     yield from _inputs(down, act)
 

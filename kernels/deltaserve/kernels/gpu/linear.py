@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from deltaserve.kernels.gated.gpu import run_gates
 from deltaserve.kernels.gpu import device as gpu
 from deltaserve.kernels.gpu import step
 from deltaserve.kernels.gpu.arena import Arena
@@ -228,7 +229,8 @@ class GpuLinearDeltas:
         sums: Sums | None = None,
     ) -> Tensor:
         """The launches of a planned step: at most one for the inputs, one for what the adapters
-        need first and the base product, whose epilogue does the rest. plan None: no adapters.
+        need first, one for routers if the step has any, and the base product, whose epilogue does
+        the rest. plan None: no adapters.
 
         x: [T, in], or all that is wanted of it. config: as given to `plan`. output: an activation,
         a residual, a place for y. sums: of x, if whoever made it took them.
@@ -246,5 +248,7 @@ class GpuLinearDeltas:
         h = planes = space.take("nothing", 1)
         if plan is not None:
             h, planes = run_aux(inputs, plan, self.group, self.arena, space)
+            if plan.gates:
+                run_gates(h, plan)
         arena = None if plan is None else self.arena
         return run_gemm(inputs, h, planes, weights, parts, plan, config, arena, space, output)

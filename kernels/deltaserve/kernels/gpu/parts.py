@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from deltaserve.kernels.gated.pages import Gate
 from deltaserve.kernels.lowrank.pages import Page
 from deltaserve.kernels.sparse.panels import Panel
 from deltaserve.kernels.sparse.sell import Sell
@@ -22,7 +23,7 @@ class Signs:
 class Part:
     """One module. factors, biases, input: offsets of float32 vectors, of outputs, outputs and
     inputs. replaced: of zeros, as long as the longer of the two, for a weight that takes the base's
-    place."""
+    place. gates: the routers of some of the pages."""
 
     pages: tuple[Page, ...] = ()
     signs: tuple[Signs, ...] = ()
@@ -32,3 +33,4 @@ class Part:
     biases: tuple[int, ...] = ()
     input: int | None = None
     replaced: int | None = None
+    gates: tuple[Gate, ...] = ()

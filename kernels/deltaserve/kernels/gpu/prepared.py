@@ -13,6 +13,7 @@ from torch import Tensor
 from deltaserve.kernels.bit.words import ROWS, pack_signs
 from deltaserve.kernels.cast import cast
 from deltaserve.kernels.check import check_linear
+from deltaserve.kernels.gated.pages import Gate, pack_gated
 from deltaserve.kernels.gpu.blob import BlobWriter, Home
 from deltaserve.kernels.gpu.parts import Part, Signs
 from deltaserve.kernels.gpu.rows import Rows
@@ -102,6 +103,7 @@ def _part(
 ) -> Part:
     """known: the input vectors of other parts, which are often the same."""
     pages: list[Page] = []
+    gates: list[Gate] = []
     signs: list[Signs] = []
     entries: list[SparseCsr] = []
     found: list[Panel] = []
@@ -112,7 +114,9 @@ def _part(
     for p in primitives:
         match p:
             case GatedLowRank():
-                raise ValueError("experts with a gate (GatedLowRank) need --device cpu")
+                own, gate = pack_gated(p, len(pages), group.dtype, blob)
+                pages += own
+                gates.append(gate)
             case LowRank():
                 pages += pack_lowrank(p, group.dtype, blob)
             case SparseCols():
@@ -148,7 +152,7 @@ def _part(
         sell = pack_entries(entries, out_features, group.in_features, group.dtype, blob)
     return Part(
         tuple(pages), tuple(signs), sell, tuple(found), tuple(factors), tuple(biases), scaled,
-        replaced,
+        replaced, tuple(gates),
     )  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """Rows: an adapter's parts in one group as the planner reads them, numbers in a few arrays.
 
-There is a row for every page, 1-bit delta, panel, sparse delta and vector. Its fields say what it
-is: they decide how the tables of a step look. Its units say where it lies in the blob (and what
-else the kernels want to know of it): they are only copied into the tables. So layers whose rows
-have the same fields can share a plan, wherever in their blobs what lies.
+There is a row for every page, 1-bit delta, panel, sparse delta, vector and router. Its fields say
+what it is: they decide how the tables of a step look. Its units say where it lies in the blob (and
+what else the kernels want to know of it): they are only copied into the tables. So layers whose
+rows have the same fields can share a plan, wherever in their blobs what lies.
 """
 
 from __future__ import annotations
@@ -16,21 +16,24 @@ import numpy as np
 import numpy.typing as npt
 
 from deltaserve.kernels.gpu.parts import Part
+from deltaserve.kernels.lowrank.pages import Page
 
 Ints: TypeAlias = npt.NDArray[np.int32]
 Floats: TypeAlias = npt.NDArray[np.float32]
 
-PAGES, SIGNS, PANELS, SELLS, OUTPUTS, INPUTS = KINDS = range(6)
+PAGES, SIGNS, PANELS, SELLS, OUTPUTS, INPUTS, GATES = KINDS = range(7)
 
-FIELDS = (3, 1, 1, 1, 2, 3)
-"""Numbers that each kind's rows have, the module first. Pages: whether they gather, the bits of
-their scale. OUTPUTS: FACTOR, REPLACED or BIAS. INPUTS: FACTOR or REPLACED; the first row that lies
-in the same place."""
+FIELDS = (3, 1, 1, 1, 2, 3, 5)
+"""Numbers that each kind's rows have, the module first. Pages: SHRUNK, GATHERED or, of a router's
+rows, ROUTER; the bits of their scale. OUTPUTS: FACTOR, REPLACED or BIAS. INPUTS: FACTOR or
+REPLACED; the first row that lies in the same place. GATES: experts, rows of each, and among the
+adapter's pages the number of the experts' first one and of the router's."""
 
+SHRUNK, GATHERED, ROUTER = range(3)
 FACTOR, REPLACED, BIAS = range(3)
 
 UNITS: tuple[tuple[int, ...], ...] = (
-    (1, 1), (1, 1, 0, 0), (1, 1, 1, 0), (1, 1, 1, 1), (1,), (1,),
+    (1, 1), (1, 1, 0, 0), (1, 1, 1, 0), (1, 1, 1, 1), (1,), (1,), (),
 )  # fmt: skip
 """Numbers that tell the kernels where a row of each kind lies: 1 for an offset in the blob, 0 for
 another number. A page's a and b; the entries of the other deltas; a vector."""
@@ -52,7 +55,7 @@ class Rows:
         """Of modules by their number; the rows of a kind in the modules' order."""
         found: tuple[list[Row], ...] = tuple([] for _ in KINDS)
         for i, part in sorted(parts.items()):
-            for kind, row in _rows(i, part, found[INPUTS]):
+            for kind, row in _rows(i, part, found[PAGES], found[INPUTS]):
                 found[kind].append(row)
         fields = [n for rows in found for row, _ in rows for n in row]
         units = [n for rows in found for _, row in rows for n in row]
@@ -63,11 +66,16 @@ class Rows:
         )
 
 
-def _rows(i: int, part: Part, inputs: list[Row]) -> Iterator[tuple[int, Row]]:
-    """The rows of one module by their kind. inputs: of the modules before."""
+def _rows(i: int, part: Part, pages: list[Row], inputs: list[Row]) -> Iterator[tuple[int, Row]]:
+    """The rows of one module by their kind. pages, inputs: of the modules before, to which those of
+    this one are added as they come."""
+    first = len(pages)
     for page in part.pages:
-        scale = int(np.float32(page.scale).view(np.int32))
-        yield PAGES, ((i, page.gathers, scale), (page.a, page.b))
+        yield PAGES, ((i, GATHERED if page.gathers else SHRUNK, _bits(page)), (page.a, page.b))
+    for gate in part.gates:
+        yield GATES, ((i, gate.experts, gate.rank, first + gate.first, len(pages)), ())
+        for page in gate.pages:
+            yield PAGES, ((i, ROUTER, _bits(page)), (page.a, page.b))
     for s in part.signs:
         yield SIGNS, ((i,), (s.words, s.scales, s.planes, 0))
     for panel in part.panels:
@@ -86,3 +94,7 @@ def _rows(i: int, part: Part, inputs: list[Row]) -> Iterator[tuple[int, Row]]:
             places = [units for _, units in inputs]
             same = places.index((vector,)) if (vector,) in places else len(places)
             yield INPUTS, ((i, which, same), (vector,))
+
+
+def _bits(page: Page) -> int:
+    return int(np.float32(page.scale).view(np.int32))

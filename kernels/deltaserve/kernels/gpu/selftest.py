@@ -15,6 +15,7 @@ from deltaserve.kernels.attention.step import AttentionSpec
 from deltaserve.kernels.attention.tables import AttentionTables
 from deltaserve.kernels.backend import KernelError
 from deltaserve.kernels.bit.reference import delta as bit_delta
+from deltaserve.kernels.gated.reference import delta as gated_delta
 from deltaserve.kernels.gpu.form import Form
 from deltaserve.kernels.gpu.linear import GpuLinearDeltas
 from deltaserve.kernels.gpu.variants import GroupSpec, spec_of
@@ -22,6 +23,7 @@ from deltaserve.kernels.lowrank.reference import delta as lowrank_delta
 from deltaserve.kernels.primitives import (
     Bias,
     Bit,
+    GatedLowRank,
     LowRank,
     Primitive,
     Replace,
@@ -140,6 +142,8 @@ def _served(primitive: Primitive, x: Tensor, weight: Tensor) -> Tensor:
     match primitive:
         case LowRank():
             return x @ weight.T + lowrank_delta(primitive, x)
+        case GatedLowRank():
+            return x @ weight.T + gated_delta(primitive, x)
         case Bit():
             return x @ weight.T + bit_delta(primitive, x)
         case Scale(inputs, outputs):
@@ -158,6 +162,11 @@ def _factors(count: int) -> Tensor:
 
 def _lowrank(out: int) -> Primitive:
     return LowRank(torch.randn(20, INNER) / INNER**0.5, torch.randn(out, 20) / 4, 0.5)
+
+
+def _gated(out: int) -> Primitive:
+    gate, a = torch.randn(3, INNER) / INNER**0.5, torch.randn(15, INNER) / INNER**0.5
+    return GatedLowRank(gate, a, torch.randn(out, 15) / 4, 0.5)
 
 
 def _bit(out: int) -> Primitive:
@@ -186,6 +195,7 @@ def _blocks(out: int) -> Primitive:
 
 KINDS: dict[str, Callable[[int], Primitive]] = {
     "low rank (LoRA)": _lowrank,
+    "experts with a gate": _gated,
     "1 bit": _bit,
     "sparse entries": _csr,
     "sparse rows": _rows,

@@ -16,7 +16,7 @@ from deltaserve.kernels.gpu.static import StaticMemory
 ARRAYS = (
     "items", "entries", "strengths", "page_a", "page_b", "page_col", "page_lo", "page_hi",
     "page_scale", "page_bounds", "vec_offset", "vec_lo", "vec_hi", "vec_strength", "vec_bounds",
-    "in_offset", "in_lo", "in_hi", "in_strength", "in_bounds", "plane_count",
+    "in_offset", "in_lo", "in_hi", "in_strength", "in_bounds", "plane_count", "gates",
 )  # fmt: skip
 OFFSETS = ("entries", "page_a", "page_b", "vec_offset", "in_offset")
 """Where blobs lie: the only tables that differ between layers."""
@@ -27,7 +27,8 @@ ALIGN = 4
 
 
 EVERYTHING = Uses(scaled=True, apart=False, turned=True, biased=True)
-"""But inputs apart, which few adapters want and each module pays for."""
+"""But inputs apart, which few adapters want and each module pays for, and routers, which cost a
+launch."""
 
 
 class StepTooLarge(ValueError):
@@ -56,6 +57,8 @@ class Limits:
             return self.entries * 4
         if name == "strengths":
             return self.entries
+        if name == "gates":
+            return 0
         if name.endswith("bounds") or name == "plane_count":
             return size
         return self.pages if name.startswith("page") else self.vectors
@@ -64,10 +67,11 @@ class Limits:
 @dataclass(eq=False, slots=True)
 class StepPlan:
     """What the launches of one step are given. Its tensors stay where they are when it is filled
-    again. tokens: rows of x; tiles: token tiles that the tables are laid out for. layers: the plan
-    for each of the layers that share it, which differ in `OFFSETS` alone; the first is this one.
-    room: numbers of the buffer that hold a table, `OFFSETS` of the first layer, whose like of the
-    next lie `stride` numbers further. apart: it has memory of its own."""
+    again. tokens: rows of x; tiles: token tiles that the tables are laid out for. gates: entries of
+    routers; none where the tables are filled again. layers: the plan for each of the layers that
+    share it, which differ in `OFFSETS` alone; the first is this one. room: numbers of the buffer
+    that hold a table, `OFFSETS` of the first layer, whose like of the next lie `stride` numbers
+    further. apart: it has memory of its own."""
 
     tokens: int
     tiles: int
@@ -75,6 +79,7 @@ class StepPlan:
     aux: AuxConfig
     width: int
     planes: int
+    gates: int
     uses: Uses
     programs: int
     limits: Limits | None
@@ -156,9 +161,9 @@ def _laid_out(
         width, planes, uses, programs = limits.width, limits.planes, limits.uses, tiling.programs
     plans = [
         StepPlan(
-            draft.tokens, draft.tiles, tiling, draft.aux, width, planes, uses, programs, limits,
-            buffer[:1], {**shared, **dict(zip(OFFSETS, own, strict=True))}, room, stride, buffer,
-            staging, apart,
+            draft.tokens, draft.tiles, tiling, draft.aux, width, planes, len(tables.gates), uses,
+            programs, limits, buffer[:1], {**shared, **dict(zip(OFFSETS, own, strict=True))}, room,
+            stride, buffer, staging, apart,
         )
         for own in zip(*columns, strict=True)
     ]  # fmt: skip

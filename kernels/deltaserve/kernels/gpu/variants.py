@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from deltaserve.kernels.gated import gpu as gated
+from deltaserve.kernels.gated.kernel import gate_kernel
 from deltaserve.kernels.gpu import aux, gemm, inputs
 from deltaserve.kernels.gpu.aux_kernel import aux_kernel
 from deltaserve.kernels.gpu.base import FOUR_BITS, WITH_ZEROS, GpuLinear
@@ -30,10 +32,10 @@ NUMBERS = frozenset({
 })  # fmt: skip
 FACTORS = frozenset({"eps", "offset"})
 TABLES = frozenset({
-    "arena_int", "bounds", "counter", "entries", "his", "items", "los", "n_items", "offsets",
-    "order", "key_bounds", "key_mixes", "key_offsets", "mix_bounds", "mix_offset", "mixes",
-    "page_a", "page_b", "page_bounds", "page_col", "page_hi", "page_lo", "plane_count", "tiles",
-    "vec_bounds", "vec_hi", "vec_lo", "vec_offset", "weight",
+    "arena_int", "bounds", "counter", "entries", "gates", "his", "items", "los", "n_items",
+    "offsets", "order", "key_bounds", "key_mixes", "key_offsets", "mix_bounds", "mix_offset",
+    "mixes", "page_a", "page_b", "page_bounds", "page_col", "page_hi", "page_lo", "plane_count",
+    "tiles", "vec_bounds", "vec_hi", "vec_lo", "vec_offset", "weight",
 })  # fmt: skip
 COMPUTE = frozenset({
     "x", "scaled", "turned", "arena", "bias", "y", "residual", "gain", "key_gain", "normed", "qkv",
@@ -140,6 +142,13 @@ def aux_variant(
     )  # fmt: skip
 
 
+def gate_variant(dtype: torch.dtype, tokens: int, h_split: int) -> Variant:
+    """Of routers; tokens: of a tile."""
+    constants = gated.constants(tokens, h_split)
+    name = f"gates {tokens} tokens in {h_split} pieces"
+    return variant_of(name, gate_kernel, constants, dtype, 1, 1, {})
+
+
 def inputs_variant(
     spec: GroupSpec, tokens: int, step: int, uses: Uses, pdl: bool = True, given: bool = False
 ) -> Variant:
@@ -168,6 +177,7 @@ def of_group(spec: GroupSpec, buckets: Sequence[int], arch: int) -> Iterator[Var
             gemm_variant(spec, config, max(config.bm, 16), 0),
             gemm_variant(spec, config, tokens, own.h_split),
             aux_variant(spec, own, tokens, arch),
+            gate_variant(spec.dtype, tokens, own.h_split),
         ]
         for scaled, turned, biased in product((False, True), repeat=3):
             uses = Uses(scaled, False, turned, biased)

@@ -38,6 +38,13 @@ def pack_lowrank(primitive: LowRank, dtype: torch.dtype, blob: BlobWriter) -> li
     ]
 
 
+def pack_rows(a: Tensor, blob: BlobWriter) -> list[Page]:
+    """Rows a [r, in] whose h is read by another kernel than the expand."""
+    a = _rows(a)
+    first = blob.add(a)
+    return [Page(first + _units(a, p), 0, 1.0, False) for p in range(a.shape[0] // PAGE)]
+
+
 def pack_columns(primitive: SparseCols, dtype: torch.dtype, blob: BlobWriter) -> list[Page]:
     """``values x[index]`` is a LowRank whose A picks columns: only their numbers are kept."""
     count = primitive.index.numel()

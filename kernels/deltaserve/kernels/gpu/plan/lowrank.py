@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from deltaserve.kernels.gated.kernel import ENTRY
 from deltaserve.kernels.gpu.aux_kernel import GATHER, SHRINK
 from deltaserve.kernels.gpu.plan.adapters import Adapters
 from deltaserve.kernels.gpu.plan.tiling import (
@@ -16,7 +17,7 @@ from deltaserve.kernels.gpu.plan.tiling import (
     sort,
     work_items,
 )
-from deltaserve.kernels.gpu.rows import PAGES, Ints
+from deltaserve.kernels.gpu.rows import GATES, PAGES, ROUTER, Ints
 from deltaserve.kernels.lowrank.pages import PAGE
 from deltaserve.kernels.table import Group
 
@@ -24,7 +25,8 @@ from deltaserve.kernels.table import Group
 def lowrank_tables(
     group: Group, adapters: Adapters, tiles: int, tiling: Tiling
 ) -> tuple[Table, Ints, int]:
-    """Pages by (tile, part), the work items of the shrink, rows of h."""
+    """Pages by (tile, part), then those of routers by tile; the work items of the shrink; rows of
+    h."""
     parts, found = len(group.out_features), adapters.rows(PAGES)
     if found is None:
         none, places = np.zeros(0, dtype=np.int32), np.zeros((0, adapters.layers), dtype=np.int32)
@@ -36,8 +38,13 @@ def lowrank_tables(
     # A run's adapters have their rows of h one after the other.
     number = np.arange(len(found.entry)) - first[adapters.spans.head[found.entry]]
     rows, tile = adapters.by_tile(found.entry)
-    gathers = found.fields[:, 1]
-    key = (tile * parts + found.part[rows]) * 2 + gathers[rows]
+    gathers, strength = found.fields[:, 1], adapters.strength[found.entry]
+    key = tile * parts + found.part[rows]
+    if adapters.rows(GATES) is not None:
+        routers = gathers == ROUTER
+        gathers, strength = gathers % ROUTER, np.where(routers, np.float32(1), strength)
+        key = np.where(routers[rows], tiles * parts + tile, key)
+    key = key * 2 + gathers[rows]
     order = sort(key)
     key, rows = key[order], rows[order]
     entry, places = found.entry[rows], found.places[rows]
@@ -48,11 +55,34 @@ def lowrank_tables(
         "page_col": (PAGE * number[rows]).astype(np.int32),
         "page_lo": adapters.start[entry],
         "page_hi": adapters.end[entry],
-        "page_scale": scale * adapters.strength[entry],
+        "page_scale": scale * strength[rows],
         "page_bounds": bounds(key >> 1, tiles * parts),
     }
     shrinks = _shrinks(tile[order] * 2 + gathers[rows], group.in_features, tiling)
     return fields, shrinks, PAGE * int(number.max() + 1)
+
+
+def gate_entries(adapters: Adapters, tiling: Tiling) -> Ints:
+    """int32 [entries, 8], as gated/kernel.py reads them."""
+    found = adapters.rows(GATES)
+    if found is None:
+        return NO_GATES
+    counts = adapters.counts[:, PAGES]
+    before = np.cumsum(counts) - counts
+    before -= before[adapters.spans.head]  # of the run's adapters alone
+    rows, tile = adapters.by_tile(found.entry)
+    entry, fields = found.entry[rows], found.fields[rows]
+    gates = np.zeros((len(rows), ENTRY.value), dtype=np.int32)
+    gates[:, 0] = np.maximum(adapters.start[entry], tile * tiling.tokens)
+    gates[:, 1] = np.minimum(adapters.end[entry], (tile + 1) * tiling.tokens)
+    gates[:, 2] = PAGE * (before[entry] + fields[:, 4])
+    gates[:, 3] = fields[:, 1]
+    gates[:, 4] = PAGE * (before[entry] + fields[:, 3])
+    gates[:, 5] = fields[:, 2]
+    return gates
+
+
+NO_GATES = np.zeros((0, ENTRY.value), dtype=np.int32)
 
 
 def _shrinks(kind: Index, in_features: int, tiling: Tiling) -> Ints:

@@ -8,7 +8,7 @@ import numpy as np
 
 from deltaserve.kernels.gpu.plan.adapters import Adapters
 from deltaserve.kernels.gpu.plan.deltas import DeltaItems
-from deltaserve.kernels.gpu.plan.lowrank import lowrank_tables
+from deltaserve.kernels.gpu.plan.lowrank import gate_entries, lowrank_tables
 from deltaserve.kernels.gpu.plan.tiling import Tiling
 from deltaserve.kernels.gpu.plan.vectors import input_vectors, output_vectors
 from deltaserve.kernels.gpu.rows import Floats, Ints
@@ -18,12 +18,13 @@ from deltaserve.kernels.table import Group
 @dataclass(frozen=True, slots=True)
 class Uses:
     """What the step wants beside x: scaled inputs, apart for each module, x turned for sparse
-    slices, the biases of 1-bit deltas."""
+    slices, the biases of 1-bit deltas. gated: rows of h are weighed by routers."""
 
     scaled: bool = False
     apart: bool = False
     turned: bool = False
     biased: bool = False
+    gated: bool = False
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -53,6 +54,7 @@ class Tables:
     in_strength: Floats
     in_bounds: Ints
     plane_count: Ints
+    gates: Ints
     width: int
     planes: int
     uses: Uses
@@ -69,6 +71,7 @@ def build(
     the modules' inputs apart even where they are the same."""
     pages, shrinks, width = lowrank_tables(group, adapters, tiles, tiling)
     work = DeltaItems(group, adapters, tiles, tiling)
+    gates = gate_entries(adapters, tiling)
     vectors = output_vectors(group, adapters, tiles)
     inputs, apart = input_vectors(group, adapters, tiles, apart)
     # The longest items first: what is left at the end should be short.
@@ -81,6 +84,7 @@ def build(
         **vectors,
         **inputs,
         plane_count=work.count,
+        gates=gates,
         width=width,
         planes=int(work.count.max(initial=0)),
         uses=Uses(
@@ -88,5 +92,6 @@ def build(
             apart=apart,
             turned=tiling.gathers > 1 and len(work.sells) > 0,
             biased=len(work.bits) > 0,
+            gated=len(gates) > 0,
         ),
     )
