@@ -17,7 +17,7 @@ from variants import VARIANTS, make_base
 
 from deltaserve.kernels.gpu import decoding
 from deltaserve.kernels.gpu.layers import LayerPlans
-from deltaserve.server.config import AdapterConfig, EngineConfig
+from deltaserve.server.config import AdapterConfig, ConfigError, EngineConfig
 from deltaserve.server.engine.build import base_of, make_engine
 from deltaserve.server.engine.collector import Collector
 from deltaserve.server.engine.core import AdapterRef, Combination, Member, Rule, Speculation
@@ -171,3 +171,10 @@ def test_graphs_may_be_turned_off(family: Path, monkeypatch: pytest.MonkeyPatch)
     ):
         make_engine(model, config, AdapterConfig())
     assert asked == [24]
+
+    def full(self: Any, forward: Any, **of: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(type(model.ctx.backend), "graphs", full)
+    with pytest.raises(ConfigError, match=r"^--memory \d+: .*--enforce-eager"):
+        make_engine(model, EngineConfig(kv_cache_bytes=1 << 20), AdapterConfig())

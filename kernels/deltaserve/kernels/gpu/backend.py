@@ -139,7 +139,7 @@ class TritonBackend:
         if self.capture is None:
             return None
         try:
-            return DecodeGraphs(
+            found = DecodeGraphs(
                 forward,
                 self.capture,
                 self.workspace,
@@ -152,6 +152,8 @@ class TritonBackend:
         except NotCapturable as error:
             log.warning("steps are launched kernel by kernel: %s", error)
             return None
+        log.info("decoding steps are captured; their tables take %d bytes", found.nbytes)
+        return found
 
     def graph_bytes(
         self,

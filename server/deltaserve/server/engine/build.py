@@ -149,7 +149,13 @@ def make_engine(
     scheduler.speculator = Speculator(manager, cost, model.max_length, config.speculate)
     runner = ModelRunner(model, pool.store)
     if not config.enforce_eager:
-        runner.capture(config.most_decodes, progress or (lambda share, what: None))
+        try:
+            runner.capture(config.most_decodes, progress or (lambda share, what: None))
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"--memory {plan.budget}: it leaves no room to capture decoding steps; give less, "
+                "lower --max-sequences, or launch steps kernel by kernel with --enforce-eager"
+            ) from error
     made.append(
         Engine(
             model,
