@@ -26,7 +26,7 @@ TWICE = ("start", "base")
 LAST = ("kinds", "bits")
 """They take adapters of gigabytes: made if time is left."""
 LIMITS = {
-    "start": 240, "base": 60, "adapters": 90, "loads": 90, "kinds": 120, "bits": 120,
+    "start": 30, "base": 90, "adapters": 150, "loads": 120, "kinds": 120, "bits": 120,
     "transformers": 150, "floor": 90,
 }  # fmt: skip
 """Seconds after which a part is given up."""

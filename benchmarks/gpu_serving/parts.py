@@ -60,13 +60,16 @@ class Stage:
             context=decoded.context,
             form=form,
             max_length=self.sizes.max_length,
+            replayed=decoded.replayed,
             p50_ms=round(decoded.ms(0.5), 4),
             p99_ms=round(decoded.ms(0.99), 4),
             floor_ms=round(floor, 4),
         ), decoded
 
-    def ratio(self, what: str, value: float, goal: float, **more: Any) -> Row:
+    def ratio(self, what: str, value: float, goal: float | None, **more: Any) -> Row:
         """goal: at least, or at most if that is negative."""
+        if goal is None:
+            return self.row(what, round(value, 4), "x", **more)
         met = value >= goal if goal > 0 else value <= -goal
         sign = ">=" if goal > 0 else "<="
         return self.row(what, round(value, 4), "x", goal=f"{sign} {abs(goal):g}", met=met, **more)
@@ -99,10 +102,11 @@ def base(stage: Stage) -> Iterator[Row]:
 
 def adapters(stage: Stage) -> Iterator[Row]:
     """The base beside adapters that nobody uses, then each of them in one batch."""
-    sizes, many = stage.sizes, stage.sizes.many
+    sizes, alone = stage.sizes, dict[int, Decoded]()
     folders = loras(stage, sizes.resident)
-    before, alone = stage.decoded([""] * many, "base, no adapters")
-    yield before
+    for batch in sizes.batches:
+        row, alone[batch] = stage.decoded([""] * batch, "base, no adapters")
+        yield row
     began = time.perf_counter()
     with stage.serving.loaded(folders) as infos:
         seconds = time.perf_counter() - began
@@ -110,18 +114,18 @@ def adapters(stage: Stage) -> Iterator[Row]:
         yield stage.row(
             "loads", round(len(infos) / seconds, 2), "adapters/s", form="lora", batch=len(infos)
         )
-        beside, idle = stage.decoded([""] * many, f"base, {len(infos)} adapters resident")
-        yield beside
-        yield stage.ratio(
-            "base beside adapters, to base", alone.ms(0.5) / idle.ms(0.5), 0.98, batch=many
-        )
+        for batch in sizes.batches:
+            row, beside = stage.decoded([""] * batch, f"base, {len(infos)} adapters resident")
+            yield row
+            of = alone[batch].ms(0.5) / beside.ms(0.5)
+            yield stage.ratio("base beside adapters, to base", of, 0.98, batch=batch)
         for batch in (n for n in sizes.batches if n <= len(infos)):
             names = list(infos)[:batch]
             row, mixed = stage.decoded(names, "LoRA, all distinct", [infos[n] for n in names])
             yield row
-            if batch == many:
-                of = mixed.tokens_per_second / alone.tokens_per_second
-                yield stage.ratio("distinct LoRA, to base", of, 0.5, batch=many)
+            of = mixed.tokens_per_second / alone[batch].tokens_per_second
+            goal = 0.5 if batch == sizes.many else None
+            yield stage.ratio("distinct LoRA, to base", of, goal, batch=batch)
 
 
 def loads(stage: Stage) -> Iterator[Row]:
@@ -175,7 +179,7 @@ def kinds(stage: Stage) -> Iterator[Row]:
             row, mixed = stage.decoded(names, form, [infos[n] for n in names])
             yield row
             of = mixed.tokens_per_second / alone.tokens_per_second * len(infos) / len(names)
-            yield stage.row(f"{form}, to base", round(of, 4), "x", batch=len(names))
+            yield stage.ratio(f"{form}, to base", of, None, batch=len(names))
 
 
 def bits(stage: Stage) -> Iterator[Row]:
@@ -191,7 +195,7 @@ def bits(stage: Stage) -> Iterator[Row]:
         row, mixed = stage.decoded(list(infos), "BitDelta, all distinct", infos.values())
         yield row
         of = mixed.tokens_per_second / alone.tokens_per_second
-        yield stage.row("distinct BitDelta, to base", round(of, 4), "x", batch=count)
+        yield stage.ratio("distinct BitDelta, to base", of, None, batch=count)
 
 
 def floor(stage: Stage) -> Iterator[Row]:

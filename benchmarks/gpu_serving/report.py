@@ -78,6 +78,7 @@ WHERE: Cells = {"graphs": _cell("graphs"), "batch": _cell("batch")}
 DECODING: Cells = {
     "engine": _cell("engine"),
     **WHERE,
+    "replayed": lambda row: "-" if row.get("replayed") is None else f"{row['replayed']:.0%}",
     "context": _cell("context"),
     "adapters": _cell("form"),
     "tokens/s": _cell("value"),

@@ -74,11 +74,13 @@ class Streams:
 
 @dataclass(frozen=True)
 class Decoded:
-    """gaps: seconds between two steps. context: tokens of a sequence, halfway."""
+    """gaps: seconds between two steps. context: tokens of a sequence, halfway. replayed: share of
+    the steps that were replayed from graphs."""
 
     tokens_per_second: float
     gaps: tuple[float, ...]
     context: int
+    replayed: float
 
     def ms(self, share: float) -> float:
         """Of the gaps."""
@@ -127,11 +129,12 @@ def decode(
     fill(engine, sizes, names)
     streams = begin(engine, sizes, names)
     try:
-        first = len(streams.steps)
+        first, replays = len(streams.steps), engine._runner.replays
         if between is not None:
             streams.between = lambda steps: between(steps - first)
         before = sum(streams.counts.values()) / len(names)
         streams.wait(sizes.steps)
+        made, replays = len(streams.steps) - first, engine._runner.replays - replays
     finally:
         streams.end(engine)
     window = streams.steps[first - 1 : first + sizes.steps]
@@ -141,4 +144,5 @@ def decode(
         tokens / (times[-1] - times[0]),
         tuple(b - a for a, b in itertools.pairwise(times)),
         round(sizes.prompt + before + sizes.steps / 2),
+        round(min(1.0, replays / made), 2),
     )
