@@ -66,7 +66,7 @@ def _make_adapters(root: Path) -> None:
     shapes = {
         path: (spec.out_features, spec.in_features)
         for path, spec in model.spec.modules.items()
-        if spec.kind is ModuleKind.LINEAR and not model.modules.refusal(path)
+        if spec.kind is ModuleKind.LINEAR and not model.packer.refusal(path)
     }
     lora = {path: (_lora(*shape),) for path, shape in shapes.items()}
     others = {path: (_others(i, *shape),) for i, (path, shape) in enumerate(shapes.items())}
