@@ -20,7 +20,9 @@ sys.path.insert(0, str(BENCHMARKS))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import gpu  # noqa: E402
 import gpu_serving  # noqa: E402
+from gpu_kernels import supervise  # noqa: E402
 from gpu_kernels.supervise import Place  # noqa: E402
 from gpu_serving import checkpoint, command, parts, peer, report, serving  # noqa: E402
 from gpu_serving.adapters import KINDS, delta, lora  # noqa: E402
@@ -261,6 +263,25 @@ def test_what_does_not_fit_in_the_time_is_named(
     places, _ = run({}, seconds=0.0, graphs=["auto"], part=["base", "loads"])
     assert places == []
     assert "not begun for lack of time: base:auto, loads:auto" in capsys.readouterr().out
+
+
+def test_the_command_runs_a_rehearsal_and_marks_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, out = tmp_path / "place", tmp_path / "saved.jsonl"
+    place.touch()
+
+    def here(words: list[str]) -> int:
+        monkeypatch.setattr(sys, "argv", [*words[1:], "--place", str(place)])
+        return gpu.main()
+
+    monkeypatch.setattr(supervise, "run", here)
+    words = ["engine", "--rehearse", DEVICE, "--part", "start", "--graphs", "off"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *words, "--out", str(out)])
+    assert gpu.main() == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row["what"] for row in rows} >= {"start: load the base", "start: all"}
+    assert all(row["rehearsal"] and row["graphs"] == "off" for row in rows)
 
 
 @pytest.mark.parametrize("how", [{"save": True}, {"out": BENCHMARKS / "results" / "gpu-x.jsonl"}])

@@ -96,8 +96,8 @@ def base(stage: Stage) -> Iterator[Row]:
         yield stage.decoded([""] * batch, "base")[0]
     asked = request(sizes, 0, "", SCORED, logprobs=0)
     (answer,) = generate(engine, [asked], PATIENCE)
-    tokens, logprobs = list(answer.token_ids), [t.logprob for t in answer.logprobs]
-    yield stage.row("answer", SCORED, "tokens", tokens=tokens, logprobs=logprobs)
+    ids, logprobs = list(answer.token_ids), [t.logprob for t in answer.logprobs]
+    yield stage.row("answer", SCORED, "tokens", ids=ids, logprobs=logprobs)
 
 
 def adapters(stage: Stage) -> Iterator[Row]:

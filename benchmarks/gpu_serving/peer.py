@@ -55,7 +55,7 @@ def _score(stage: Stage, model: Any) -> Iterator[Row]:
     prompt = list(request(stage.sizes, 0, "", 1).prompt_ids)
     most = TOLERANCE[stage.sizes.shape.dtype]
     for past in [row for row in stage.past if row["what"] == "answer"]:
-        ids = torch.tensor([prompt + past["tokens"]], device=DEVICE)
+        ids = torch.tensor([prompt + past["ids"]], device=DEVICE)
         with torch.inference_mode():
             logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
         given = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
