@@ -118,7 +118,7 @@ def _room(stats: EngineStats, adapters: list[AdapterInfo]) -> int:
     sizes = [a.resident_bytes for a in adapters if a.resident_bytes]
     if not sizes:
         return max(1, len(adapters))
-    free = max(0, stats.adapter_bytes_budget - stats.adapter_bytes_host)
+    free = max(0, stats.adapter_bytes_budget - stats.adapter_bytes)
     return len(sizes) + free * len(sizes) // sum(sizes)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
@@ -71,6 +71,9 @@ class AdapterCache:
         )
         self._courier = courier
         self._host_tier = host_tier
+        if host_tier is not None:
+            host_tier.gone = _no_more_kept
+        self.on_device = courier is not None
         self._leaving: Residencies = []
         self._loader = Loader(self._registry, make, wake, loaders)
         self._arrivals = Arrivals(
@@ -104,6 +107,11 @@ class AdapterCache:
     @property
     def used_bytes(self) -> int:
         return self._residents.used_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of adapters in host memory that had to leave the device."""
+        return 0 if self._host_tier is None else self._host_tier.used
 
     @property
     def loads(self) -> int:
@@ -337,7 +345,7 @@ class AdapterCache:
                 residency.nbytes,
                 cached=residency.cached,
             )
-            self._host_tier.keep(
+            residency.kept = self._host_tier.keep(
                 residency,
                 kept,
                 residency.nbytes,
@@ -362,3 +370,8 @@ class AdapterCache:
         self._registry.change(residency, AdapterState.UNLOADED)
         assert residency.unloading is not None
         residency.unloading.set_result(freed)
+
+
+def _no_more_kept(residency: Hashable) -> None:
+    assert isinstance(residency, Residency)
+    residency.kept = False

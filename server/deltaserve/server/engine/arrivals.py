@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.kernels.backend import Courier, Parcel
-from deltaserve.server.engine.core import AdapterState
+from deltaserve.server.engine.core import AdapterState, Tier
 from deltaserve.server.engine.host_tier import HostTier
 from deltaserve.server.engine.loader import Loader
 from deltaserve.server.engine.observer import Observer
@@ -146,6 +146,7 @@ class Arrivals:
             self._fail(residency, error)
             return
         residency.describe(adapter)
+        residency.tier = Tier.HOST if self._courier is None else Tier.DEVICE
         residency.structure, residency.prefix = adapter, prepared.prefix
         residency.loads += 1
         self.loads += 1

@@ -3,7 +3,7 @@ again from there need not be read, lowered and packed."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -20,10 +20,12 @@ class _Kept(Generic[T]):
 class HostTier(Generic[T]):
     """budget: bytes of all of them together. What is worth least goes first, by the measure of
     `memory.Ledger`: uses by the seconds that a load takes, per byte, above a clock that rises to
-    the value of what went. Used by the engine thread alone."""
+    the value of what went. gone: called with the key of what is not here any more. Used by the
+    engine thread alone."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
+        self.gone: Callable[[Hashable], None] = lambda key: None
         self.used = 0
         self.evictions = 0
         self._clock = 0.0
@@ -59,6 +61,7 @@ class HostTier(Generic[T]):
         kept = self._kept.pop(key, None)
         if kept is not None:
             self.used -= kept.nbytes
+            self.gone(key)
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._kept

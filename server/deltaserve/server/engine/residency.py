@@ -42,7 +42,8 @@ class Residency:
     running those of them that hold cache blocks: it cannot be evicted under those. patch: it is
     part of every request. structure, prefix, prepared, slot and views: while it is in memory.
     nbytes: what it takes there, known from its first load on. loading: a loader has it, or it
-    waits for room. waiting_for_check: who asked for no more than that it be registered.
+    waits for room. tier: where it is while it is in memory. kept: it is in the host tier.
+    waiting_for_check: who asked for no more than that it be registered.
 
     Thousands may be registered, so what is kept of one that is not in memory is small, and texts
     that many have in common are one object. uses: requests since it came into memory. value: as in
@@ -80,6 +81,8 @@ class Residency:
     own_text: Text | None = None  # the tokenizer that it brings
     text_read: bool = False  # what it brings is known
     cached: bool = False  # lowered, on disk, as far as is known
+    tier: Tier = Tier.HOST
+    kept: bool = False
     crowded_since: float = 0.0  # `time.monotonic()`; 0 while there is room for it
     waiting_for_load: Futures = field(default_factory=list)
     waiting_for_check: Futures = field(default_factory=list)
@@ -120,7 +123,7 @@ class Residency:
             digest=self.digest,
             uri=self.uri,
             state=self.state,
-            tier=Tier.HOST if self.ready else Tier.CACHE if self.cached else Tier.DISK,
+            tier=self._tier(),
             format=self.format,
             primitives=self.primitives,
             resident_bytes=self.nbytes if self.ready else 0,
@@ -137,6 +140,11 @@ class Residency:
             patch=self.patch,
             own_tokenizer=self.own_text is not None,
         )
+
+    def _tier(self) -> Tier:
+        if self.ready:
+            return self.tier
+        return Tier.HOST if self.kept else Tier.CACHE if self.cached else Tier.DISK
 
 
 _texts: dict[tuple[str, ...], tuple[str, ...]] = {}

@@ -20,7 +20,8 @@ class EngineStats:
     now are kv_blocks_there, `kv_bytes` of it. memory_budget: bytes of blocks and adapters together.
     Counters (prefix_*, preemptions, steps, adapter_loads, adapter_evictions) run since the start.
     virtual_lag: seconds of service between the most and the least served tenant that waits.
-    adapter_bytes_device is 0 where the device computes in host memory.
+    on_device: adapters are served from a device's memory, adapter_bytes_device of it; those of
+    adapter_bytes_host are kept beside for when they are wanted again. Else host memory is the one.
     """
 
     running: int = 0
@@ -35,6 +36,7 @@ class EngineStats:
     memory_budget: int = 0
     adapter_bytes_host: int = 0
     adapter_bytes_device: int = 0
+    on_device: bool = False
     adapter_bytes_budget: int = 0
     running_adapters: tuple[str, ...] = ()
     waiting_adapters: tuple[str, ...] = ()
@@ -46,18 +48,22 @@ class EngineStats:
     adapter_evictions: int = 0
 
     @property
+    def adapter_bytes(self) -> int:
+        """Of the budget."""
+        return self.adapter_bytes_device if self.on_device else self.adapter_bytes_host
+
+    @property
     def memory_by_use(self) -> dict[str, int]:
         """Bytes of the budget: blocks that sequences use, blocks kept for later, blocks that are
         empty, adapters, and what is free."""
         per_block = self.kv_bytes / max(1, self.kv_blocks_there)
         used, idle = (int(n * per_block) for n in (self.kv_blocks_used, self.kv_blocks_idle))
-        adapters = max(self.adapter_bytes_host, self.adapter_bytes_device)
         return {
             "kv_used": used,
             "kv_idle": idle,
             "kv_empty": self.kv_bytes - used - idle,
-            "adapters": adapters,
-            "free": self.memory_budget - self.kv_bytes - adapters,
+            "adapters": self.adapter_bytes,
+            "free": self.memory_budget - self.kv_bytes - self.adapter_bytes,
         }
 
 
@@ -101,7 +107,9 @@ def engine_stats(
         kv_blocks_there=blocks.there,
         kv_bytes=blocks.memory.ledger.kv,
         memory_budget=blocks.memory.ledger.budget,
-        adapter_bytes_host=adapters.used_bytes,
+        adapter_bytes_host=adapters.kept_bytes if adapters.on_device else adapters.used_bytes,
+        adapter_bytes_device=adapters.used_bytes if adapters.on_device else 0,
+        on_device=adapters.on_device,
         adapter_bytes_budget=adapters.budget,
         running_adapters=_names(running),
         waiting_adapters=_names(waiting),

@@ -50,7 +50,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
                 kv_blocks_total=stats.kv_blocks_total,
                 kv_blocks_used=stats.kv_blocks_used,
                 kv_block_size=stats.kv_block_size,
-                adapter_bytes=max(stats.adapter_bytes_host, stats.adapter_bytes_device),
+                adapter_bytes=stats.adapter_bytes,
                 kv_bytes=stats.kv_bytes,
                 kv_blocks_idle=stats.kv_blocks_idle,
             ),
