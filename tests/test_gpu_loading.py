@@ -3,6 +3,7 @@ kernels that were found to be right."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 import apart
 import pytest
 import torch
+from engine_pair import check
 from rig import load_base, request, running
 from variants import VARIANTS, make_base
 
@@ -19,8 +21,12 @@ from deltaserve.kernels.gpu import gemm, selftest
 from deltaserve.kernels.gpu.backend import TritonBackend
 from deltaserve.server.config import AdapterConfig, Config, ConfigError, EngineConfig, ModelConfig
 from deltaserve.server.engine import build
-from deltaserve.server.engine.collector import generate
+from deltaserve.server.engine.block_pool import BlockPool
+from deltaserve.server.engine.collector import Collector, generate
+from deltaserve.server.engine.core import Tier
 from deltaserve.server.engine.host_tier import HostTier
+from deltaserve.server.engine.kv_memory import Moves
+from deltaserve.server.engine.kv_pool import KVShape
 from deltaserve.server.engine.loader_process import AVAILABLE, Fresh, LoaderProcesses
 from deltaserve.server.engine.observer import NullObserver
 from deltaserve.server.model import load
@@ -82,7 +88,62 @@ def test_adapters_take_turns_in_the_device_and_the_host(
             assert answer.token_ids == right[i]
             assert gpu.arena.used == engine.adapters.used_bytes <= 2 * packed
         assert engine.adapters.evictions >= 4 and len(taken) >= 3
+        tiers = Counter(engine.adapters.get(name).tier for name in NAMES)
+        assert tiers == {Tier.DEVICE: 2, Tier.HOST: 1}
+        stats = engine.stats()
+        assert (stats.adapter_bytes_device, stats.adapter_bytes_host) == (2 * packed, packed)
         gpu.arena.check_integrity()
+    assert gpu.arena.used == 0
+
+
+def test_cache_and_adapters_take_turns_in_the_devices_memory(
+    gpu: TritonBackend, family: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is room for an adapter beside six blocks, or for more blocks: those of a request that
+    runs are moved for an adapter that comes, and that goes for a request that needs blocks."""
+    roots = [family / "adapters"]
+    moved: list[int] = []
+    shrink = BlockPool.shrink
+
+    def spy(pool: BlockPool, blocks: int, moves: Moves) -> None:
+        moved.append(len(moves))
+        shrink(pool, blocks, moves)
+
+    monkeypatch.setattr(BlockPool, "shrink", spy)
+    short, long = request(range(20, 52), max_tokens=1), request(range(50, 60), max_tokens=12)
+    adapted = [request([5, 6, 7], "a", max_tokens=2), request(range(60, 80), "b", max_tokens=2)]
+    wide = [request(range(n, n + 30), max_tokens=2) for n in (90, 130)]
+    asked = [short, long, *adapted, *wide]
+    small: dict[str, Any] = {"max_length": 40, "kv_cache_bytes": None, "max_batch_tokens": 40}
+    with running(load_base(family / "base"), roots, max_length=40) as cpu:
+        for name in "ab":
+            cpu.adapters.load(name, str(roots[0] / name)).result(60)
+        right = {r.request_id: generate(cpu, [r], 60)[0] for r in asked}
+    model = load(family / "base", dtype=torch.float32, backend=gpu)
+    block = KVShape.of(model.attention, 8, torch.float32, by_page=False).block
+    with running(model, roots, memory=1 << 20, **small) as engine:
+        packed = engine.adapters.load("a", str(roots[0] / "a")).result(60).resident_bytes
+    model = load(family / "base", dtype=torch.float32, backend=gpu)
+    with running(model, roots, memory=6 * block + packed, **small) as engine:
+        collector = Collector()
+        for r in (short, long):
+            engine.submit(r, collector)
+        found = [collector.wait(short.request_id, 60)]
+        for name in "ab":
+            info = engine.adapters.load(name, str(roots[0] / name)).result(60)
+            assert info.tier is Tier.DEVICE and engine.stats().adapter_bytes_device == packed
+            assert sum(moved) > 0 and engine.stats().running == 1
+        found.append(collector.wait(long.request_id, 60))
+        for r in adapted:
+            found += generate(engine, [r], 60)
+        assert engine.stats().kv_blocks_there <= 6
+        found += generate(engine, wide, 60)
+        assert engine.stats().adapter_bytes_device == 0
+        again = replace(adapted[0], request_id="again")
+        assert generate(engine, [again], 60)[0].token_ids == right[adapted[0].request_id].token_ids
+        for r, answer in zip(asked, found, strict=True):
+            check(answer, right[r.request_id], r.request_id)
+        engine._scheduler.check_integrity()
     assert gpu.arena.used == 0
 
 

@@ -47,7 +47,8 @@ class Layers:
 
     def __init__(self, count: int, nbytes: int = 1 << 20) -> None:
         memory = torch.full((nbytes,), 255, dtype=torch.uint8, device=default_device())
-        self.arena = Arena(default_device(), grows=False, memory=memory)
+        self.arena = Arena(default_device())
+        self.arena.adopt(memory)
         self.rigs = [GpuRig(INNER, OUTS, torch.float32, {}, quantize="int8") for _ in range(count)]
         for rig in self.rigs:
             rig.deltas = GpuLinearDeltas(INNER, OUTS, torch.float32, arena=self.arena)

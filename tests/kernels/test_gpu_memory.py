@@ -64,8 +64,8 @@ class ArenaMachine(RuleBasedStateMachine):
     @rule(data=st.data(), held=st.booleans())
     def hold(self, data: st.DataObject, held: bool) -> None:
         place = data.draw(st.sampled_from(list(self.held)))
-        place.held = held
-        self.offsets = {p: p.offset for p in self.held if p.held}
+        self.arena.hold(place, held)
+        self.starts = {p: p.start for p in self.held if p.held}
 
     @rule(lines=st.integers(0, 48))
     def limit(self, lines: int) -> None:
@@ -84,8 +84,8 @@ class ArenaMachine(RuleBasedStateMachine):
         assert self.arena.used == sum(p.units * UNIT for p in self.held)
         for place, blob in self.held.items():
             assert torch.equal(self.arena.bytes_of(place)[: blob.numel()].cpu(), blob)
-        for place, offset in getattr(self, "offsets", {}).items():
-            assert not place.held or place not in self.held or place.offset == offset
+        for place, start in getattr(self, "starts", {}).items():
+            assert not place.held or place not in self.held or place.start == start
 
 
 ArenaMachine.TestCase.settings = settings(
@@ -102,15 +102,22 @@ def test_an_arena_that_may_not_grow() -> None:
     arena.put(torch.zeros(1024, dtype=torch.uint8))
 
 
-def test_one_that_grew_is_given_its_size() -> None:
+@pytest.mark.parametrize("size", [6 * 1024, 9 * 1024, 20 * 1024])
+def test_one_that_grew_moves_to_the_end_of_other_memory(size: int) -> None:
     arena = Arena(default_device(), 1 << 10)
     blobs = [torch.full((3000,), i, dtype=torch.uint8) for i in range(3)]
     places = [arena.put(blob) for blob in blobs]
     arena.drop(places[0])
-    arena.fix(2 * LINE)
+    with pytest.raises(OutOfArena, match="6144 bytes of blobs do not fit in 6016"):
+        arena.adopt(torch.full((6 * 1024 - LINE,), 7, dtype=torch.uint8, device=arena.device))
+    memory = torch.full((size,), 7, dtype=torch.uint8, device=arena.device)
+    arena.adopt(memory)
+    arena.check_integrity()
     for place, blob in zip(places[1:], blobs[1:], strict=True):
         assert torch.equal(arena.bytes_of(place)[:3000].cpu(), blob)
-    arena.put(torch.zeros(3 * 1024 + 2 * LINE, dtype=torch.uint8))
+        assert torch.equal(memory[place.offset * UNIT :][:3000].cpu(), blob)
+    if size > 6 * 1024:
+        arena.put(torch.zeros(size - 6 * 1024, dtype=torch.uint8))
     with pytest.raises(OutOfArena):
         arena.put(torch.zeros(1, dtype=torch.uint8))
 
@@ -122,9 +129,24 @@ def test_as_few_bytes_as_can_be_are_moved() -> None:
     places = [arena.put(torch.zeros(n * LINE, dtype=torch.uint8)) for n in sizes]
     for i in (0, 2, 3, 5):
         arena.drop(places[i])
-    before = [places[i].offset for i in (1, 4, 6)]
-    assert arena.reserve(3 * LINE).offset == before[0] + 8 * 8
-    assert [places[i].offset for i in (1, 4, 6)] == [before[0], before[1] - 2 * 8, before[2]]
+    before = [places[i].start for i in (1, 4, 6)]
+    assert arena.reserve(3 * LINE).start == before[0] + 8 * 8
+    assert [places[i].start for i in (1, 4, 6)] == [before[0], before[1] - 2 * 8, before[2]]
+
+
+def test_a_limit_moves_as_few_places_as_can_be() -> None:
+    """The gap that is nearest is closed."""
+    arena = Arena(default_device(), 20 * LINE, grows=False)
+    places = [arena.put(torch.zeros(n * LINE, dtype=torch.uint8)) for n in (2, 6, 2, 3, 2, 5)]
+    for i in (0, 2, 4):
+        arena.drop(places[i])
+    before = [places[i].start for i in (1, 3, 5)]
+    assert arena.limit(18 * LINE) and arena.moves == 1
+    assert [places[i].start for i in (1, 3, 5)] == [*before[:2], before[2] - 2 * 8]
+    arena.hold(places[3], True)
+    assert arena.stuck == 13 * LINE
+    assert not arena.limit(17 * LINE) and arena.moves == 1 and arena.units == 18 * 8
+    assert arena.limit(18 * LINE)
 
 
 def test_offsets_of_32_bits() -> None:

@@ -316,14 +316,21 @@ test_every_step_reads_its_adapters = StagingMachine.TestCase
 def test_the_courier_says_when_there_is_no_place() -> None:
     own = Rig(8)
     courier = DeviceCourier(own.arena, own.staging)
-    first = courier.send(SimpleNamespace(linears={"a": blob(1, 3), "b": blob(2, 3)}))
-    assert first is not None and courier.send(SimpleNamespace(linears={"a": blob(3, 3)})) is None
+    first = courier.send(SimpleNamespace(linears={"a": blob(1, 3)}, norms={"b": blob(2, 3)}))
+    second = SimpleNamespace(linears={"a": blob(3, 3)}, norms={})
+    assert first is not None and courier.send(second) is None
     while not first.arrived:
         courier.pump()
         own.streams.advance_copies()
     first.publish()
     first.finish()
-    assert courier.send(SimpleNamespace(linears={"a": blob(3, 3)})) is not None
+    assert courier.send(second) is not None
+    nothing = courier.send(SimpleNamespace(linears={"a": blob(3, 0)}, norms={}))
+    assert nothing is not None and nothing.arrived
+    nothing.publish()
+    used = own.arena.used
+    nothing.finish()
+    assert own.arena.used == used
 
 
 def test_the_interpreter_has_streams_too() -> None:

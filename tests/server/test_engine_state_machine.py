@@ -49,7 +49,8 @@ from deltaserve.server.engine.core import (
     SamplingParams,
 )
 from deltaserve.server.engine.engine import Engine
-from deltaserve.server.engine.kv_cache import BlockManager, BlockMemory
+from deltaserve.server.engine.kv_cache import BlockManager
+from deltaserve.server.engine.kv_memory import BlockMemory
 from deltaserve.server.engine.make import MakeHere
 from deltaserve.server.engine.memory import Ledger
 from deltaserve.server.engine.observer import NullObserver

@@ -10,7 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from deltaserve.server.engine.kv_cache import BlockManager, BlockMemory, OutOfBlocks, chain_root
+from deltaserve.server.engine.kv_cache import BlockManager, OutOfBlocks, chain_root
+from deltaserve.server.engine.kv_memory import BlockMemory
 from deltaserve.server.engine.memory import Ledger
 from deltaserve.server.engine.residency import Residency
 from deltaserve.server.engine.residents import PATIENCE, Residents

@@ -132,10 +132,11 @@ def test_the_command_prints_a_table_and_json(folder: Path) -> None:
     assert found["budget_bytes"] == 1 << 20 and found["adapters"][0]["count"] > 0
 
 
-class Fixed(CpuBackend):
-    """Memory that does not come and go by the page."""
+class Whole(CpuBackend):
+    """One allocation for cache and adapters, these up to a MiB."""
 
     returns_pages = False
+    adapter_limit = 1 << 20
 
 
 def plan(
@@ -183,21 +184,21 @@ def test_the_limits_stay_inside_the_budget() -> None:
     assert plan(1 << 30, memory=1 << 20).adapter_most == (1 << 20) - 65 * 8192
 
 
-@pytest.mark.parametrize("kv_cache_bytes", [None, 80 * 8192])
-@pytest.mark.parametrize("adapter_bytes", [None, 1000, 1 << 40])
-def test_where_pages_are_not_given_back_each_has_a_part_of_its_own(
-    adapter_bytes: int | None, kv_cache_bytes: int | None
-) -> None:
-    given = {"memory": 1 << 20, "kv_cache_bytes": kv_cache_bytes}
-    found = plan(1 << 30, adapter_bytes, Fixed(), **given)
-    assert found.kv_most + found.adapter_most <= 1 << 20
-    assert found.kv_floor <= found.kv_most
-    if adapter_bytes == 1000:
-        assert found.adapter_most == 1000 and found.blocks >= 80
-    else:
-        assert found.adapter_most >= 1 << 18
-    shared = plan(1 << 30, adapter_bytes, **given)
-    assert adapter_bytes == 1000 or shared.kv_most + shared.adapter_most > 1 << 20
+def test_one_allocation_is_shared_out_as_pages_are() -> None:
+    for adapter_bytes in (None, 1000, 1 << 40):
+        for kv_cache_bytes in (None, 80 * 8192):
+            given = {"memory": 1 << 20, "kv_cache_bytes": kv_cache_bytes}
+            found = plan(1 << 30, adapter_bytes, Whole(), **given)
+            assert found == plan(1 << 30, adapter_bytes, **given)
+    assert plan(1 << 30, None, Whole(), memory=1 << 23).adapter_most == 1 << 20
+
+
+def test_a_block_whose_layers_lie_side_by_side_is_of_whole_cache_lines() -> None:
+    layer = LayerAttention(0, 4, 2, 5, 64, None, None, False, 1.0)
+    base = Base(1000, (layer,), {}, 64, 260, torch.float32, 512)
+    config = EngineConfig(memory=1 << 20, block_size=3)
+    shape = plan_memory(base, config, AdapterConfig(), 1 << 30, backend=Whole()).shape
+    assert (shape.block, shape.extent) == (128 + 3 * 2 * 64 * 4, 1)
 
 
 def test_preloaded_adapters_that_do_not_fit_together_are_refused(

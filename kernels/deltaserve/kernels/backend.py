@@ -7,12 +7,14 @@ native code where there is some; `gpu/backend.py` on a GPU, with Triton.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from math import inf
 from typing import Any, Protocol, TypeAlias
 
 import psutil
 import torch
 from torch import Tensor
 
+from deltaserve.kernels import norm
 from deltaserve.kernels.attention.cpu_step import CpuStep
 from deltaserve.kernels.attention.step import AttentionSpec, AttentionStep, Span
 from deltaserve.kernels.base import BaseLinear, DenseLinear
@@ -20,8 +22,7 @@ from deltaserve.kernels.captured import Graphs, StepTensors
 from deltaserve.kernels.decoder import DecoderLayer, LayerParts
 from deltaserve.kernels.linear import LinearDeltas, prepare
 from deltaserve.kernels.native import library
-from deltaserve.kernels.norm import NormDeltas
-from deltaserve.kernels.pages import Pages
+from deltaserve.kernels.norm import NormDeltas, PreparedNorm
 from deltaserve.kernels.primitives import Primitive
 from deltaserve.kernels.segments import Segments
 from deltaserve.kernels.table import Group
@@ -62,6 +63,10 @@ that another process finds by its name. Safe from any thread. Raises ValueError 
 the group does not take."""
 
 
+PackNorm: TypeAlias = Callable[[tuple[Primitive, ...], int], PreparedNorm]
+"""The same for a norm, of a gain of such a size."""
+
+
 class Deltas(Protocol):
     """What a step's adapters do to one group of linears that share their input."""
 
@@ -94,16 +99,28 @@ class Deltas(Protocol):
         ...
 
 
-class CacheMemory(Protocol):
-    """Zeroed memory of a cache behind addresses that stay."""
+class SharedMemory(Protocol):
+    """One allocation for the cache, at its low end, and adapters, at the other. Engine thread,
+    between two steps.
 
-    def tensor(self, start: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The bytes from `start` on, without copying them."""
+    data: all of it, uint8. boundary: bytes that are the cache's.
+    """
+
+    data: Tensor
+    boundary: int
+
+    @property
+    def reach(self) -> int:
+        """Bytes that the cache can have at most while adapters are on their way."""
         ...
 
-    def drop(self, start: int, end: int) -> None:
-        """Zero the bytes [start, end), multiples of the page; what is returned of them is the
-        backend's `returns_pages`."""
+    def divide(self, boundary: int) -> bool:
+        """The cache has the first `boundary` bytes from now on; adapters are moved out of them.
+        False, and nothing moves, if they do not fit above, or those on their way are in between."""
+        ...
+
+    def check_integrity(self) -> None:
+        """Raise if a byte is the cache's and an adapter's."""
         ...
 
 
@@ -146,13 +163,15 @@ class Courier(Protocol):
 class Backend(Protocol):
     """name: of the device, as `--device` calls it. device: where every tensor of a step is.
     fuses: what lies between a decoder layer's linears may be computed by `layer.py`. forks: a
-    forked process can read the base's weights. returns_pages: cache memory is taken by the first
-    write and given back by `drop`, so that the cache and adapters may share what there is."""
+    forked process can read the base's weights. returns_pages: memory comes and goes by the page
+    (`pages.Pages`); elsewhere cache and adapters lie in one allocation, `shared`, of which adapters
+    can have `adapter_limit` bytes."""
 
     name: str
     device: torch.device
     forks: bool
     returns_pages: bool
+    adapter_limit: float
 
     @property
     def fuses(self) -> bool: ...
@@ -174,6 +193,11 @@ class Backend(Protocol):
         """What makes of an adapter what `Deltas.install` takes."""
         ...
 
+    @property
+    def packed_norm(self) -> PackNorm:
+        """Likewise for `norm_deltas`."""
+        ...
+
     def norm_deltas(self, hidden: int, dtype: torch.dtype) -> NormDeltas:
         """For one norm."""
         ...
@@ -186,17 +210,17 @@ class Backend(Protocol):
         """For one step. decodes: so many of the spans, the first ones, are one token each."""
         ...
 
-    def cache(self, nbytes: int) -> CacheMemory:
-        """Memory for keys and values."""
+    def shared(self, nbytes: int) -> SharedMemory | None:
+        """Takes memory for the cache and for adapters; None where `returns_pages`."""
         ...
 
     def free_bytes(self) -> int:
         """Of the memory that cache and adapters are in."""
         ...
 
-    def courier(self, nbytes: int) -> Courier | None:
-        """Takes so much memory for adapters, in one allocation. -> what brings them there; None
-        where they are served from where they were packed, and nothing is taken."""
+    def courier(self) -> Courier | None:
+        """What brings adapters to their end of `shared`; None where they are served from where
+        they were packed."""
         ...
 
     def make_ready(
@@ -256,6 +280,8 @@ class CpuBackend:
     forks = True
     returns_pages = True
     packed = staticmethod(prepare)
+    packed_norm = staticmethod(norm.prepare)
+    adapter_limit: float = inf
 
     @property
     def fuses(self) -> bool:
@@ -279,13 +305,13 @@ class CpuBackend:
     def attention(self, spans: Sequence[Span], decodes: int, block_size: int) -> AttentionStep:
         return CpuStep.of(spans, decodes, block_size)
 
-    def cache(self, nbytes: int) -> CacheMemory:
-        return Pages(nbytes)
-
     def free_bytes(self) -> int:
         return int(psutil.virtual_memory().available)
 
-    def courier(self, nbytes: int) -> Courier | None:
+    def shared(self, nbytes: int) -> SharedMemory | None:
+        return None
+
+    def courier(self) -> Courier | None:
         return None
 
     def make_ready(

@@ -38,6 +38,30 @@ class PreparedNorm:
         return PreparedNorm(*(t if t is None else t.to(device) for t in (self.gain, self.bias)))
 
 
+def prepare(primitives: tuple[Primitive, ...], hidden: int) -> PreparedNorm:
+    """What an adapter has on a norm, in host memory. hidden: size of the gain. Any thread.
+    Raises ValueError for other primitives than one Replace and one Bias, or of the wrong size."""
+    gain: Tensor | None = None
+    bias: Tensor | None = None
+    for p in primitives:
+        match p:
+            case Replace(weight) if gain is None:
+                gain = _checked("Replace.weight", weight, hidden)
+            case Bias(values) if bias is None:
+                bias = _checked("Bias.bias", values, hidden)
+            case _:
+                raise ValueError(
+                    f"{type(p).__name__} on a norm: it takes one Replace and one Bias at most"
+                )
+    return PreparedNorm(gain, bias)
+
+
+def _checked(name: str, tensor: Tensor, hidden: int) -> Tensor:
+    if tuple(tensor.shape) != (hidden,):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; the norm needs ({hidden},)")
+    return cast(tensor, torch.float32)
+
+
 # norm_item of native/norm.c
 ITEM = (("gain", "u8"), ("bias", "u8"))
 
@@ -53,21 +77,8 @@ class NormDeltas:
         self._prepared: dict[int, PreparedNorm] = {}
 
     def prepare(self, primitives: tuple[Primitive, ...]) -> PreparedNorm:
-        """Safe from any thread. Raises ValueError for other primitives than one Replace and one
-        Bias, or of the wrong size."""
-        gain: Tensor | None = None
-        bias: Tensor | None = None
-        for p in primitives:
-            match p:
-                case Replace(weight) if gain is None:
-                    gain = self._checked("Replace.weight", weight)
-                case Bias(values) if bias is None:
-                    bias = self._checked("Bias.bias", values)
-                case _:
-                    raise ValueError(
-                        f"{type(p).__name__} on a norm: it takes one Replace and one Bias at most"
-                    )
-        return PreparedNorm(gain, bias)
+        """See `prepare`."""
+        return prepare(primitives, self.hidden)
 
     def install(self, slot: int, prepared: PreparedNorm) -> None:
         """Publishes an adapter in a slot, in place of what the slot held. Engine thread."""
@@ -173,10 +184,3 @@ class NormDeltas:
     def _installed(self, slot: int) -> PreparedNorm:
         """On the device."""
         return self._prepared[slot]
-
-    def _checked(self, name: str, tensor: Tensor) -> Tensor:
-        if tuple(tensor.shape) != (self.hidden,):
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; the norm needs ({self.hidden},)"
-            )
-        return cast(tensor, torch.float32)

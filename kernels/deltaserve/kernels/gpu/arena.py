@@ -28,43 +28,41 @@ class OutOfArena(MemoryError):
 class Place:
     """Units [offset, offset + units) of an arena, somebody's until all `users` have dropped it.
 
-    held: something that the arena does not know of writes to it (a copy on another stream), so it
-    must stay. Otherwise `offset` changes when the arena makes room: read it anew for every step.
+    start: units between it and the arena's far end. held: as `Arena.hold` was told. Otherwise
+    `offset` changes when the arena makes room: read it anew for every step.
     """
 
-    offset: int
+    start: int
     units: int
+    offset: int = 0
     users: int = 1
     held: bool = False
 
     @property
     def end(self) -> int:
-        return self.offset + self.units
+        """Units between its lowest address and the arena's far end."""
+        return self.start + self.units
 
 
 class Arena:
-    """First fit, from the lowest address. Kernels see it through views of several types.
+    """First fit from the far end, the highest address, down: something else may grow from the
+    lowest one up. Kernels see it through views of several types.
 
     nbytes: size at first. grows: whether a full arena becomes a larger one, which moves it: graphs
     captured over a growing arena must be captured again. One that may not grow takes every blob
     that fits by bytes: where free memory is in pieces, it moves the blobs between them, in the
     order of the current stream, after the steps that were launched and before those to come.
-    memory: uint8, contiguous, to lie in; it is not cleared. Used by the engine thread alone.
+    Used by the engine thread alone.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        nbytes: int = 1 << 16,
-        grows: bool = True,
-        memory: Tensor | None = None,
-    ) -> None:
+    def __init__(self, device: torch.device, nbytes: int = 1 << 16, grows: bool = True) -> None:
         self.device = device
         self.grows = grows
         self.moves = 0
-        self._data = self._allocate(-(-nbytes // LINE) * ALIGN) if memory is None else memory
-        self._limit = min(self._data.numel() // LINE * ALIGN, MOST)
-        self._places: list[Place] = []  # ascending
+        self._data = self._allocate(-(-nbytes // LINE) * ALIGN)
+        self._limit = self._data.numel() // UNIT
+        self._places: list[Place] = []  # ascending by start
+        self._held: set[Place] = set()
         self._used = 0
 
     @property
@@ -77,36 +75,54 @@ class Arena:
         """Bytes taken by blobs, rounded up to whole cache lines."""
         return self._used * UNIT
 
+    @property
+    def stuck(self) -> int:
+        """Bytes below which there is no limit while held places stay where they are."""
+        return max((place.end for place in self._held), default=0) * UNIT
+
+    @property
+    def end(self) -> int:
+        """Bytes from the lowest place's start to the arena's far end."""
+        return self._end * UNIT
+
+    @property
+    def _end(self) -> int:
+        return self._places[-1].end if self._places else 0
+
     def view(self, dtype: torch.dtype) -> Tensor:
         """The whole arena as a flat tensor of a type."""
         return self._data.view(dtype)
 
-    def fix(self, nbytes: int) -> None:
-        """Grow no more: from now on there are `nbytes` beside what is in it, in one allocation."""
-        end = max((place.end for place in self._places), default=0)
-        old = self._data[: end * UNIT]
-        self._data = self._allocate(end + -(-nbytes // LINE) * ALIGN)
-        self._data[: old.numel()].copy_(old)
-        self._limit = min(self._data.numel() // LINE * ALIGN, MOST)
+    def adopt(self, memory: Tensor) -> None:
+        """Grow no more: lie at the end of this memory from now on, with what is in the arena.
+        memory: uint8, contiguous, of whole cache lines, not cleared; as much of it is used as
+        offsets can tell. Raises OutOfArena if it is too little."""
+        data = memory[-min(memory.numel(), MOST * UNIT) :]
+        units = data.numel() // UNIT
+        if self._least() > units:
+            raise OutOfArena(f"{self.used} bytes of blobs do not fit in {data.numel()}")
+        if self._end > units:
+            self._slide(units)
+        self._lie_in(data)
         self.grows = False
 
     def reserve(self, nbytes: int) -> Place:
         """Room for a blob, moving others if need be. Raises OutOfArena."""
         units = max(1, -(-nbytes // LINE)) * ALIGN
-        offset = self._fit(units)
-        if offset is None and not self.grows:
-            offset = self._make_room(units)
-        if offset is None and self.grows:
-            self._grow(units)
-            offset = self._fit(units)
-        if offset is None:
+        start = self._fit(units)
+        if start is None and not self.grows:
+            start = self._make_room(units)
+        if start is None and self.grows:
+            self._lie_in(self._allocate(2 * (self._data.numel() // UNIT) + units))
+            start = self._fit(units)
+        if start is None:
             held = " while others are being copied to" if self._limit - self._used >= units else ""
             raise OutOfArena(
                 f"{units * UNIT} bytes do not fit in an arena of {self._limit * UNIT} of which "
                 f"{self.used} are taken{held}"
             )
-        place = Place(offset, units)
-        self._places.insert(self._index(offset), place)
+        place = Place(start, units)
+        self._put(place)
         self._used += units
         return place
 
@@ -118,37 +134,42 @@ class Arena:
 
     def bytes_of(self, place: Place) -> Tensor:
         """uint8 [units * 16], where the blob lies now."""
-        return self._span(place.offset, place.units)
+        return self._span(place.start, place.units)
+
+    def hold(self, place: Place, held: bool) -> None:
+        """held: something that the arena does not know of writes to it (a copy on another stream),
+        so it must stay."""
+        place.held = held
+        (self._held.add if held else self._held.discard)(place)
 
     def drop(self, place: Place) -> bool:
         """One user less; whether that was the last, which gives the memory back."""
         place.users -= 1
         if place.users:
             return False
-        at = self._index(place.offset)
+        at = self._index(place.start)
         if at >= len(self._places) or self._places[at] is not place:
             raise ValueError("the place is not, or no more, one of this arena")
         del self._places[at]
+        self._held.discard(place)
         self._used -= place.units
         return True
 
     def limit(self, nbytes: int) -> bool:
-        """Use no more than the first `nbytes`, moving what lies beyond. False, and the limit
-        stays, if what is there does not fit, or as long as a held place is in the way."""
-        units = min(nbytes // LINE * ALIGN, self._data.numel() // LINE * ALIGN, MOST)
-        beyond = [p for p in self._places if p.end > units]
-        if self._used > units or any(p.held for p in beyond):
+        """Use no more than the last `nbytes`, moving what lies before. False, and nothing moves, if
+        what is there does not fit, or as long as a held place is in the way."""
+        units = min(nbytes // LINE * ALIGN, self._data.numel() // UNIT)
+        if self._least() > units:
             return False
-        before, self._limit = self._limit, units
-        for place in beyond:
-            offset = self._fit(place.units)
-            if offset is not None:
-                self._move(place, offset)
-        if any(p.end > units for p in beyond):
-            self._slide()
-        if any(p.end > units for p in beyond):
-            self._limit = before
-        return self._limit == units
+        self._limit = units
+        while self._end > units:
+            place = self._places[-1]
+            start = self._fit(place.units)
+            if start is None:
+                self._slide(units)
+            else:
+                self._move(place, start)
+        return True
 
     def check_integrity(self) -> None:
         """Raise if places overlap, lie outside or are counted wrongly."""
@@ -156,18 +177,22 @@ class Arena:
             raise AssertionError(f"{self._used} units counted")
         at = 0
         for place in self._places:
-            if place.offset < at or place.end > self._limit or place.offset % ALIGN:
+            if place.start < at or place.end > self._limit or place.start % ALIGN:
                 raise AssertionError(f"{place} overlaps or lies outside")
+            if place.offset + place.end != self._data.numel() // UNIT:
+                raise AssertionError(f"{place} is said to lie elsewhere")
             if place.users < 1:
                 raise AssertionError(f"{place} is nobody's")
             at = place.end
+        if self._held != {place for place in self._places if place.held}:
+            raise AssertionError("places are held that are not known to be")
 
     def _gaps(self) -> Iterator[tuple[int, int]]:
-        """(start, units) of what is free below each place in order, and above the last, within the
-        limit."""
+        """(start, units) of what is free behind each place in order, and before the last, within
+        the limit."""
         at = 0
         for place in self._places:
-            yield at, min(place.offset, self._limit) - at
+            yield at, min(place.start, self._limit) - at
             at = place.end
         yield at, self._limit - at
 
@@ -176,7 +201,7 @@ class Arena:
 
     def _make_room(self, units: int) -> int | None:
         """Moves the fewest bytes that leave a gap of so many: neighbouring blobs without a held one
-        between them, down onto each other."""
+        between them, back onto each other."""
         places = self._places
         free = [n for _, n in self._gaps()]
         best: tuple[int, int, int] | None = None
@@ -202,45 +227,68 @@ class Arena:
             at = place.end
         return at
 
-    def _slide(self) -> None:
-        """Moves every place down onto the one before it."""
+    def _least(self) -> int:
+        """Units taken if every place lay on the one behind it; the held stay."""
+        if not self._held:
+            return self._used
         at = 0
-        for place in list(self._places):
-            if not place.held:
-                self._move(place, at)
+        for place in self._places:
+            at = place.end if place.held else at + place.units
+        return at
+
+    def _slide(self, units: int) -> None:
+        """Moves as few of the places before the others back onto each other as leaves no more than
+        `units` taken."""
+        first, moved = len(self._places), 0
+        at = self._end
+        while first and at + moved > units and not self._places[first - 1].held:
+            first -= 1
+            moved += self._places[first].units
+            at = self._places[first - 1].end if first else 0
+        for place in self._places[first:]:
+            self._move(place, at)
             at = place.end
 
-    def _move(self, place: Place, offset: int) -> None:
-        """Down, to where nothing else lies."""
-        if place.offset == offset:
+    def _move(self, place: Place, start: int) -> None:
+        """Back, to where nothing else lies."""
+        if place.start == start:
             return
-        self._copy(place.offset, offset, place.units)
-        del self._places[self._index(place.offset)]
-        place.offset = offset
-        self._places.insert(self._index(offset), place)
+        self._copy(place.start, start, place.units)
+        del self._places[self._index(place.start)]
+        place.start = start
+        self._put(place)
         self.moves += 1
 
-    def _copy(self, source: int, offset: int, units: int) -> None:
-        """Down, in pieces that do not overlap what they are copied to."""
-        by = source - offset
+    def _put(self, place: Place) -> None:
+        self._places.insert(self._index(place.start), place)
+        place.offset = self._data.numel() // UNIT - place.end
+
+    def _copy(self, source: int, start: int, units: int) -> None:
+        """Back, in pieces that do not overlap what they are copied to."""
+        by = source - start
         step = max(by, BOUNCE)
         for at in range(0, units, step):
             count = min(step, units - at)
             piece = self._span(source + at, count)
-            self._span(offset + at, count).copy_(piece.clone() if count > by else piece)
+            self._span(start + at, count).copy_(piece.clone() if count > by else piece)
 
-    def _span(self, offset: int, units: int) -> Tensor:
-        return self._data[offset * UNIT : (offset + units) * UNIT]
+    def _span(self, start: int, units: int) -> Tensor:
+        end = self._data.numel() - start * UNIT
+        return self._data[end - units * UNIT : end]
 
-    def _index(self, offset: int) -> int:
-        return bisect_left(self._places, offset, key=attrgetter("offset"))
+    def _index(self, start: int) -> int:
+        return bisect_left(self._places, start, key=attrgetter("start"))
 
-    def _grow(self, units: int) -> None:
-        old = self._data
-        self._data = self._allocate(2 * (old.numel() // UNIT) + units)
-        self._data[: old.numel()].copy_(old)
-        self._limit = min(self._data.numel() // LINE * ALIGN, MOST)
+    def _lie_in(self, data: Tensor) -> None:
+        """What is in the arena, at the end of this memory."""
+        end = self._end
+        target = data[data.numel() - end * UNIT :]
+        target.copy_(self._data[self._data.numel() - end * UNIT :])
+        self._data = data
+        self._limit = data.numel() // UNIT
+        for place in self._places:
+            place.offset = data.numel() // UNIT - place.end
 
     def _allocate(self, units: int) -> Tensor:
         # Zeros: a masked load may still touch what was never written.
-        return torch.zeros(units * UNIT, dtype=torch.uint8, device=self.device)
+        return torch.zeros(min(units, MOST) * UNIT, dtype=torch.uint8, device=self.device)

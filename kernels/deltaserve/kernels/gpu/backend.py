@@ -12,17 +12,13 @@ from torch import Tensor
 
 from deltaserve.kernels.attention.gpu_step import GpuStep
 from deltaserve.kernels.attention.step import AttentionSpec, AttentionStep, Span
-from deltaserve.kernels.backend import (
-    CacheMemory,
-    Courier,
-    Deltas,
-    DeviceUnavailable,
-)
+from deltaserve.kernels.backend import Courier, Deltas, DeviceUnavailable
 from deltaserve.kernels.base import BaseLinear
 from deltaserve.kernels.captured import Graphs, StepTensors
 from deltaserve.kernels.decoder import DecoderLayer, LayerParts
 from deltaserve.kernels.gpu import device as gpu
-from deltaserve.kernels.gpu.arena import Arena
+from deltaserve.kernels.gpu import prepared_norm
+from deltaserve.kernels.gpu.arena import MOST, UNIT, Arena
 from deltaserve.kernels.gpu.base import GpuLinear
 from deltaserve.kernels.gpu.capture import Capture, CudaCapture, NotCapturable
 from deltaserve.kernels.gpu.convert import held_on_gpu
@@ -34,6 +30,7 @@ from deltaserve.kernels.gpu.linear import GpuLinearDeltas
 from deltaserve.kernels.gpu.norm_deltas import GpuNormDeltas
 from deltaserve.kernels.gpu.prepared import prepare
 from deltaserve.kernels.gpu.ready import make_ready
+from deltaserve.kernels.gpu.shared import SharedMemory
 from deltaserve.kernels.gpu.stacks import Stacks
 from deltaserve.kernels.gpu.staging import Staging
 from deltaserve.kernels.gpu.streams import streams
@@ -58,6 +55,8 @@ class TritonBackend:
     fuses = False
     returns_pages = False
     packed = staticmethod(prepare)
+    packed_norm = staticmethod(prepared_norm.prepare)
+    adapter_limit: float = MOST * UNIT
 
     def __init__(self) -> None:
         """Raises DeviceUnavailable for a GPU that is too old."""
@@ -100,16 +99,15 @@ class TritonBackend:
     def attention(self, spans: Sequence[Span], decodes: int, block_size: int) -> AttentionStep:
         return GpuStep.of(spans, block_size, self.device)
 
-    def cache(self, nbytes: int) -> CacheMemory:
-        return DeviceMemory(nbytes, self.device)
+    def shared(self, nbytes: int) -> SharedMemory:
+        return SharedMemory(nbytes, self.arena)
 
     def free_bytes(self) -> int:
         if self.device.type == "cpu":
             return int(psutil.virtual_memory().available)
         return int(torch.cuda.mem_get_info(self.device)[0])
 
-    def courier(self, nbytes: int) -> Courier:
-        self.arena.fix(nbytes)
+    def courier(self) -> Courier:
         thread = ThreadPoolExecutor(1, "deltaserve-staging", initializer=compute_alone)
         return DeviceCourier(self.arena, Staging(streams(self.device), submit=thread.submit))
 
@@ -185,19 +183,3 @@ class TritonBackend:
             return host
 
         return arrived
-
-
-class DeviceMemory:
-    """All of it is taken from the start: a GPU has no pages that come with the first write."""
-
-    def __init__(self, nbytes: int, device: torch.device) -> None:
-        self._data = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-
-    def tensor(self, start: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The bytes from `start` on, without copying them."""
-        end = start + torch.Size(shape).numel() * dtype.itemsize
-        return self._data[start:end].view(dtype).view(*shape)
-
-    def drop(self, start: int, end: int) -> None:
-        """Zeroes the bytes [start, end)."""
-        self._data[start:end].zero_()

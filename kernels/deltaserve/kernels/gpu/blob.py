@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from deltaserve.kernels.gpu.arena import ALIGN, LINE, Place
+from deltaserve.kernels.gpu.arena import ALIGN, LINE, Arena, Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,33 @@ class Home:
 
     spot: Spot | None = None
     users: int = 0
+
+    def take(self, blob: Tensor, arena: Arena) -> Spot:
+        """One slot more has the blob, which is copied to the arena if it is not there."""
+        if self.spot is None:
+            self.spot = Spot(arena.put(blob))
+        else:
+            self.spot.place.users += 1
+        self.users += 1
+        return self.spot
+
+    def leave(self, spot: Spot, arena: Arena) -> None:
+        """One slot less."""
+        self.users -= 1
+        if not self.users:
+            self.spot = None
+        arena.drop(spot.place)
+
+
+class Blob(Protocol):
+    """What was prepared. blob: uint8, in host memory; home: where it lies on the device."""
+
+    @property
+    def blob(self) -> Tensor: ...
+    @property
+    def home(self) -> Home: ...
+    @property
+    def nbytes(self) -> int: ...
 
 
 class BlobWriter:

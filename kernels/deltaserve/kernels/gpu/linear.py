@@ -83,24 +83,15 @@ class GpuLinearDeltas:
         self.remove(slot)
         if not prepared.parts:
             return
-        home = prepared.home
-        if home.spot is None:
-            home.spot = Spot(self.arena.put(prepared.blob))
-        else:
-            home.spot.place.users += 1
-        home.users += 1
-        self.slots[slot], self.spots[slot] = prepared, home.spot
+        spot = prepared.home.take(prepared.blob, self.arena)
+        self.slots[slot], self.spots[slot] = prepared, spot
         self._changed(slot)
 
     def remove(self, slot: int) -> None:
         """Empties a slot; an empty one may be removed again."""
         if slot not in self.slots:
             return
-        home = self.slots.pop(slot).home
-        home.users -= 1
-        if not home.users:
-            home.spot = None
-        self.arena.drop(self.spots.pop(slot).place)
+        self.slots.pop(slot).home.leave(self.spots.pop(slot), self.arena)
         self._changed(slot)
 
     def _changed(self, slot: int) -> None:

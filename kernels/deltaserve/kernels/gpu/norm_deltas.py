@@ -11,22 +11,29 @@ import torch
 from torch import Tensor
 
 from deltaserve.kernels.gpu import device as gpu
-from deltaserve.kernels.gpu.arena import Arena, Place
-from deltaserve.kernels.gpu.blob import BlobWriter
+from deltaserve.kernels.gpu.arena import ALIGN, LINE, Arena
+from deltaserve.kernels.gpu.blob import Home, Spot
+from deltaserve.kernels.gpu.prepared_norm import GpuPreparedNorm, prepare
 from deltaserve.kernels.gpu.step import StepTooLarge
 from deltaserve.kernels.norm import NormDeltas, PreparedNorm
+from deltaserve.kernels.primitives import Primitive
 from deltaserve.kernels.rms_norm import rms_norm
 from deltaserve.kernels.segments import Mix, Segments
 
 
 @dataclass(frozen=True, slots=True)
 class Vectors:
-    """Of an adapter. place: where they lie, until the next step. gain, bias: float32 [hidden], in
-    units of 16 bytes behind its start."""
+    """Of an adapter in a slot. spot: of the blob. gain, bias: units of 16 bytes behind it."""
 
-    place: Place
+    home: Home
+    spot: Spot
     gain: int | None
     bias: int | None
+
+    def offset(self, of: str) -> int | None:
+        """In units, until the next step."""
+        at: int | None = getattr(self, of)
+        return None if at is None else self.spot.offset + at
 
 
 @dataclass(eq=False, slots=True)
@@ -68,24 +75,30 @@ class GpuNormDeltas(NormDeltas):
         self.arena = arena or Arena(self.device, 1 << 10)
         self._vectors: dict[int, Vectors] = {}
 
+    def prepare(self, primitives: tuple[Primitive, ...]) -> PreparedNorm:
+        """See `prepared_norm.prepare`."""
+        return prepare(primitives, self.hidden)
+
     def install(self, slot: int, prepared: PreparedNorm) -> None:
-        """Publishes an adapter in a slot, in place of what the slot held. Engine thread."""
+        """Publishes an adapter in a slot, in place of what the slot held. Engine thread. What is in
+        the arena already, or was put there for another slot, is not copied again."""
+        assert isinstance(prepared, GpuPreparedNorm)
         self.remove(slot)
-        writer = BlobWriter()
-        gain = None if prepared.gain is None else writer.add(prepared.gain)
-        bias = None if prepared.bias is None else writer.add(prepared.bias)
-        blob = writer.bytes()
-        if not blob.numel():
+        if not prepared.nbytes:
             return
+        home = prepared.home
+        gain = None if prepared.gain is None else 0
+        after = 0 if gain is None else -(-self.hidden * 4 // LINE) * ALIGN
+        bias = None if prepared.bias is None else after
         self._prepared[slot] = prepared
-        self._vectors[slot] = Vectors(self.arena.put(blob), gain, bias)
+        self._vectors[slot] = Vectors(home, home.take(prepared.blob, self.arena), gain, bias)
 
     def remove(self, slot: int) -> None:
         """Empties a slot; an empty one may be removed again."""
         super().remove(slot)
         found = self._vectors.pop(slot, None)
         if found is not None:
-            self.arena.drop(found.place)
+            found.home.leave(found.spot, self.arena)
 
     def rms(
         self, x: Tensor, weight: Tensor, offset: float, eps: float, segments: Segments
@@ -136,13 +149,11 @@ class GpuNormDeltas(NormDeltas):
     def _installed(self, slot: int) -> PreparedNorm:
         found, floats = self._vectors[slot], self.arena.view(torch.float32)
 
-        def vector(at: int | None) -> Tensor | None:
-            if at is None:
-                return None
-            start = (found.place.offset + at) * 4
-            return floats[start : start + self.hidden]
+        def vector(of: str) -> Tensor | None:
+            at = found.offset(of)
+            return None if at is None else floats[at * 4 : at * 4 + self.hidden]
 
-        return PreparedNorm(vector(found.gain), vector(found.bias))
+        return PreparedNorm(vector("gain"), vector("bias"))
 
 
 class _Table:
@@ -159,9 +170,7 @@ class _Table:
         if mix not in self.rows:
             self.rows[mix] = len(self.rows) + 1
             for name in ("gain", "bias"):
-                found = [
-                    (v.place.offset + at, w) for v, w in own if (at := getattr(v, name)) is not None
-                ]
+                found = [(at, w) for v, w in own if (at := v.offset(name)) is not None]
                 self.offsets += [at for at, _ in found]
                 self.strengths += [w for _, w in found]
                 self.bounds.append(len(self.offsets))

@@ -11,7 +11,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from deltaserve.server.engine.kv_cache import BlockMemory
+from deltaserve.kernels.backend import SharedMemory
+from deltaserve.server.engine.kv_memory import BlockMemory, Moves
 from deltaserve.server.engine.kv_pool import KVShape, sides_of, whole_lines
 from deltaserve.server.engine.memory import Ledger
 from deltaserve.server.model.context import KVStore
@@ -19,8 +20,8 @@ from deltaserve.server.model.probe import LayerAttention
 
 
 class BlockPool:
-    """Room for `blocks` blocks. data: uint8, zeros, at least as large. store: what attention
-    reads."""
+    """A `kv_memory.Boundary` of up to `blocks` blocks at the low end of `memory`. store: what
+    attention reads; of what is above the boundary nobody may."""
 
     def __init__(
         self,
@@ -29,11 +30,12 @@ class BlockPool:
         block_size: int,
         dtype: torch.dtype,
         ledger: Ledger,
-        data: Tensor,
+        memory: SharedMemory,
     ) -> None:
         layers = list(layers)
         shape = KVShape.of(layers, block_size, dtype, by_page=False)
-        self._blocks = data[: blocks * shape.block].view(blocks, shape.block)
+        self._shared = memory
+        self._blocks = memory.data[: blocks * shape.block].view(blocks, shape.block)
         numbers = self._blocks.view(dtype)
         starts = accumulate(map(whole_lines, sides_of(layers, block_size, dtype)), initial=0)
 
@@ -44,7 +46,30 @@ class BlockPool:
         sides = {la.layer_idx: (side(la, la.key_dim), side(la, la.value_dim)) for la in layers}
         keys, values = ({i: pair[n] for i, pair in sides.items()} for n in (0, 1))
         self.store = KVStore(keys, values, block_size, blocks)
-        self.memory = BlockMemory(ledger, 1, shape.block, self._drop)
+        self.memory = BlockMemory(ledger, 1, shape.block, boundary=self)
 
-    def _drop(self, block: int) -> None:
-        self._blocks[block] = 0
+    @property
+    def reach(self) -> int:
+        """See `Boundary`."""
+        return self._shared.reach // self.memory.extent_bytes
+
+    def extend(self, blocks: int) -> bool:
+        """See `Boundary`."""
+        before, size = self._shared.boundary, self.memory.extent_bytes
+        if not self._shared.divide(blocks * size):
+            return False
+        self._blocks[before // size : blocks] = 0
+        return True
+
+    def shrink(self, blocks: int, moves: Moves) -> None:
+        """See `Boundary`. One copy of a whole block each, in the order of the steps."""
+        for source, target in moves:
+            self._blocks[target] = self._blocks[source]
+        divided = self._shared.divide(blocks * self.memory.extent_bytes)
+        assert divided, "what is above a boundary is never in the way of a lower one"
+
+    def check(self, blocks: int) -> None:
+        """See `Boundary`."""
+        if self._shared.boundary != blocks * self.memory.extent_bytes:
+            raise AssertionError(f"{blocks} blocks below {self._shared.boundary}")
+        self._shared.check_integrity()

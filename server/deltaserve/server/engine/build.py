@@ -104,7 +104,7 @@ def make_engine(
     manager = BlockManager(
         plan.blocks + 1, config.block_size, prefix_cache=config.prefix_cache, memory=pool.memory
     )
-    courier = backend.courier(plan.adapter_most)
+    courier = backend.courier()
     if courier is None and adapters.host_bytes:
         raise ConfigError(
             f"--host-adapter-bytes {adapters.host_bytes}: on --device {backend.name} adapters are "
@@ -175,10 +175,8 @@ def make_engine(
 def _pool(model: BaseModel, plan: MemoryPlan, ledger: Ledger) -> KVPool | BlockPool:
     backend, blocks = model.ctx.backend, plan.blocks + 1
     of = model.attention, blocks, plan.shape.block_size, model.dtype, ledger
-    if backend.returns_pages:
-        return KVPool(*of, backend.cache)
-    nbytes = blocks * plan.shape.block
-    return BlockPool(*of, backend.cache(nbytes).tensor(0, (nbytes,), torch.uint8))
+    memory = backend.shared(plan.budget)
+    return KVPool(*of) if memory is None else BlockPool(*of, memory)
 
 
 def base_of(model: BaseModel) -> Base:

@@ -3,6 +3,8 @@
 Pure Python, no tensors: a block is a number. Block 0 is never handed out: it stays zero and pads
 block tables. Blocks take memory in extents, as many as the tier's `Ledger` has room for; the lowest
 numbers are handed out first, so that extents become empty and their memory can serve adapters.
+Where blocks lie side by side below a boundary (`kv_memory.Boundary`), those above are moved into
+the places of those that go, and have other numbers then.
 """
 
 from __future__ import annotations
@@ -11,11 +13,11 @@ import hashlib
 import heapq
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from math import inf
 from types import MappingProxyType
 
+from deltaserve.server.engine.kv_memory import BlockMemory, moves_below
 from deltaserve.server.engine.memory import Ledger, Offer
 
 
@@ -47,24 +49,8 @@ def chain(parent: bytes, number: int, tokens: Sequence[int], turns: Mapping[int,
     return block_hash(parent if turn is None else chain_root(parent, turn), tokens)
 
 
-@dataclass(slots=True)
-class BlockMemory:
-    """What blocks are made of. extent: blocks that take and give back their memory together,
-    `extent_bytes` of it. drop: zeroes the blocks of these extents and gives their memory back.
-    token_seconds: to compute a token of a prompt, as measured."""
-
-    ledger: Ledger
-    extent: int
-    extent_bytes: int
-    drop: Callable[[int], None] = lambda extent: None
-    token_seconds: float = 1e-3
-    _seen: tuple[float, float] = (0.0, 0.0)
-
-    def computed(self, tokens: int, seconds: float) -> None:
-        """A step with parts of prompts took so long; later steps count for more."""
-        total, elapsed = (0.95 * value for value in self._seen)
-        self._seen = total + tokens, elapsed + seconds
-        self.token_seconds = self._seen[1] / self._seen[0]
+OFFERS = 256
+"""Most offers of unused blocks that are made at once, each of several where there are more."""
 
 
 class BlockManager:
@@ -89,6 +75,13 @@ class BlockManager:
         self.prefix_cache = prefix_cache
         self.memory = memory or BlockMemory(Ledger(blocks), blocks, blocks)
         self.memory.ledger.idle_blocks = self._offers
+        if self.memory.boundary is not None:
+            self.memory.ledger.idle_blocks = self._offers_below
+            self.memory.ledger.idle_block_bytes = self._unused_bytes
+            self.memory.ledger.settle = self._settle
+        self.moved: Callable[[Mapping[int, int]], None] = lambda renamed: None
+        """Called with the new numbers of blocks, by their old ones."""
+        self._holes: set[int] = set()
         extents = -(-blocks // self.memory.extent)
         self._absent = list(range(extents))  # a heap, as _free is
         self._free: list[int] = []
@@ -113,11 +106,13 @@ class BlockManager:
 
     @property
     def available(self) -> int:
-        """Blocks that `take` can still return."""
+        """Blocks that `take` can still return, unless adapters on their way are in between."""
         memory = self.memory
         there = len(self._free) + len(self._idle)
         if self._absent:
             more = memory.ledger.kv_room() // memory.extent_bytes * memory.extent
+            if memory.boundary is not None:
+                more = max(0, min(more, memory.boundary.reach - self.there))
             there = min(there + more, self.total - self._used)
         return max(0, min(there, self._most - self._used))
 
@@ -284,6 +279,12 @@ class BlockManager:
         there = len(self._used_in) - len(self._absent)
         if self.memory.ledger.kv != there * self.memory.extent_bytes:
             raise AssertionError(f"{there} extents of {extent} blocks, {self.memory.ledger.kv} B")
+        if self._holes:
+            raise AssertionError("blocks that are gone have their memory")
+        if self.memory.boundary is not None:
+            if min(self._absent, default=there) < there:
+                raise AssertionError("a block without memory is below one that has some")
+            self.memory.boundary.check(there)
         self.memory.ledger.check_integrity()
 
     def _hold(self, block: int) -> None:
@@ -299,8 +300,13 @@ class BlockManager:
 
     def _extend(self, worth: float) -> bool:
         """Take memory for one more extent, at the cost of idle adapters worth less."""
-        memory = self.memory
-        if not self._absent or not memory.ledger.take_kv(memory.extent_bytes, worth):
+        memory, boundary = self.memory, self.memory.boundary
+        if not self._absent or (boundary and self._absent[0] >= boundary.reach):
+            return False
+        if not memory.ledger.take_kv(memory.extent_bytes, worth):
+            return False
+        if boundary and not boundary.extend(self._absent[0] + 1):
+            memory.ledger.kv -= memory.extent_bytes
             return False
         for block in self._blocks_of(heapq.heappop(self._absent)):
             heapq.heappush(self._free, block)
@@ -341,3 +347,54 @@ class BlockManager:
         heapq.heappush(self._absent, extent)
         self.memory.drop(extent)
         self.memory.ledger.kv -= self.memory.extent_bytes
+
+    def _unused_bytes(self) -> int:
+        return (len(self._free) + len(self._idle)) * self.memory.extent_bytes
+
+    def _offers_below(self) -> list[Offer]:
+        """Blocks that nobody uses, the least valuable first, of equals the last."""
+        unused = [(0.0, -block) for block in self._free]
+        unused += [(value, -block) for block, (value, _) in self._idle.items()]
+        unused.sort()
+        size = -(-len(unused) // OFFERS)
+        offers = []
+        for at in range(0, len(unused), max(1, size)):
+            part = unused[at : at + size]
+            worth, nbytes = part[-1][0], len(part) * self.memory.extent_bytes
+            offers.append(Offer(worth, nbytes, partial(self._leave, [-b for _, b in part])))
+        return offers
+
+    def _leave(self, blocks: list[int]) -> None:
+        """Forget unused blocks; `_settle` gives their memory back."""
+        assert not any(self._references[block] for block in blocks)
+        self.forget(blocks)
+        self._holes.update(blocks)
+        self.memory.ledger.kv -= len(blocks) * self.memory.extent_bytes
+
+    def _settle(self) -> None:
+        """Move what is above the blocks that are left into the places of those that are gone."""
+        if not self._holes:
+            return
+        there = len(self._used_in) - len(self._absent)
+        free = set(self._free) - self._holes
+        after = there - len(self._holes)
+        moves, left = moves_below(there, self._holes, free)
+        assert self.memory.boundary is not None
+        self.memory.boundary.shrink(after, moves)
+        self._free = sorted([b for b in free if b < after] + left)
+        self._absent = list(range(after, len(self._used_in)))
+        self._holes.clear()
+        for old, new in moves:
+            self._rename(old, new)
+        self.moved(dict(moves))
+
+    def _rename(self, old: int, new: int) -> None:
+        for counts in (self._references, self._used_in):
+            counts[new], counts[old] = counts[old], 0
+        content = self._hash_of.pop(old, None)
+        if content is not None:
+            self._hash_of[new], self._block_of[content] = content, new
+            self._uses[new] = self._uses.pop(old)
+        if old in self._idle:
+            self._idle[new] = self._idle.pop(old)
+            heapq.heappush(self._order, (*self._idle[new], new))

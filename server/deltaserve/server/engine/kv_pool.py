@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from deltaserve.kernels.backend import CacheMemory
 from deltaserve.kernels.pages import PAGE, Pages, whole_pages
-from deltaserve.server.engine.kv_cache import BlockMemory
+from deltaserve.server.engine.kv_memory import BlockMemory
 from deltaserve.server.engine.memory import Ledger
 from deltaserve.server.model.context import KVStore
 from deltaserve.server.model.probe import LayerAttention
@@ -77,8 +76,7 @@ def whole_lines(nbytes: int) -> int:
 
 class KVPool:
     """Address space for `blocks` zeroed blocks of every layer, none of which takes memory before
-    something is written to it, where the backend's memory is like that. store: what attention
-    reads. cache: makes the memory."""
+    something is written to it. store: what attention reads."""
 
     def __init__(
         self,
@@ -87,7 +85,6 @@ class KVPool:
         block_size: int,
         dtype: torch.dtype,
         ledger: Ledger,
-        cache: Callable[[int], CacheMemory] = Pages,
     ) -> None:
         layers = list(layers)
         cells = blocks * block_size
@@ -97,7 +94,7 @@ class KVPool:
         starts = [0]
         for nbytes in row:
             starts.append(starts[-1] + whole_pages(cells * nbytes))
-        self._pages = cache(starts[-1])
+        self._pages = Pages(starts[-1])
         tensors: list[Tensor] = [
             self._pages.tensor(start, (cells, la.kv_heads, dim), dtype)
             for start, (la, dim) in zip(starts[:-1], sides, strict=True)

@@ -41,7 +41,8 @@ class Ledger:
     more than one sequence; a floor like the other. promised: bytes that an adapter has waited for
     too long; as much cache as is above the floors makes way for it. idle_blocks, idle_adapters:
     what could go, the least valuable first; of adapters only those that no request waits for, which
-    unused_adapters has as well.
+    unused_adapters has as well. idle_block_bytes: of all those blocks. settle: to be called when
+    enough has gone, and before what comes takes its place.
     """
 
     def __init__(self, budget: int, *, kv_floor: int = 0, adapter_cap: int | None = None) -> None:
@@ -53,6 +54,8 @@ class Ledger:
         self.promised = 0
         self.clock = 0.0
         self.idle_blocks: Callable[[], Offers] = tuple
+        self.idle_block_bytes: Callable[[], int] = self._offered_block_bytes
+        self.settle: Callable[[], None] = lambda: None
         self.idle_adapters: Callable[[], Offers] = tuple
         self.unused_adapters: Callable[[], Offers] = tuple
         self._adapter_cap = adapter_cap
@@ -121,6 +124,9 @@ class Ledger:
                 return False
         self.kv += nbytes
         return True
+
+    def _offered_block_bytes(self) -> int:
+        return sum(offer.nbytes for offer in self.idle_blocks())
 
     def _idle_bytes(self) -> int:
         return sum(offer.nbytes for offer in self.idle_adapters())

@@ -19,10 +19,6 @@ SHARE = 0.6
 """Of the memory that is free once the base is loaded and a step has what it computes with, unless
 the operator gives a number. The rest is for adapters on their way in, and for everybody else."""
 
-APART = 0.25
-"""Of the budget, for adapters, where they and the cache cannot share it; more if the cache cannot
-use the rest."""
-
 
 @dataclass(frozen=True, slots=True)
 class Base:
@@ -112,14 +108,10 @@ def plan_memory(
             f"{flag}: one request of the greatest length, {base.max_length} tokens, takes {floor} "
             f"bytes of keys and values; {shorter}give --memory {floor} or more"
         )
-    cap = budget if adapters.bytes is None else adapters.bytes
-    kv = budget
-    if not backend.returns_pages:  # each has its own part for good
-        if adapters.bytes is None:
-            cap = max(int(budget * APART), budget - shape.bytes(useful))
-        cap = min(cap, budget - floor)
-        kv = budget - cap
-    blocks = min(useful, shape.fitting(kv))
+    most = [budget - floor, backend.adapter_limit]
+    if adapters.bytes is not None:
+        most.append(adapters.bytes)
+    blocks = min(useful, shape.fitting(budget))
     plan = MemoryPlan(
         weights=base.weights,
         free=free,
@@ -129,7 +121,7 @@ def plan_memory(
         blocks=blocks,
         kv_most=shape.bytes(blocks),
         kv_floor=floor,
-        adapter_most=min(cap, budget - floor),
+        adapter_most=int(min(most)),
         max_length=base.max_length,
     )
     return _with_fits(plan, adapter_sizes(base.groups, backend))

@@ -124,21 +124,31 @@ class Residents:
         known = sum(n for key, n in residency.shared.items() if self._shares.holds(key))
         need = residency.nbytes - known
         ledger, freed = self.ledger, self._shares.freed(victims, residency.shared)
-        blocks = sum(offer.nbytes for offer in ledger.idle_blocks())
         after = self.used_bytes - freed + need
-        return after <= ledger.adapter_room and after + ledger.kv - blocks <= ledger.budget
+        least = ledger.kv - ledger.idle_block_bytes()
+        return after <= ledger.adapter_room and after + least <= ledger.budget
 
     def make_room(self, prepared: Prepared, protected: frozenset[Residency]) -> bool:
         """Evict adapters and idle blocks until there is room for it, the least valuable first.
         False, and nobody goes, if that cannot be."""
         ledger, shares, memory = self.ledger, self._shares, prepared.memory
+        need = shares.added(memory)
+        if shares.used + need <= ledger.adapter_room and need <= ledger.free:
+            return True
         victims = self._evictable(protected)
-        blocks = ledger.idle_blocks()
-        after = shares.used - shares.freed(victims, memory) + shares.added(memory)
-        least = ledger.kv - sum(offer.nbytes for offer in blocks)
+        after = shares.used - shares.freed(victims, memory) + need
+        least = ledger.kv - ledger.idle_block_bytes()
         if after > ledger.adapter_room or after + least > ledger.budget:
             return False
-        offers = [*self._offered(victims), *blocks]
+        try:
+            return self._evict_for(memory, victims)
+        finally:
+            ledger.settle()
+
+    def _evict_for(self, memory: Memory, victims: Residencies) -> bool:
+        """Until so much is free. victims: who could go, beside idle blocks."""
+        ledger, shares = self.ledger, self._shares
+        offers = [*self._offered(victims), *ledger.idle_blocks()]
         pending = sorted(offers, key=lambda offer: (offer.wanted, offer.value))
         while True:
             need = shares.added(memory)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 from deltaserve.server.engine.batch import Batch, Scheduled, placement
@@ -52,6 +52,7 @@ class Scheduler:
         inter_token_target: float | None = None,
     ) -> None:
         self.blocks = blocks
+        blocks.moved = self._renumber
         self.max_batch_tokens = max_batch_tokens
         self.max_sequences = max_sequences
         self.queue = FairQueue()
@@ -340,6 +341,12 @@ class Scheduler:
         batch.chunks = [p for p in batch.chunks if p.sequence.lead is not sequence]
         batch.fills = [f for f in batch.fills if f[0].lead is not sequence]
         self.queue.put_back(sequence)
+
+    def _renumber(self, renamed: Mapping[int, int]) -> None:
+        """Blocks have moved, between two steps."""
+        for sequence in self.running:
+            for member in sequence.members:
+                member.blocks[:] = [renamed.get(block, block) for block in member.blocks]
 
     def _give_back(self, sequence: Sequence) -> None:
         for member in sequence.members:

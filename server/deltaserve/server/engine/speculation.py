@@ -11,7 +11,7 @@ from __future__ import annotations
 from deltaserve.server.engine.batch import Batch, Scheduled
 from deltaserve.server.engine.core import Request
 from deltaserve.server.engine.cost import CostModel, StepLoad
-from deltaserve.server.engine.kv_cache import BlockManager
+from deltaserve.server.engine.kv_cache import BlockManager, OutOfBlocks
 from deltaserve.server.engine.prompt_lookup import Drafter
 from deltaserve.server.engine.sequence import Sequence
 
@@ -64,7 +64,10 @@ class Speculator:
             if at >= len(sequence.blocks) * self._blocks.block_size:
                 if not self._blocks.available:
                     continue
-                sequence.blocks.append(self._blocks.take())
+                try:
+                    sequence.blocks.append(self._blocks.take())
+                except OutOfBlocks:
+                    continue
             batch.decodes.append(Scheduled(sequence, at, 1, token))
             assert sequence.drafter is not None
             sequence.drafter.drafted += 1

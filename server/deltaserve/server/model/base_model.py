@@ -97,6 +97,7 @@ class BaseModel:
             hidden=self.spec.hidden_size,
             dtype=self.dtype,
             pack=self.ctx.backend.packed,
+            pack_norm=self.ctx.backend.packed_norm,
         )  # fmt: skip
 
     def prepare(self, adapter: Adapter) -> PreparedAdapter:

@@ -13,9 +13,9 @@ import torch
 
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.errors import UnsupportedAdapter
-from deltaserve.kernels.backend import Pack, PreparedDeltas
+from deltaserve.kernels.backend import Pack, PackNorm, PreparedDeltas
 from deltaserve.kernels.embedding import EmbeddingDeltas, PreparedEmbedding
-from deltaserve.kernels.norm import NormDeltas, PreparedNorm
+from deltaserve.kernels.norm import PreparedNorm
 from deltaserve.kernels.primitives import GatedPrefix, Primitive
 from deltaserve.kernels.table import Group
 from deltaserve.server.packing import prefix
@@ -36,7 +36,7 @@ class Packer:
     """linears: all of the base. norms: path -> size of the gain, None where the rows are not the
     step's tokens. embedding: its path, vocabulary and size; exact: it is one that takes
     adapters. experts: paths of fused ones. layers: per attention layer, in order. hidden, dtype: of
-    activations. pack: the backend's."""
+    activations. pack, pack_norm: the backend's."""
 
     linears: tuple[Linears, ...]
     norms: Mapping[str, int | None]
@@ -47,6 +47,7 @@ class Packer:
     hidden: int
     dtype: torch.dtype
     pack: Pack
+    pack_norm: PackNorm
 
     @cached_property
     def _places(self) -> dict[str, tuple[Linears, int]]:
@@ -72,7 +73,7 @@ class Packer:
                     deltas = EmbeddingDeltas(vocabulary, size, self.dtype)
                     embedding = deltas.prepare(primitives)
                 elif (gain := self.norms.get(name)) is not None:
-                    norms[name] = NormDeltas(gain, self.dtype).prepare(primitives)
+                    norms[name] = self.pack_norm(primitives, gain)
                 else:
                     of, i = self._places[name]
                     linears.setdefault(of.names[0], {})[i] = primitives
