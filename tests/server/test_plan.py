@@ -132,6 +132,23 @@ def test_the_command_prints_a_table_and_json(folder: Path) -> None:
     assert found["budget_bytes"] == 1 << 20 and found["adapters"][0]["count"] > 0
 
 
+def test_the_command_plans_for_a_gpu_that_is_not_there(folder: Path) -> None:
+    arguments = ["plan", "--base", str(folder / "base"), "--device", "cuda", "--memory", "4MiB"]
+    if not torch.cuda.is_available():
+        result = CliRunner().invoke(app, [*arguments, "--json"])
+        assert result.exit_code == 2 and "such as --free 80GiB" in result.stderr
+    arguments += ["--max-length", "64", "--free", "80GiB", "--json"]
+    found = json.loads(CliRunner().invoke(app, arguments).stdout)
+    given = json.loads(CliRunner().invoke(app, [*arguments, "--dtype", "float32"]).stdout)
+    assert given["kv_token_bytes"] == 2 * found["kv_token_bytes"]
+    assert given["kv_cache_bytes"] + given["adapter_budget_bytes"] > given["budget_bytes"]
+    small = ["--max-sequences", "1"]
+    assert (
+        json.loads(CliRunner().invoke(app, [*arguments, *small]).stdout)["step_bytes"]
+        < (found["step_bytes"])
+    )
+
+
 class Whole(CpuBackend):
     """One allocation for cache and adapters, these up to a MiB."""
 

@@ -160,6 +160,27 @@ class Courier(Protocol):
         ...
 
 
+class Layout(Protocol):
+    """What of a backend a plan of its memory must know; see `Backend`."""
+
+    returns_pages: bool
+    adapter_limit: float
+
+    @property
+    def packed(self) -> Pack: ...
+
+    def graph_bytes(
+        self,
+        groups: Mapping[Group, int],
+        head: Group,
+        attention: Collection[AttentionSpec],
+        *,
+        most: int,
+        max_length: int,
+        block_size: int,
+    ) -> int: ...
+
+
 class Backend(Protocol):
     """name: of the device, as `--device` calls it. device: where every tensor of a step is.
     fuses: what lies between a decoder layer's linears may be computed by `layer.py`. forks: a

@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from deltaserve.server.config import AdapterConfig, EngineConfig, ModelConfig
+from deltaserve.kernels.backend import CpuBackend, Layout
+from deltaserve.server.config import AdapterConfig, ConfigError, EngineConfig, ModelConfig
 from deltaserve.server.engine.plan import Base, MemoryPlan, plan_memory
 from deltaserve.server.model.loader import Quantize
 from deltaserve.server.model.outline import outline
@@ -19,7 +20,8 @@ from deltaserve.server.model.outline import outline
 def plan(
     model: ModelConfig, engine: EngineConfig, adapters: AdapterConfig, memory: int | None
 ) -> MemoryPlan:
-    """memory: bytes that are free before the base is loaded; None for what this machine has.
+    """memory: bytes that are free before the base is loaded; None for what this machine, or its
+    GPU, has. A GPU that is planned for need not be here.
     Raises ModelError for the base, ConfigError for a budget in which nothing can be served."""
     found = outline(
         model.base,
@@ -39,8 +41,33 @@ def plan(
         dtype=getattr(torch, model.dtype),
         max_length=skeleton.max_length,
     )
-    free = psutil.virtual_memory().available if memory is None else memory
-    return plan_memory(base, engine, adapters, free - found.weights)
+    free = _free(model.device) if memory is None else memory
+    layout = _layout(model.device)
+    return plan_memory(base, engine, adapters, free - found.weights, backend=layout)
+
+
+def _layout(device: str) -> Layout:
+    if device == "cpu":
+        return CpuBackend()
+    try:
+        from deltaserve.kernels.gpu.layout import GpuLayout
+    except ImportError as error:
+        raise ConfigError(f"--device {device}: {error}; install triton") from error
+    if not torch.cuda.is_available():
+        return GpuLayout()
+    major, minor = torch.cuda.get_device_capability()
+    return GpuLayout(10 * major + minor)
+
+
+def _free(device: str) -> int:
+    if device == "cpu":
+        return int(psutil.virtual_memory().available)
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"--free auto: this machine has no GPU for --device {device}; give the bytes that are "
+            "free on one, such as --free 80GiB"
+        )
+    return int(torch.cuda.mem_get_info()[0])
 
 
 def report(plan: MemoryPlan) -> dict[str, Any]:

@@ -15,9 +15,14 @@ from deltaserve.server.cli.common import BYTES, fail
 
 def plan(
     base: Annotated[Path, typer.Option(help="Checkpoint folder of the base model.")],
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; as `serve` has it if left out.")
+    ] = None,
     quantize: Annotated[str, typer.Option(help="The base's weights: none, int8, int4.")] = "none",
     group_size: Annotated[int, typer.Option(help="Inputs that share an int4 scale.")] = 64,
+    device: Annotated[
+        str, typer.Option(help="cpu or cuda, also where there is none (then give --free).")
+    ] = "cpu",
     free: Annotated[
         str, typer.Option(help="Bytes free before the base is loaded; auto for this machine's.")
     ] = "auto",
@@ -50,7 +55,14 @@ def plan(
 
     try:
         found = planner.plan(
-            c.ModelConfig(base, dtype, quantize, group_size, allow_untested=allow_untested),
+            c.ModelConfig(
+                base,
+                dtype or c.DEVICE_DTYPES.get(device, "float32"),
+                quantize,
+                group_size,
+                device=device,
+                allow_untested=allow_untested,
+            ),
             c.EngineConfig(
                 max_batch_tokens=max_batch_tokens,
                 max_sequences=max_sequences,

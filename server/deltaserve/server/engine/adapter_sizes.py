@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import torch
 
-from deltaserve.kernels.backend import Backend
+from deltaserve.kernels.backend import Layout
 from deltaserve.kernels.primitives import Bias, Bit, LowRank, Primitive, Scale
 from deltaserve.kernels.table import Group
 
@@ -47,7 +47,7 @@ KINDS: dict[str, Make] = {
 """Each kind is taken to be on all of `Groups`."""
 
 
-def adapter_sizes(groups: Groups, backend: Backend) -> dict[str, int]:
+def adapter_sizes(groups: Groups, backend: Layout) -> dict[str, int]:
     """Bytes of one adapter of each kind, as the backend would hold it."""
     sizes = dict.fromkeys(KINDS, 0)
     for (group, biased), count in groups.items():

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from deltaserve.kernels.backend import Backend, CpuBackend
+from deltaserve.kernels.backend import CpuBackend, Layout
 from deltaserve.kernels.table import Group
 from deltaserve.server.config import AdapterConfig, ConfigError, EngineConfig
 from deltaserve.server.engine.adapter_sizes import Groups, adapter_sizes
@@ -83,7 +83,7 @@ def plan_memory(
     adapters: AdapterConfig,
     free: int,
     *,
-    backend: Backend | None = None,
+    backend: Layout | None = None,
 ) -> MemoryPlan:
     """free: bytes that are free once the base is loaded. backend: the CPU if it is not given.
     ConfigError for what cannot be."""
@@ -164,7 +164,7 @@ def step_bytes(base: Base, config: EngineConfig) -> int:
     return layers + attention + rows * base.vocabulary * (size + 8)
 
 
-def graph_bytes(base: Base, config: EngineConfig, backend: Backend) -> int:
+def graph_bytes(base: Base, config: EngineConfig, backend: Layout) -> int:
     """A bound of what captured decoding steps take; 0 where there are none."""
     if config.enforce_eager:
         return 0
