@@ -28,7 +28,7 @@ FLOATS = frozenset({
     "key_strengths",
 })  # fmt: skip
 NUMBERS = frozenset({
-    "M", "TILES", "WIDTH8", "x_part", "sums_part", "y_padded", "copies", "uses",
+    "M", "TILES", "WIDTH8", "x_part", "sums_part", "y_padded", "copies", "uses", "block_step",
 })  # fmt: skip
 FACTORS = frozenset({"eps", "offset"})
 TABLES = frozenset({
