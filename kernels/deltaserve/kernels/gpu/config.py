@@ -89,15 +89,18 @@ def rule(key: GroupKey, tokens: int, arch: int) -> GemmConfig:
     ones. Before sm_90 the matrix instruction's operands are all registers, and tiles half as large
     are what fits without spilling."""
     many, hopper = bucket(tokens), arch >= 90
-    wide = key.gated or key.out_features >= 16384
+    wide = key.format != "code4" and (key.gated or key.out_features >= 16384)
     deep = depth(key)
     if many <= 32:
         bm = 8 if many <= 8 else 16 if many <= 16 else 32
         bn, bk = 128 if wide else 64, 64 if key.format == "dense" else deep
         warps = 8 if wide and not hopper and key.format != "dense" else 4
-        return GemmConfig(bm, bn, bk, 1, "sums", warps, _stages(key, bm, bn, bk, arch))
+        stages = 3 if key.format == "code4" else _stages(key, bm, bn, bk, arch)
+        return GemmConfig(bm, bn, bk, 1, "sums", warps, stages)
     deep = 64 if key.format == "dense" else deep
-    if many <= 64 or key.format == "code4":  # three numbers for a code take registers
+    if key.format == "code4":  # the three numbers of a code take registers, its float32 memory
+        return GemmConfig(64, 64, deep, 1, "after", 8, 3)
+    if many <= 64:
         if wide:
             return GemmConfig(64, 128, deep, 1, "after", 8, 3)
         return GemmConfig(64, 64, deep, 1, "after", 4, 3)
