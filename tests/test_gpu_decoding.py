@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_architectures_served
 import torch
 from engine_pair import Pair, on_gpu, pair, prompt
+from graph_double import RecordedCapture
 from rig import load_base, request
 from variants import VARIANTS, make_base
 
@@ -148,6 +150,19 @@ def test_what_no_graph_holds_is_launched(engines: Pair, monkeypatch: pytest.Monk
     assert not seen.replays and "eager" in seen.events
     engines.same({"base": request(prompt(22), max_tokens=2)})
     assert seen.replays == [1]
+
+
+def test_modeling_code_is_replayed_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learned positions, layer norms, linears of other forms; against transformers."""
+    run, found = decoding.DecodeGraphs.run, []
+    monkeypatch.setattr(decoding, "BUCKETS", (2,))
+    monkeypatch.setattr(
+        decoding.DecodeGraphs, "run", lambda self, step: found.append(run(self, step)) or found[-1]
+    )
+    with on_gpu() as gpu:
+        gpu.capture = gpu.capture or RecordedCapture(monkeypatch, gpu.workspace.poison)
+        test_architectures_served.check("gpt2", tmp_path, (4, 5), 2, gpu)
+    assert found and None not in found
 
 
 def test_the_memory_plan_has_room_for_graphs(engines: Pair) -> None:
