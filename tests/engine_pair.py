@@ -62,8 +62,8 @@ class Pair:
 def check(got: Answer, want: Answer, what: str) -> None:
     assert got.token_ids == want.token_ids, what
     assert len(got.logprobs) == len(want.logprobs) and got.text == want.text, what
-    prompts = got.last.prompt_logprobs, want.last.prompt_logprobs
-    pairs = [*zip(got.logprobs, want.logprobs, strict=True), *zip(*prompts, strict=True)]
+    prompts = zip(got.prompt_logprobs, want.prompt_logprobs, strict=True)
+    pairs = [*zip(got.logprobs, want.logprobs, strict=True), *prompts]
     for ours, theirs in pairs:
         both_missing = math.isnan(ours.logprob) and math.isnan(theirs.logprob)
         assert both_missing or abs(ours.logprob - theirs.logprob) < TOLERANCE, what

@@ -80,30 +80,34 @@ def compare(
     tolerance: float,
 ) -> None:
     """open_engine: with a backend, and whether every step is launched kernel by kernel. tolerance:
-    of a log-probability, and of how far behind the best a chosen token may be. Where steps can be
-    captured, the engine runs a second time without."""
+    of the log-probabilities of prompts and answers, and of how far behind the best a chosen token
+    may be. Where steps can be captured, the engine runs a second time without."""
     from deltaserve.kernels.backend import CpuBackend
     from deltaserve.server.engine.collector import generate
 
     forms: list[tuple[str, list[Answer]]] = []
     for eager in (False, True) if ON_GPU else (True,):
         with open_engine(type(gpu)(), eager) as engine:
-            requests = [_request(a.prompt, a.mix, max_tokens=tokens, logprobs=0) for a in asked]
+            requests = [
+                _request(a.prompt, a.mix, max_tokens=tokens, logprobs=0, score_from=1)
+                for a in asked
+            ]
             answers = generate(engine, requests, timeout=300)
             forms.append((f", {engine._runner.replays} steps from graphs", answers))
     for form, ours in forms:
         with open_engine(CpuBackend(), True) as engine:
             requests = [
-                _request(a.prompt + answer.token_ids, a.mix, max_tokens=0,
-                         score_from=len(a.prompt), prompt_logprobs=1)
+                _request(a.prompt + answer.token_ids, a.mix, max_tokens=0, score_from=1,
+                         prompt_logprobs=1)
                 for a, answer in zip(asked, ours, strict=True)
             ]  # fmt: skip
             theirs = generate(engine, requests, timeout=300)
         for a, answer, scored in zip(asked, ours, theirs, strict=True):
-            pairs = list(zip(answer.logprobs, scored.last.prompt_logprobs, strict=True))
+            found = [*answer.prompt_logprobs, *answer.logprobs]
+            pairs = list(zip(found, scored.prompt_logprobs, strict=True))
             error = max(abs(x.logprob - y.logprob) for x, y in pairs)
-            behind = max(y.top[0][1] - y.logprob for _, y in pairs)
-            right = len(pairs) == tokens and max(error, behind) < tolerance
+            behind = max(y.top[0][1] - y.logprob for _, y in pairs[-tokens:])
+            right = len(pairs) == len(a.prompt) - 1 + tokens and max(error, behind) < tolerance
             report.fact(f"{what}{form}, {a.name}: {error:.1e}, {behind:.1e} behind the best", right)
 
 

@@ -20,6 +20,7 @@ class Answer:
     logprobs: tuple[TokenLogprob, ...]
     last: Output
     disagreements: tuple[TokenDisagreement, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Collector:
@@ -52,6 +53,7 @@ class Collector:
             tuple(p for o in outputs for p in o.logprobs),
             last,
             tuple(d for o in outputs for d in o.disagreements),
+            tuple(p for o in outputs for p in o.prompt_logprobs),
         )
 
 
