@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,17 +13,38 @@ from deltaserve.kernels.attention import gpu as attention
 from deltaserve.kernels.attention.step import AttentionSpec
 from deltaserve.kernels.attention.variants import variants
 from deltaserve.kernels.backend import KernelError
-from deltaserve.kernels.gpu import aux, gemm, inputs, prepared, ready, selftest
+from deltaserve.kernels.gpu import (
+    aux,
+    gemm,
+    inputs,
+    layer,
+    norm,
+    prepared,
+    ready,
+    rope,
+    selftest,
+    selftest_layer,
+)
 from deltaserve.kernels.gpu.base import make_linear
 from deltaserve.kernels.gpu.device import default_device
 from deltaserve.kernels.gpu.form import Form
 from deltaserve.kernels.gpu.launch import launch
+from deltaserve.kernels.gpu.layer_variants import LayerSpec, of_layer
 from deltaserve.kernels.gpu.selftest import self_test
-from deltaserve.kernels.gpu.variants import of_group, spec_of
+from deltaserve.kernels.gpu.variants import GroupSpec, of_group, spec_of
 from deltaserve.kernels.table import Group
 
 DENSE = Form("dense")
 PLAIN = AttentionSpec(4, 2, 32, 32)
+LAYER = LayerSpec(
+    (
+        GroupSpec("qkv", "int8", 64, (64, 32, 32), dtype=torch.float32),
+        GroupSpec("o", "int8", 64, (64,), dtype=torch.float32, residual=True),
+        GroupSpec("gate up", "int8", 64, (192,), dtype=torch.float32, activation="silu"),
+        GroupSpec("down", "int8", 96, (64,), dtype=torch.float32, residual=True),
+    ),
+    heads=8, kv_heads=2, dim=32, turned=16, block_size=4, windowed=True, head_norms=True,
+)  # fmt: skip
 SPECIAL = AttentionSpec(4, 1, 32, 16, window=20, softcap=5.0, sinks=True)
 
 
@@ -57,6 +79,26 @@ def test_a_kernel_that_does_nothing(
     monkeypatch.setattr(selftest, "BUCKETS", (16,))
     with pytest.raises(KernelError, match=f"{named}.* is wrong on the interpreter: its relative"):
         self_test(torch.float32, default_device(), [DENSE], [PLAIN], 16)
+
+
+def test_layers_are_tested_as_they_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm, a rotation, an activation or a residual that is wrong is found."""
+    monkeypatch.setattr(selftest, "BUCKETS", (6,))
+    check = partial(self_test, torch.float32, default_device(), [], [], 4, [LAYER])
+    check()
+    for module in (norm, rope):
+        with monkeypatch.context() as patch, pytest.raises(KernelError, match="heads of 32, int8"):
+            patch.setattr(module, "launch", lambda *_, **__: None)
+            check()
+    real = layer.Output
+    for wrong in ({"activation": "gelu_tanh"}, {"residual": None}):
+
+        def other(wrong: dict[str, Any] = wrong, **how: Any) -> Any:
+            return real(**how | {k: v for k, v in wrong.items() if k in how})
+
+        with monkeypatch.context() as patch, pytest.raises(KernelError, match="decoding, the base"):
+            patch.setattr(layer, "Output", other)
+            check()
 
 
 @pytest.mark.parametrize("name, named", [("pack_signs", "1 bit"), ("pack_entries", "entries")])
@@ -105,7 +147,14 @@ def test_compiled_and_tested_before_it_is_ready(monkeypatch: pytest.MonkeyPatch)
     assert (spec.format, spec.bias, spec.wide_scales, spec.group_size) == ("int4", True, False, 128)
     said: list[tuple[float, str]] = []
     ready.make_ready(
-        [spec], [PLAIN], torch.float32, default_device(), 600, 16, lambda *what: said.append(what)
+        [spec],
+        [PLAIN],
+        [LAYER],
+        torch.float32,
+        default_device(),
+        600,
+        16,
+        lambda *what: said.append(what),
     )
     shares = [share for share, _ in said]
     assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == 1
@@ -116,6 +165,8 @@ def test_compiled_and_tested_before_it_is_ready(monkeypatch: pytest.MonkeyPatch)
         of_group(spec, (1, 256, 600), 90),
         of_group(selftest.specs([Form("int4", 128)], torch.float32)[0], selftest.BUCKETS, 90),
         variants(4, 2, 32, 32, 16, torch.float32),
+        of_layer(LAYER, (1, 600), 90),
+        of_layer(selftest_layer.layer_specs([LAYER], torch.float32)[0], selftest.BUCKETS, 90),
     ):
         assert {v.identity for v in wanted} <= identities
 
@@ -128,6 +179,13 @@ def test_not_ready_with_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[float] = []
     with pytest.raises(KernelError, match="the base product is wrong"):
         ready.make_ready(
-            [spec], [], torch.float32, default_device(), 16, 16, lambda share, _: said.append(share)
+            [spec],
+            [],
+            [],
+            torch.float32,
+            default_device(),
+            16,
+            16,
+            lambda share, _: said.append(share),
         )
     assert 1.0 not in said

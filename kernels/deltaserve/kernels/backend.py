@@ -248,6 +248,7 @@ class Backend(Protocol):
         self,
         linears: Iterable[tuple[Any, Group]],
         attention: Iterable[AttentionSpec],
+        layers: Iterable[tuple[DecoderLayer, int]],
         dtype: torch.dtype,
         *,
         max_tokens: int,
@@ -255,8 +256,9 @@ class Backend(Protocol):
         progress: Callable[[float, str], None],
     ) -> None:
         """Compile what a loaded model's steps need, and test it. linears: each group's base with
-        its shape. max_tokens: of a step. progress: called with the share done (0 to 1) and what is
-        done now. Raises KernelError."""
+        its shape. layers: those that this backend runs, each with the elements of a head that its
+        positions turn. max_tokens: of a step. progress: called with the share done (0 to 1) and
+        what is done now. Raises KernelError."""
         ...
 
     def graphs(
@@ -339,6 +341,7 @@ class CpuBackend:
         self,
         linears: Iterable[tuple[Any, Group]],
         attention: Iterable[AttentionSpec],
+        layers: Iterable[tuple[DecoderLayer, int]],
         dtype: torch.dtype,
         *,
         max_tokens: int,

@@ -30,18 +30,13 @@ from deltaserve.kernels.gpu.backend import TritonBackend
 from deltaserve.kernels.primitives import Bias, GatedPrefix, LowRank, Primitive, Replace, Scale
 from deltaserve.kernels.segments import Mix
 from deltaserve.server.model import BaseModel, load
-from deltaserve.server.model.fused_gpu import FusedGpuLayer
+from deltaserve.server.model.fused_gpu import fused_layers
 
 if device.interpreted():
     interpreter.complete()
 
 Save = Callable[[PreTrainedModel], Path]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
-
-
-def layers(model: BaseModel) -> list[FusedGpuLayer]:
-    found = [m.__dict__.get("forward") for m in model.model.modules()]
-    return [forward for forward in found if isinstance(forward, FusedGpuLayer)]
 
 
 @contextmanager
@@ -134,7 +129,7 @@ def test_layers_give_what_the_general_path_gives(
     model = load(
         saved(archs.build(name).to(dtype)), dtype=dtype, quantize=quantize, backend=TritonBackend()
     )
-    assert len(layers(model)) == 2
+    assert len(fused_layers(model.model)) == 2
     alone = serve(model, [()] * len(MIXES))
     with general(model):
         check(alone, serve(model, [()] * len(MIXES)), dtype)
@@ -158,13 +153,13 @@ def test_a_small_difference_is_seen(
     }[twist]
     monkeypatch.setattr(where, name, twist)
     model = load(saved(archs.build("llama")), dtype=torch.float32, backend=TritonBackend())
-    assert not layers(model)
+    assert not fused_layers(model.model)
 
 
 @pytest.mark.parametrize("name", ["olmo2", "gpt-neox"])
 def test_layers_of_another_form(name: str, saved: Save) -> None:
     model = load(saved(archs.build(name)), dtype=torch.float32, backend=TritonBackend())
-    assert not layers(model)
+    assert not fused_layers(model.model)
 
 
 def check(got: Seq[Tensor], want: Seq[Tensor], dtype: torch.dtype) -> None:

@@ -26,6 +26,7 @@ from deltaserve.kernels.gpu.decoding import DecodeGraphs, buckets
 from deltaserve.kernels.gpu.delivery import DeviceCourier
 from deltaserve.kernels.gpu.graph_bytes import graph_bytes
 from deltaserve.kernels.gpu.layer import GpuLayer
+from deltaserve.kernels.gpu.layer_variants import spec_of_layer
 from deltaserve.kernels.gpu.linear import GpuLinearDeltas
 from deltaserve.kernels.gpu.norm_deltas import GpuNormDeltas
 from deltaserve.kernels.gpu.prepared import prepare
@@ -115,14 +116,20 @@ class TritonBackend:
         self,
         linears: Iterable[tuple[GpuLinear, Group]],
         attention: Iterable[AttentionSpec],
+        layers: Iterable[tuple[DecoderLayer, int]],
         dtype: torch.dtype,
         *,
         max_tokens: int,
         block_size: int,
         progress: Callable[[float, str], None],
     ) -> None:
-        specs = {spec_of(base, group) for base, group in linears}
-        make_ready(specs, set(attention), dtype, self.device, max_tokens, block_size, progress)
+        own, inside = set(), set()
+        for layer, turned in layers:
+            assert isinstance(layer, GpuLayer)
+            own.add(spec_of_layer(layer, turned, block_size))
+            inside |= {id(linear.base) for linear in layer.parts.linears}
+        specs = {spec_of(base, group) for base, group in linears if id(base) not in inside}
+        make_ready(specs, set(attention), own, dtype, self.device, max_tokens, block_size, progress)
 
     def graphs(
         self,

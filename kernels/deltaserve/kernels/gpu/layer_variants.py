@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import cast
 
 import torch
 
@@ -12,9 +13,11 @@ from deltaserve.kernels.attention import variants as attention
 from deltaserve.kernels.attention.cells import write_kernel
 from deltaserve.kernels.attention.gpu import sum_step
 from deltaserve.kernels.gpu import norm, rope
+from deltaserve.kernels.gpu.base import GpuLinear
 from deltaserve.kernels.gpu.config import AuxConfig, GemmConfig, aux_config
 from deltaserve.kernels.gpu.gemm import tile_rows
 from deltaserve.kernels.gpu.inputs import Wanted
+from deltaserve.kernels.gpu.layer import GpuLayer
 from deltaserve.kernels.gpu.norm_kernel import norm_kernel
 from deltaserve.kernels.gpu.plan import Uses
 from deltaserve.kernels.gpu.rope_kernel import rope_kernel
@@ -25,6 +28,7 @@ from deltaserve.kernels.gpu.variants import (
     gate_variant,
     gemm_variant,
     inputs_variant,
+    spec_of,
     variant_of,
 )
 
@@ -44,6 +48,33 @@ class LayerSpec:
     windowed: bool = False
     softcap: bool = False
     head_norms: bool = False
+
+    def __str__(self) -> str:
+        return f"decoder layers of {self.heads} heads of {self.dim}, {self.groups[0].format}"
+
+
+def spec_of_layer(layer: GpuLayer, turned: int, block_size: int) -> LayerSpec:
+    """A layer of a loaded model."""
+    parts = layer.parts
+    qkv, o, up, down = (
+        spec_of(cast(GpuLinear, linear.base), linear.deltas.group) for linear in parts.linears
+    )
+    return LayerSpec(
+        (
+            qkv,
+            replace(o, residual=True),
+            replace(up, activation="silu"),
+            replace(down, residual=True),
+        ),
+        parts.heads,
+        parts.kv_heads,
+        parts.dim,
+        turned,
+        block_size,
+        windowed=parts.how.window is not None,
+        softcap=parts.how.softcap is not None,
+        head_norms=parts.head_norms is not None,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,9 @@ from deltaserve.kernels.backend import KernelError
 from deltaserve.kernels.bit.reference import delta as bit_delta
 from deltaserve.kernels.gated.reference import delta as gated_delta
 from deltaserve.kernels.gpu.form import Form
+from deltaserve.kernels.gpu.layer_variants import LayerSpec
 from deltaserve.kernels.gpu.linear import GpuLinearDeltas
+from deltaserve.kernels.gpu.selftest_layer import SmallLayer
 from deltaserve.kernels.gpu.variants import GroupSpec, spec_of
 from deltaserve.kernels.lowrank.reference import delta as lowrank_delta
 from deltaserve.kernels.primitives import (
@@ -58,6 +60,7 @@ def self_test(
     forms: Sequence[Form],
     attention: Sequence[AttentionSpec],
     block_size: int,
+    layers: Sequence[LayerSpec] = (),
 ) -> None:
     """forms: of the base's linears. Raises KernelError for the first kernel that is wrong. torch's
     generator of the host is left as it was."""
@@ -66,6 +69,11 @@ def self_test(
         for tokens in BUCKETS:
             linear = partial(_linear, form, dtype, device, tokens)
             checks.append((f"{form} linears, {tokens} tokens", linear))
+    for layer in layers:
+        for tokens in BUCKETS:
+            checks.append(
+                (f"{layer}, {tokens} tokens", partial(_layer, layer, dtype, device, tokens))
+            )
     for spec in attention:
         checks.append(
             (f"attention of {spec}", partial(_attention, spec, block_size, dtype, device))
@@ -135,6 +143,10 @@ def _linear(form: Form, dtype: torch.dtype, device: torch.device, tokens: int) -
                 expected += made[slot][part].bias.double()  # type: ignore[union-attr]
             yield kinds[slot - 1], y[start:end, rows], expected
             at += n
+
+
+def _layer(spec: LayerSpec, dtype: torch.dtype, device: torch.device, tokens: int) -> Results:
+    return SmallLayer(spec, dtype, device).results(tokens)
 
 
 def _served(primitive: Primitive, x: Tensor, weight: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from deltaserve.server.engine.stats import EngineInfo
 from deltaserve.server.engine.text import Text
 from deltaserve.server.model import BaseModel
 from deltaserve.server.model import load as load_base
+from deltaserve.server.model.fused_gpu import fused_layers
 from deltaserve.server.model.loader import Quantize
 
 
@@ -64,6 +65,7 @@ def build_engine(
         backend.make_ready(
             [(g.base, g.deltas.group) for g in model.modules.groups.values() if g.deltas],
             {la.spec for la in model.attention},
+            [(fused.layer, fused.turned) for fused in fused_layers(model.model)],
             model.dtype,
             max_tokens=max(config.engine.max_batch_tokens, config.engine.max_sequences),
             block_size=config.engine.block_size,

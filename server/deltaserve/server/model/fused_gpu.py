@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltaserve.kernels.decoder import DecoderLayer
 from deltaserve.server.model.context import ForwardContext
@@ -13,8 +13,15 @@ from deltaserve.server.model.gated_prefix import add_gated
 from deltaserve.server.model.probe import LayerAttention
 
 
+def fused_layers(model: nn.Module) -> list[FusedGpuLayer]:
+    """Those of a model that run so."""
+    forwards = (module.__dict__.get("forward") for module in model.modules())
+    return [forward for forward in forwards if isinstance(forward, FusedGpuLayer)]
+
+
 class FusedGpuLayer:
-    """layer: as the backend runs it."""
+    """layer: as the backend runs it. turned: elements of a head that positions turn, known once the
+    model has run."""
 
     def __init__(self, ctx: ForwardContext, attention: LayerAttention, layer: DecoderLayer) -> None:
         self.ctx = ctx
@@ -22,6 +29,7 @@ class FusedGpuLayer:
         self.scale = attention.scale
         self.dim = attention.key_dim
         self.layer = layer
+        self.turned = 0
 
     def __call__(
         self,
@@ -36,6 +44,7 @@ class FusedGpuLayer:
         step, kv = ctx.attention, ctx.kv
         assert step is not None and kv is not None
         cosine, sine = (r[0].contiguous() for r in position_embeddings)
+        self.turned = cosine.shape[-1]
         y = self.layer.run(
             x[0].contiguous(),
             (cosine, sine),
