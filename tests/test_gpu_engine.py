@@ -288,12 +288,22 @@ def test_a_quantized_checkpoint(gpu: TritonBackend, tmp_path: Path, name: str) -
         both.same({n or "base": request(prompt(3, 5), n, max_tokens=2) for n in ("", "dora")})
 
 
-@pytest.mark.parametrize(
-    "name", archs.ARCHS if torch.cuda.is_available() else ["gpt2", "gpt-oss", "deepseek-v2"]
-)
+KINDS = {
+    "gpt2": "learned positions, transposed weights, layer norms with biases, tied embeddings",
+    "gpt-oss": "experts, sinks, sliding windows, biases",
+    "deepseek-v2": "latent attention, values narrower than keys, shared experts",
+    "gemma2": "capped scores and logits, four norms a layer, gains beside 1",
+    "cohere": "attention beside the MLP, scaled logits, rotation of neighbours",
+    "gpt-bigcode": "one head of keys, one linear for all of attention",
+    "phi3": "gate and up in one linear",
+    "smollm3": "layers without positions",
+}
+
+
+@pytest.mark.parametrize("name", archs.ARCHS if torch.cuda.is_available() else KINDS)
 def test_architectures(gpu: TritonBackend, name: str, tmp_path: Path) -> None:
-    """Biases and transposed weights, experts and sinks, values narrower than keys; against
-    transformers."""
+    """Against transformers. Without a GPU, one of each form; benchmarks/gpu.py check
+    --architectures has all of them."""
     test_architectures_served.check(name, tmp_path, (4, 5), 2, type(gpu)())
 
 
