@@ -177,5 +177,5 @@ def rope_variant(spec: LayerSpec, dtype: torch.dtype, tuned: bool) -> Variant:
     name = f"rope {spec.heads}/{spec.kv_heads} x {spec.dim} turned {spec.turned}"
     name += " normed" if spec.head_norms else ""
     name += " tuned" if tuned else ""
-    types = {"cells": "*i64"}
+    types = {"cells": "*i64", "block_step": "i32"}
     return variant_of(name, rope_kernel, constants, dtype, 4, 1, types, absent, pdl=True)
