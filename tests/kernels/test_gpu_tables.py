@@ -19,7 +19,9 @@ from deltaserve.kernels.gpu.linear import GpuLinearDeltas
 from deltaserve.kernels.gpu.parts import Part, Signs
 from deltaserve.kernels.gpu.plan import Uses
 from deltaserve.kernels.gpu.prepared import GpuPrepared
-from deltaserve.kernels.gpu.step import Limits
+from deltaserve.kernels.gpu.stacks import Stacks
+from deltaserve.kernels.gpu.static import StaticMemory
+from deltaserve.kernels.gpu.step import Limits, StepPlan
 from deltaserve.kernels.gpu.weights import Weights
 from deltaserve.kernels.lowrank.pages import Page
 from deltaserve.kernels.segments import Segments
@@ -194,3 +196,43 @@ def test_a_reserved_plan_holds_each_step_alone(layers: Layers) -> None:
         random.choice((layers.install, layers.remove, lambda slot: layers.move()))(
             random.randrange(SLOTS)
         )
+
+
+def test_a_step_is_sent_once_and_kept_for_the_next(
+    layers: Layers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = GpuLinearDeltas(INNER, (512,), torch.bfloat16, device=HOST, arena=layers.arena)
+    stacks, groups = Stacks(), [*layers.layers, other]
+    for deltas in groups:
+        stacks.add(deltas)
+        deltas.install(0, GpuPrepared(torch.zeros(128, dtype=torch.uint8), {0: Part(biases=(8,))}))
+    layers.remove(5)  # leaves gaps
+    sent: list[StaticMemory] = []
+    send = StaticMemory.send
+    monkeypatch.setattr(StaticMemory, "send", lambda own: (sent.append(own), send(own)))
+
+    def plans(segments: Segments) -> list[StepPlan | None]:
+        found = [stacks.plan(deltas, layers.base, segments) for deltas in groups]
+        for deltas, plan in zip(groups, found, strict=True):
+            assert plan is not None
+            check(plan, deltas, segments)
+        return found
+
+    runs = [(0, 3, ((0, 1.0),)), (3, 9, ((1, 0.5), (2, 1.0))), (20, 60, ((3, 1.0),))]
+    first = plans(Segments(runs, 64))
+    assert len(sent) == 2  # what is asked for is not known before
+    before = [len(deltas.listeners) for deltas in groups]
+    again = plans(Segments(runs, 64))
+    assert all(a is b for a, b in zip(first, again, strict=True)) and len(sent) == 2
+    changes: list[Callable[[], None]] = [
+        lambda: layers.install(2),
+        lambda: layers.remove(1),
+        lambda: runs.append((60, 61, ((1, 1.0),))),
+        layers.move,
+    ]
+    for count, change in enumerate(changes, 3):
+        change()
+        again = plans(Segments(runs, 64))
+        assert len(sent) == count and not any(a is b for a, b in zip(first, again, strict=True))
+        first = again
+    assert before == [len(deltas.listeners) for deltas in groups]
