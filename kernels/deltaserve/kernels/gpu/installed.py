@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from deltaserve.kernels.gpu.blob import Spot
-from deltaserve.kernels.gpu.rows import FIELDS, KINDS, UNITS, Ints, Rows
+from deltaserve.kernels.gpu.rows import DELTAS, FIELDS, KINDS, NUMBERS, UNITS, Ints, Rows
 
-OFFSETS = tuple(np.array(units, dtype=np.int32)[:, None] for units in UNITS)
+OFFSETS = np.array([[i not in numbers for i in range(UNITS[DELTAS])] for numbers in NUMBERS])
+"""Of each sort of DELTAS, which numbers are offsets."""
 
 
 class Installed:
@@ -27,10 +28,11 @@ class Installed:
         units = np.ascontiguousarray(units.reshape(layers, -1).T)
         field = unit = 0
         for kind in KINDS:
-            n, width, own = self.counts[kind], FIELDS[kind], len(UNITS[kind])
+            n, width, own = self.counts[kind], FIELDS[kind], UNITS[kind]
             self.fields.append(fields[field : field + n * width].reshape(n, width))
             self._units.append(units[unit : unit + n * own].reshape(n, own, layers))
             field, unit = field + n * width, unit + n * own
+        self._moved = OFFSETS[self.fields[DELTAS][:, 1]].astype(np.int32)[:, :, None]
         places = {id(spot.place): spot.place for spot in spots}
         number = {key: i for i, key in enumerate(places)}
         self._held_in = list(places.values())
@@ -47,7 +49,8 @@ class Installed:
             return
         self._starts = starts
         at = np.array(starts, dtype=np.int32)[self._which] + self._behind
-        self.places = [u + o * at for u, o in zip(self._units, OFFSETS, strict=True)]
+        self.places = [units + at for units in self._units]
+        self.places[DELTAS] = self._units[DELTAS] + self._moved * at
 
 
 NOTHING = Installed([Rows.of({})], [])

@@ -21,22 +21,24 @@ from deltaserve.kernels.lowrank.pages import Page
 Ints: TypeAlias = npt.NDArray[np.int32]
 Floats: TypeAlias = npt.NDArray[np.float32]
 
-PAGES, SIGNS, PANELS, SELLS, OUTPUTS, INPUTS, GATES = KINDS = range(7)
+PAGES, DELTAS, OUTPUTS, INPUTS, GATES = KINDS = range(5)
 
-FIELDS = (3, 1, 1, 1, 2, 3, 5)
-"""Numbers that each kind's rows have, the module first. Pages: SHRUNK, GATHERED or, of a router's
-rows, ROUTER; the bits of their scale. OUTPUTS: FACTOR, REPLACED or BIAS. INPUTS: FACTOR or
-REPLACED; the first row that lies in the same place. GATES: experts, rows of each, and among the
-adapter's pages the number of the experts' first one and of the router's."""
+FIELDS = (3, 2, 2, 3, 5)
+"""Numbers that each kind's rows have, the module first. PAGES: SHRUNK, GATHERED or, of a router's
+rows, ROUTER; the bits of their scale. DELTAS: SIGNS, PANEL or SELL. OUTPUTS: FACTOR, REPLACED or
+BIAS. INPUTS: FACTOR or REPLACED; the first row that lies in the same place. GATES: experts, rows of
+each, and among the adapter's pages the number of the experts' first one and of the router's."""
 
 SHRUNK, GATHERED, ROUTER = range(3)
+SIGNS, PANEL, SELL = range(3)
 FACTOR, REPLACED, BIAS = range(3)
 
-UNITS: tuple[tuple[int, ...], ...] = (
-    (1, 1), (1, 1, 0, 0), (1, 1, 1, 0), (1, 1, 1, 1), (1,), (1,), (),
-)  # fmt: skip
-"""Numbers that tell the kernels where a row of each kind lies: 1 for an offset in the blob, 0 for
-another number. A page's a and b; the entries of the other deltas; a vector."""
+UNITS = (2, 4, 1, 1, 0)
+"""Numbers that tell the kernels where a row of each kind lies: a page's a and b, an entry of
+another delta, a vector. They are offsets, all but those of `NUMBERS`."""
+
+NUMBERS = ((2, 3), (3,), ())
+"""Of the entries of each sort of DELTAS: the number of sign planes, and what is not used."""
 
 Row: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 """Fields and units."""
@@ -77,12 +79,12 @@ def _rows(i: int, part: Part, pages: list[Row], inputs: list[Row]) -> Iterator[t
         for page in gate.pages:
             yield PAGES, ((i, ROUTER, _bits(page)), (page.a, page.b))
     for s in part.signs:
-        yield SIGNS, ((i,), (s.words, s.scales, s.planes, 0))
+        yield DELTAS, ((i, SIGNS), (s.words, s.scales, s.planes, 0))
     for panel in part.panels:
-        yield PANELS, ((i,), (panel.starts, panel.chunks, 0, 0))
+        yield DELTAS, ((i, PANEL), (panel.starts, panel.chunks, 0, 0))
     if part.sell is not None:
         sell = part.sell
-        yield SELLS, ((i,), (sell.starts, sell.rows, sell.columns, sell.values))
+        yield DELTAS, ((i, SELL), (sell.starts, sell.rows, sell.columns, sell.values))
     for at in part.factors:
         yield OUTPUTS, ((i, FACTOR), (at,))
     if part.replaced is not None:

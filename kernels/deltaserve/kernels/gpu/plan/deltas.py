@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from deltaserve.kernels.bit.words import ROWS
-from deltaserve.kernels.gpu.aux_kernel import BIT, PANEL, SELL
-from deltaserve.kernels.gpu.plan.adapters import Adapters
-from deltaserve.kernels.gpu.plan.tiling import NO_ITEMS, Index, Tiling, repeated, sort, work_items
-from deltaserve.kernels.gpu.rows import PANELS, SELLS, SIGNS, Floats, Ints
+from deltaserve.kernels.gpu import aux_kernel
+from deltaserve.kernels.gpu.plan.adapters import Adapters, Found
+from deltaserve.kernels.gpu.plan.tiling import (
+    NO_ITEMS,
+    Index,
+    Tiling,
+    bounds,
+    repeated,
+    sort,
+    work_items,
+)
+from deltaserve.kernels.gpu.rows import DELTAS, PANEL, SELL, SIGNS, Floats, Ints
 from deltaserve.kernels.sparse import panels, sell
 from deltaserve.kernels.table import Group
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Wanted:
-    """Each run and module that has deltas of a kind, runs first. first, last: of their entries.
+    """Each run and module that has deltas of a sort, runs first. first, last: of their entries.
     start, end: of the run. column, rows: of the module."""
 
     run: Index
@@ -40,39 +49,46 @@ class DeltaItems:
         self._columns = np.cumsum(self._outputs) - self._outputs
         # One run more than there are: of the tokens without any.
         self._planes = np.zeros((len(adapters.spans.starts) + 1, len(self._outputs)), np.int32)
-        self._entries = [np.zeros((0, adapters.layers), dtype=np.int32)]
-        self._strengths = [np.zeros(0, dtype=np.float32)]
-        self._listed = 0
-        wanted = [self._wanted(kind) for kind in (SIGNS, PANELS, SELLS)]
-        self.bits = NO_ITEMS if wanted[0] is None else self._bits(wanted[0])
-        self.panels = NO_ITEMS if wanted[1] is None else self._panels(wanted[1])
-        self.sells = NO_ITEMS if wanted[2] is None else self._sells(wanted[2])
-        self.entries: Ints = np.concatenate(self._entries)
-        self.strengths: Floats = np.concatenate(self._strengths)
+        self.entries: Ints = np.zeros((0, adapters.layers), dtype=np.int32)
+        self.strengths: Floats = np.zeros(0, dtype=np.float32)
+        self.bits = self.panels = self.sells = NO_ITEMS
         self.count = np.zeros((len(self._outputs), tiles * tiling.tokens), dtype=np.int32)
-        if self._listed:
-            owner = adapters.spans.owner
-            self.count[:, : len(owner)] = self._planes[owner].T
-
-    def _wanted(self, kind: int) -> _Wanted | None:
-        """Lists the entries of a kind."""
-        adapters, found = self._adapters, self._adapters.rows(kind)
+        found = adapters.rows(DELTAS)
         if found is None:
-            return None
-        parts = len(self._outputs)
-        key = adapters.spans.run[found.entry] * parts + found.part
+            return
+        wanted = self._list(found)
+        if SIGNS in wanted:
+            self.bits = self._bits(wanted[SIGNS])
+        if PANEL in wanted:
+            self.panels = self._panels(wanted[PANEL])
+        if SELL in wanted:
+            self.sells = self._sells(wanted[SELL])
+        owner = adapters.spans.owner
+        self.count[:, : len(owner)] = self._planes[owner].T
+
+    def _list(self, found: Found) -> dict[int, _Wanted]:
+        """Lists the entries, one sort after the other; what is wanted of each sort there is."""
+        adapters, parts, runs = self._adapters, len(self._outputs), len(self._planes)
+        run = adapters.spans.run[found.entry]
+        key = (found.fields[:, 1] * runs + run) * parts + found.part
         order = sort(key)
         key = key[order]
+        self.entries = found.places[order].reshape(-1, adapters.layers)
+        self.strengths = adapters.strength[found.entry[order]]
         first = np.concatenate(([0], np.flatnonzero(np.diff(key)) + 1))
         last = np.append(first[1:], len(key))
-        self._entries.append(found.places[order].reshape(-1, adapters.layers))
-        self._strengths.append(adapters.strength[found.entry[order]])
-        self._listed, before = self._listed + len(key), self._listed
-        run, part = np.divmod(key[first], parts)
-        return _Wanted(
-            run, part, before + first, before + last, adapters.spans.starts[run],
-            adapters.spans.ends[run], self._columns[part], self._outputs[part],
+        rest, part = np.divmod(key[first], parts)
+        which, run = np.divmod(rest, runs)
+        columns = (
+            run, part, first, last, adapters.spans.starts[run], adapters.spans.ends[run],
+            self._columns[part], self._outputs[part],
         )  # fmt: skip
+        ends = bounds(which, len((SIGNS, PANEL, SELL))).tolist()
+        return {
+            i: _Wanted(*(column[a:b] for column in columns))
+            for i, (a, b) in enumerate(pairwise(ends))
+            if a < b
+        }
 
     def _place(self, wanted: _Wanted, planes: int) -> Ints:
         """The first of `planes` new planes of each."""
@@ -93,7 +109,7 @@ class DeltaItems:
         step = -(-inner // (pieces * depth)) * depth // 128
         whole = -(-inner // 128)
         pieces = -(-whole // step)
-        items, piece = self._tiled(BIT.value, wanted, ROWS, together, pieces)
+        items, piece = self._tiled(aux_kernel.BIT.value, wanted, ROWS, together, pieces)
         items[:, 9] = piece * step
         items[:, 10] = np.minimum((piece + 1) * step, whole)
         return items
@@ -101,7 +117,7 @@ class DeltaItems:
     def _panels(self, wanted: _Wanted) -> Ints:
         limit = -(-self._group.in_features // panels.CHUNK)
         together, pieces = self._spread(self._tiles(wanted, panels.TILE), limit)
-        items, piece = self._tiled(PANEL.value, wanted, panels.TILE, together, pieces)
+        items, piece = self._tiled(aux_kernel.PANEL.value, wanted, panels.TILE, together, pieces)
         items[:, 9], items[:, 10] = piece, pieces
         return items
 
@@ -145,8 +161,8 @@ class DeltaItems:
         number, block = np.divmod(number, blocks[of])
         s = number * together[of]
         columns: list[Ints | Index | int] = [
-            SELL.value, m0[of] + block, wanted.start[of], wanted.end[of], wanted.first[of],
-            wanted.last[of], wanted.column[of], wanted.rows[of], self._place(wanted, 1)[of], s,
-            np.minimum(s + together[of], slices[of]),
+            aux_kernel.SELL.value, m0[of] + block, wanted.start[of], wanted.end[of],
+            wanted.first[of], wanted.last[of], wanted.column[of], wanted.rows[of],
+            self._place(wanted, 1)[of], s, np.minimum(s + together[of], slices[of]),
         ]  # fmt: skip
         return work_items(columns, len(of))
