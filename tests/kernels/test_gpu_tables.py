@@ -165,7 +165,8 @@ def random_segments(tokens: int, slots: int = SLOTS) -> Segments:
 @pytest.fixture(params=(1, 2, 3))
 def layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Layers:
     random.seed(request.param)
-    monkeypatch.setattr(device, "multiprocessors", lambda _: 20)
+    many = {1: 1, 2: 20, 3: 132}[request.param]  # several tiles an item, or several items a sum
+    monkeypatch.setattr(device, "multiprocessors", lambda _: many)
     return Layers()
 
 

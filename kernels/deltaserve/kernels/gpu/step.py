@@ -154,7 +154,11 @@ def _laid_out(
     shared = {n: (floats if n in FLOATS else buffer)[room[n]] for n in SHARED}
     start = room[OFFSETS[0]].start
     rows = buffer[start : start + stride * layers].view(layers, stride)
-    columns = [rows[:, room[n].start - start : room[n].stop - start].unbind(0) for n in OFFSETS]
+    columns = []
+    for name in OFFSETS:
+        column = rows[:, room[name].start - start : room[name].stop - start]
+        empty = limits is None and not _size(tables, name)  # nobody reads it: one is enough
+        columns.append((column[0],) * layers if empty else column.unbind(0))
     width, planes, uses = tables.width, tables.planes, tables.uses
     programs = min(tiling.programs, max(1, len(tables.items)))
     if limits is not None:
