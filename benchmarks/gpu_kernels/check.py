@@ -94,6 +94,8 @@ def units(quick: bool, served: Sequence[str] | None = None) -> list[Unit]:
         return [
             partial(architectures.architecture, name=n) for n in served or architectures.names()
         ]
+    for quantize, dtype in FORMS if ON_GPU and not quick else FORMS[:1]:  # the longest first
+        found.append(partial(engines, quantize=quantize, dtype=dtype, quick=not ON_GPU))
     first, second = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float16, torch.float32)
     few = (5, 40) if quick else (16, 200) if ON_GPU else TOKENS
     many = (5, 40) if quick else TOKENS
@@ -106,8 +108,6 @@ def units(quick: bool, served: Sequence[str] | None = None) -> list[Unit]:
         found.append(partial(families, group=group, dtype=first))
         for apart in (False, True):
             found.append(partial(graphs, group=group, dtype=first, apart=apart, quick=quick))
-    for quantize, dtype in FORMS if ON_GPU and not quick else FORMS[:1]:
-        found.append(partial(engines, quantize=quantize, dtype=dtype, quick=not ON_GPU))
     return found
 
 
