@@ -190,6 +190,7 @@ def alternate(
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
 
+    from deltaserve.kernels.backend import open_backend
     from deltaserve.server.config import AdapterConfig, EngineConfig
     from deltaserve.server.config import cores as cores_of
     from deltaserve.server.engine.build import make_engine
@@ -198,7 +199,12 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     torch.set_num_threads(args.threads)
     rates = [float(rate) for rate in args.rates.split(",")]
-    base = load(args.models / args.only, dtype=getattr(torch, args.dtype), quantize=args.quantize)
+    base = load(
+        args.models / args.only,
+        dtype=getattr(torch, args.dtype),
+        quantize=args.quantize,
+        backend=open_backend(args.device),
+    )
     with tempfile.TemporaryDirectory() as folder:
         source = args.models / f"{args.only}-lora" / "a00"
         folders = make_adapters(source, Path(folder), args.adapters + RESIDENT)
@@ -222,6 +228,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             engine.shutdown()
     rows = summary(phases, rates)
     keys = (
+        "device",
         "threads",
         "loaders",
         "loader_processes",
@@ -241,6 +248,7 @@ def main() -> None:
     )
     parser.add_argument("--models", type=Path, default=Path("models"))
     parser.add_argument("--only", default="llama-160m")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--quantize", default="int8")
     parser.add_argument("--rates", default="1,10", help="arrivals per second")
