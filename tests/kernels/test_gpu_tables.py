@@ -237,3 +237,14 @@ def test_a_step_is_sent_once_and_kept_for_the_next(
         assert len(sent) == count and not any(a is b for a, b in zip(first, again, strict=True))
         first = again
     assert before == [len(deltas.listeners) for deltas in groups]
+
+
+def test_an_arena_that_grows_or_is_taken_elsewhere(layers: Layers) -> None:
+    """Every offset is another then."""
+    runs = [(slot, slot + 1, ((slot, 1.0),)) for slot in range(SLOTS)]
+    layers.check(Segments(runs, SLOTS))
+    layers.arena.grows = True
+    layers.arena.drop(layers.arena.reserve(2 * 16 * layers.arena.units))
+    layers.check(Segments(runs, SLOTS))
+    layers.arena.adopt(torch.zeros(1 << 19, dtype=torch.uint8))
+    layers.check(Segments(runs, SLOTS))

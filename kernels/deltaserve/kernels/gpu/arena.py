@@ -52,7 +52,7 @@ class Arena:
     captured over a growing arena must be captured again. One that may not grow takes every blob
     that fits by bytes: where free memory is in pieces, it moves the blobs between them, in the
     order of the current stream, after the steps that were launched and before those to come.
-    Used by the engine thread alone.
+    Used by the engine thread alone. moves: changes whenever the offset of any place does.
     """
 
     def __init__(self, device: torch.device, nbytes: int = 1 << 16, grows: bool = True) -> None:
@@ -288,6 +288,7 @@ class Arena:
         self._limit = data.numel() // UNIT
         for place in self._places:
             place.offset = data.numel() // UNIT - place.end
+        self.moves += 1
 
     def _allocate(self, units: int) -> Tensor:
         # Zeros: a masked load may still touch what was never written.
