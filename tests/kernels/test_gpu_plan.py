@@ -98,6 +98,15 @@ def test_inputs_that_the_plan_was_made_without() -> None:
         own.deltas.replan(plan, Segments([], 13))
 
 
+def test_experts_with_a_router_do_not_fit() -> None:
+    own = rig()
+    inner, out = own.inner, own.outs[0]
+    own.deltas.install(9, own.deltas.prepare({0: (random_primitive("gated", out, inner),)}))
+    plan = own.deltas.plan(Segments([], 12), own.base, limits=LIMITS)
+    with pytest.raises(StepTooLarge, match="gates has 8 numbers"):
+        own.deltas.replan(plan, Segments([(0, 3, ((9, 1.0),))], 12))
+
+
 def test_the_table_comes_before_the_rule(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     key = GroupKey("int4", 128, 4096, 6144)
     mine = GemmConfig(16, 32, 128, 2, "after", 2, 5)
