@@ -208,7 +208,7 @@ def main() -> None:
     device.multiprocessors = lambda _: MULTIPROCESSORS
     heads = ("fresh", "unchanged", "filled", "unchanged", "moved", "alone", "alone / fresh")
     print(f"milliseconds a step, {own.layers} layers, {own.rows} rows")
-    print(f"{'':38}" + "".join(f"{head:>11}" for head in heads))
+    print(f"{'':38}" + "".join(f"{head:>14}" for head in heads))
     for name, kinds in MIXES.items():
         one = kinds == ["one"]
         count = 1 if one else 2 * own.rows
@@ -227,7 +227,7 @@ def main() -> None:
         start = time.thread_time()
         fill(last)
         found += [1000 * (time.thread_time() - start), alone, alone / found[0]]
-        print(f"{name:38}" + "".join(f"{ms:11.2f}" for ms in found), flush=True)
+        print(f"{name:38}" + "".join(f"{ms:14.2f}" for ms in found), flush=True)
 
 
 if __name__ == "__main__":
