@@ -18,6 +18,7 @@ from rig import load_base, request
 from variants import VARIANTS, make_base
 
 from deltaserve.kernels.gpu import decoding
+from deltaserve.kernels.gpu.backend import TritonBackend
 from deltaserve.kernels.gpu.layers import LayerPlans
 from deltaserve.server.config import AdapterConfig, ConfigError, EngineConfig
 from deltaserve.server.engine.build import base_of, make_engine
@@ -40,9 +41,14 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engines(family: Path) -> Iterator[Pair]:
+def gpu() -> Iterator[TritonBackend]:
+    with on_gpu() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def engines(gpu: TritonBackend, family: Path) -> Iterator[Pair]:
     with ExitStack() as stack:
-        gpu = stack.enter_context(on_gpu())
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(decoding, "BUCKETS", (1, 4))
         yield pair(
@@ -152,16 +158,18 @@ def test_what_no_graph_holds_is_launched(engines: Pair, monkeypatch: pytest.Monk
     assert seen.replays == [1]
 
 
-def test_modeling_code_is_replayed_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modeling_code_is_replayed_as_well(
+    gpu: TritonBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Learned positions, layer norms, linears of other forms; against transformers."""
     run, found = decoding.DecodeGraphs.run, []
     monkeypatch.setattr(decoding, "BUCKETS", (2,))
     monkeypatch.setattr(
         decoding.DecodeGraphs, "run", lambda self, step: found.append(run(self, step)) or found[-1]
     )
-    with on_gpu() as gpu:
-        gpu.capture = gpu.capture or RecordedCapture(monkeypatch, gpu.workspace.poison)
-        test_architectures_served.check("gpt2", tmp_path, (4, 5), 2, gpu)
+    backend = type(gpu)()
+    backend.capture = backend.capture or RecordedCapture(monkeypatch, backend.workspace.poison)
+    test_architectures_served.check("gpt2", tmp_path, (4, 5), 2, backend)
     assert found and None not in found
 
 
