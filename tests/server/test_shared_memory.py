@@ -115,7 +115,7 @@ class SharedMachine(RuleBasedStateMachine):
 
     def take(self) -> int | None:
         """A block is to be had as long as adapters that may go are in its place."""
-        used = self.manager.used
+        used, there = self.manager.used, self.manager.there
         most = min(self.manager.blocks, (self.budget - self.stay) // BLOCK) - 1
         try:
             block = self.manager.take()
@@ -123,6 +123,7 @@ class SharedMachine(RuleBasedStateMachine):
             assert used >= most or self.coming
             return None
         assert used < most
+        assert block < there or not any(bool(t.any()) for t in self.sides(block))
         return block
 
     def fill(self, block: int, mark: float) -> None:
