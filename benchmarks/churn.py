@@ -190,7 +190,7 @@ def alternate(
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
 
-    from deltaserve.kernels.backend import open_backend
+    from deltaserve.kernels.devices import open_backend
     from deltaserve.server.config import AdapterConfig, EngineConfig
     from deltaserve.server.config import cores as cores_of
     from deltaserve.server.engine.build import make_engine

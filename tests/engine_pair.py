@@ -15,7 +15,8 @@ import torch
 from graph_double import RecordedCapture
 from rig import load_base, running
 
-from deltaserve.kernels.backend import Backend, CpuBackend
+from deltaserve.kernels.backend import Backend
+from deltaserve.kernels.cpu_backend import CpuBackend
 from deltaserve.kernels.gpu.backend import TritonBackend
 from deltaserve.server.engine.collector import Answer, generate
 from deltaserve.server.engine.core import Request

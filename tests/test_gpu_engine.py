@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 from variants import VARIANTS, make_base, open_base
 
 from deltaserve.adapters.delta_file import write_delta
-from deltaserve.kernels.backend import DeviceUnavailable, open_backend
+from deltaserve.kernels.backend import DeviceUnavailable
+from deltaserve.kernels.devices import open_backend
 from deltaserve.kernels.gpu import linear, plan
 from deltaserve.kernels.gpu.backend import TritonBackend
 from deltaserve.kernels.gpu.staging import Landing

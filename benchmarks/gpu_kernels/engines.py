@@ -82,7 +82,7 @@ def compare(
     """open_engine: with a backend, and whether every step is launched kernel by kernel. tolerance:
     of the log-probabilities of prompts and answers, and of how far behind the best a chosen token
     may be. Where steps can be captured, the engine runs a second time without."""
-    from deltaserve.kernels.backend import CpuBackend
+    from deltaserve.kernels.cpu_backend import CpuBackend
     from deltaserve.server.engine.collector import generate
 
     forms: list[tuple[str, list[Answer]]] = []

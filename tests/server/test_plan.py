@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from variants import make_base, peft_variant
 
 from deltaserve.adapters.delta_file import write_delta
-from deltaserve.kernels.backend import Backend, CpuBackend
+from deltaserve.kernels.backend import Backend
+from deltaserve.kernels.cpu_backend import CpuBackend
 from deltaserve.kernels.primitives import Bit
 from deltaserve.server import planner, run
 from deltaserve.server.cli import app

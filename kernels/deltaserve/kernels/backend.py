@@ -1,27 +1,21 @@
 """Backend: what computes a step, and the forms in which it wants weights, adapters and the cache.
 
-Everything above this room is written against it once. `CpuBackend` computes in host memory, with
-native code where there is some; `gpu/backend.py` on a GPU, with Triton.
+Everything above this room is written against it once. `cpu_backend.py` computes in host memory,
+`gpu/backend.py` on a GPU, with Triton; `devices.py` opens one of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from math import inf
 from typing import Any, Protocol, TypeAlias
 
-import psutil
 import torch
 from torch import Tensor
 
-from deltaserve.kernels import norm
-from deltaserve.kernels.attention.cpu_step import CpuStep
 from deltaserve.kernels.attention.step import AttentionSpec, AttentionStep, Span
-from deltaserve.kernels.base import BaseLinear, DenseLinear
+from deltaserve.kernels.base import BaseLinear
 from deltaserve.kernels.captured import Graphs, StepTensors
 from deltaserve.kernels.decoder import DecoderLayer, LayerParts
-from deltaserve.kernels.linear import LinearDeltas, prepare
-from deltaserve.kernels.native import library
 from deltaserve.kernels.norm import NormDeltas, PreparedNorm
 from deltaserve.kernels.primitives import Primitive
 from deltaserve.kernels.segments import Segments
@@ -295,108 +289,3 @@ class Backend(Protocol):
         """Begins a copy to host memory, in the order of the steps. -> waits for it and for all
         before it, and returns it."""
         ...
-
-
-class CpuBackend:
-    name = "cpu"
-    device = torch.device("cpu")
-    forks = True
-    returns_pages = True
-    packed = staticmethod(prepare)
-    packed_norm = staticmethod(norm.prepare)
-    adapter_limit: float = inf
-
-    @property
-    def fuses(self) -> bool:
-        return library() is not None
-
-    def dense(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> BaseLinear:
-        return DenseLinear(weight, bias, dtype)
-
-    def linear(self, held: BaseLinear) -> BaseLinear:
-        return held
-
-    def deltas(self, in_features: int, out_features: Sequence[int], dtype: torch.dtype) -> Deltas:
-        return LinearDeltas(in_features, out_features, dtype)
-
-    def norm_deltas(self, hidden: int, dtype: torch.dtype) -> NormDeltas:
-        return NormDeltas(hidden, dtype)
-
-    def layer(self, parts: LayerParts) -> DecoderLayer | None:
-        return None
-
-    def attention(self, spans: Sequence[Span], decodes: int, block_size: int) -> AttentionStep:
-        return CpuStep.of(spans, decodes, block_size)
-
-    def free_bytes(self) -> int:
-        return int(psutil.virtual_memory().available)
-
-    def shared(self, nbytes: int) -> SharedMemory | None:
-        return None
-
-    def courier(self) -> Courier | None:
-        return None
-
-    def make_ready(
-        self,
-        linears: Iterable[tuple[Any, Group]],
-        attention: Iterable[AttentionSpec],
-        layers: Iterable[tuple[DecoderLayer, int]],
-        dtype: torch.dtype,
-        *,
-        max_tokens: int,
-        block_size: int,
-        progress: Callable[[float, str], None],
-    ) -> None:
-        """Nothing is compiled here."""
-
-    def graphs(
-        self,
-        forward: Callable[[StepTensors], None],
-        *,
-        vocabulary: int,
-        most: int,
-        max_length: int,
-        block_size: int,
-        progress: Callable[[float, str], None],
-    ) -> Graphs | None:
-        return None
-
-    def graph_bytes(
-        self,
-        groups: Mapping[Group, int],
-        head: Group,
-        attention: Collection[AttentionSpec],
-        *,
-        most: int,
-        max_length: int,
-        block_size: int,
-    ) -> int:
-        return 0
-
-    def fetch(self, x: Tensor) -> Callable[[], Tensor]:
-        return lambda: x
-
-
-def open_backend(device: str) -> Backend:
-    """The backend of `--device`, "cpu" or "cuda". Raises DeviceUnavailable."""
-    if device == "cpu":
-        return CpuBackend()
-    if torch.version.cuda is None:
-        raise DeviceUnavailable(
-            f"cuda: torch {torch.__version__} was built without CUDA; install a build with it, or "
-            "use cpu"
-        )
-    if not torch.cuda.is_available():
-        raise DeviceUnavailable(
-            f"cuda: torch {torch.__version__} finds no CUDA device; is the driver installed, and "
-            "does CUDA_VISIBLE_DEVICES leave one?"
-        )
-    try:
-        from deltaserve.kernels.gpu.backend import TritonBackend
-        from deltaserve.kernels.gpu.device import interpreted
-    except ImportError as error:
-        raise DeviceUnavailable(f"cuda: {error}; install triton") from error
-    if interpreted():
-        raise DeviceUnavailable("cuda: with TRITON_INTERPRET set nothing runs on a GPU; unset it")
-    return TritonBackend()

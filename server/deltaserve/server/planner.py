@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from deltaserve.kernels.backend import CpuBackend, Layout
+from deltaserve.kernels.backend import Layout
+from deltaserve.kernels.cpu_backend import CpuBackend
 from deltaserve.server.config import AdapterConfig, ConfigError, EngineConfig, ModelConfig
 from deltaserve.server.engine.plan import Base, MemoryPlan, plan_memory
 from deltaserve.server.model.loader import Quantize

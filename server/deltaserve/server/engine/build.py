@@ -9,7 +9,8 @@ from typing import Literal, cast
 import torch
 
 from deltaserve.adapters.formats.detect import NAMES
-from deltaserve.kernels.backend import DeviceUnavailable, KernelError, open_backend
+from deltaserve.kernels.backend import DeviceUnavailable, KernelError
+from deltaserve.kernels.devices import open_backend
 from deltaserve.server.config import AdapterConfig, Config, ConfigError, EngineConfig
 from deltaserve.server.engine.adapter_cache import AdapterCache
 from deltaserve.server.engine.backlog import Backlog

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from deltaserve.kernels.backend import CpuBackend, Layout
+from deltaserve.kernels.backend import Layout
+from deltaserve.kernels.cpu_backend import CpuBackend
 from deltaserve.kernels.table import Group
 from deltaserve.server.config import AdapterConfig, ConfigError, EngineConfig
 from deltaserve.server.engine.adapter_sizes import Groups, adapter_sizes

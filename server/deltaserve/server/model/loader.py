@@ -22,8 +22,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from deltaserve.adapters.base import ModuleSpec
-from deltaserve.kernels.backend import Backend, CpuBackend
+from deltaserve.kernels.backend import Backend
 from deltaserve.kernels.base.quantize import INT4_GROUP, check_group_size
+from deltaserve.kernels.cpu_backend import CpuBackend
 from deltaserve.server.model import architectures, rope
 from deltaserve.server.model.assembly import assemble
 from deltaserve.server.model.attention import ATTENTION
