@@ -25,6 +25,7 @@ SERVER_RANK = {
     "model": 1,
     "packing": 0,
     "confined": 0,
+    "experiments": 0,
 }
 LEAVES = {"config", "errors", "metrics", "log", "progress"}
 # only kernels may use Triton; the wire and the clients must do without torch
