@@ -24,6 +24,7 @@ SERVER_RANK = {
     "engine": 2,
     "model": 1,
     "packing": 0,
+    "state": 0,
     "confined": 0,
     "experiments": 0,
 }

@@ -14,6 +14,7 @@
   x DeadlineExceeded         the request's deadline passed
   x SlowReader               the client does not read its stream
   x ShuttingDown             the server drains
+  x StateUnavailable         what was asked for cannot be kept: the database does not take it
   x EngineFailure            a bug or an exhausted machine; the details are in the log
 """
 
@@ -90,6 +91,10 @@ class SlowReader(RequestError):
 
 class ShuttingDown(RequestError):
     """The server drains and takes no new work."""
+
+
+class StateUnavailable(RequestError):
+    """What was asked for cannot be kept: the database does not take it."""
 
 
 class EngineFailure(RequestError):
