@@ -24,6 +24,8 @@ DEVICE_DTYPES = {"cuda": "bfloat16"}
 """What is computed in on a device unless the operator says; float32 elsewhere."""
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
+NO_STATE = "none"
+"""What --state is called that keeps nothing."""
 
 MAX_PATCHES = 8
 MAX_DRAFT = 32
@@ -285,16 +287,20 @@ class RpcConfig:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Everything."""
+    """Everything. state: where adapters that are registered over the API are kept, as `state.url`
+    reads it."""
 
     model: ModelConfig
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     rpc: RpcConfig = field(default_factory=RpcConfig)
     log_level: str = "info"
+    state: str = NO_STATE
 
     def __post_init__(self) -> None:
         _one_of("--log-level", self.log_level, LOG_LEVELS)
+        if not self.state:
+            raise ConfigError(f"--state: is empty; give a path, a URL, or {NO_STATE}")
 
 
 def name_and_path(text: str) -> tuple[str, Path]:

@@ -83,6 +83,9 @@ class Metrics:
             "adapter_load_stage_seconds", "Stages of loading an adapter", _LOAD_SECONDS, "stage"
         )
         self._cache = self._counter("adapter_cache_lookups", "Loads by adapter cache", "result")
+        self._quarantined = self._counter(
+            "quarantined_adapters", "Adapters of --state that could not be brought back"
+        )
         self._shed = self._counter("shed_requests", "Requests turned away", "reason")
         self._rpcs = self._counter("rpcs", "Calls ended", "method", "code")
 
@@ -139,6 +142,10 @@ class Metrics:
     def on_cache(self, hit: bool) -> None:
         """A load found the adapter lowered on disk, or not."""
         self._cache.labels("hit" if hit else "miss").inc()
+
+    def on_quarantined(self) -> None:
+        """An adapter could not be brought back at the start."""
+        self._quarantined.inc()
 
     def on_adapter_evicted(self, name: str) -> None:
         self._evictions.labels(self._label(name)).inc()

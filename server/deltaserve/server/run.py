@@ -6,7 +6,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import prometheus_client
 from rich.console import Console
@@ -14,13 +14,13 @@ from rich.console import Console
 from deltaserve.adapters.errors import AdapterError
 from deltaserve.adapters.options import LoadOptions
 from deltaserve.server import log as logs
-from deltaserve.server.config import Config, ConfigError
+from deltaserve.server.config import NO_STATE, Config, ConfigError
 from deltaserve.server.engine.build import build_engine
 from deltaserve.server.engine.core import AdapterRef
 from deltaserve.server.engine.engine import Engine
 from deltaserve.server.engine.text import Text
 from deltaserve.server.engine_metrics import EngineCollector
-from deltaserve.server.errors import RequestError
+from deltaserve.server.errors import RequestError, StateUnavailable
 from deltaserve.server.folders import register
 from deltaserve.server.garbage import settled
 from deltaserve.server.metrics import Metrics
@@ -28,6 +28,11 @@ from deltaserve.server.model.errors import ModelError
 from deltaserve.server.planner import show
 from deltaserve.server.progress import Bar
 from deltaserve.server.rpc.server import Server, serve_until_signal
+
+if TYPE_CHECKING:
+    from sqlalchemy import URL
+
+    from deltaserve.server.state.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +44,7 @@ class StartError(Exception):
 def run(config: Config) -> int:
     """Load, serve until a signal, drain. -> exit code. Raises StartError or ConfigError."""
     logs.set_up(config.log_level)
-    metrics = Metrics()
+    metrics, state = Metrics(), _state(config.state)
     with Bar() as bar:
         try:
             engine, text = build_engine(config, metrics, bar)
@@ -54,7 +59,7 @@ def run(config: Config) -> int:
                 register(engine, config.adapters.registered, bar)
         _expose(metrics, engine, config)
         with settled():
-            return _run_loop(_serve(engine, text, config, metrics))
+            return _run_loop(_serve(engine, text, config, metrics, state))
     finally:
         engine.shutdown()
 
@@ -106,9 +111,33 @@ def _expose(metrics: Metrics, engine: Engine, config: Config) -> None:
     log.info("metrics on http://%s:%d/metrics", config.rpc.host, http.server_port)
 
 
-async def _serve(engine: Engine, text: Text, config: Config, metrics: Metrics) -> int:
-    server = Server(engine, text, config.rpc, metrics, config.engine.max_queue)
+async def _serve(
+    engine: Engine, text: Text, config: Config, metrics: Metrics, state: URL | None
+) -> int:
+    store = None if state is None else await _restore(engine, state, metrics)
+    server = Server(engine, text, config.rpc, metrics, config.engine.max_queue, store)
     return await serve_until_signal(server, lambda a: print(f"listening on {a}", flush=True))
+
+
+def _state(given: str) -> URL | None:
+    if given == NO_STATE:
+        return None
+    from deltaserve.server.state.url import parse  # SQLAlchemy: not without --state
+
+    return parse(given)
+
+
+async def _restore(engine: Engine, state: URL, metrics: Metrics) -> Store:
+    from deltaserve.server.restore import restore
+    from deltaserve.server.state.store import StateError, Store
+
+    try:
+        store = await Store.open(state)
+        await restore(engine.adapters, store, metrics)
+    except (StateError, StateUnavailable) as error:
+        shown = state.render_as_string(hide_password=True)
+        raise StartError(f"--state {shown}: {error}") from error
+    return store
 
 
 def _run_loop(serving: Coroutine[Any, Any, int]) -> int:

@@ -138,6 +138,14 @@ def serve(
     ] = False,
     tls_certificate: Annotated[Path | None, typer.Option(help="PEM file.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM file.")] = None,
+    state: Annotated[
+        str,
+        typer.Option(
+            envvar="DELTASERVE_STATE",
+            metavar="PATH|URL|none",
+            help="Database that keeps what is registered over the wire.",
+        ),
+    ] = c.NO_STATE,
     log_level: Annotated[str, typer.Option(help="debug, info, warning, error.")] = "info",
 ) -> None:
     """Serve a base model and its adapters over gRPC.
@@ -202,6 +210,7 @@ def serve(
                 tls_key=tls_key,
             ),
             log_level=log_level,
+            state=state,
         )
     except c.ConfigError as error:
         fail(str(error))

@@ -130,11 +130,13 @@ class AdapterCache:
         options: LoadOptions = DEFAULT,
         patch: bool = False,
         register_only: bool = False,
+        digest: str = "",
     ) -> Future[AdapterInfo]:
         """Register `name` and make it resident. The same content under the same name is fine any
         number of times; other content is an AdapterConflict. A parent must be registered. patch:
         it will be part of every request, so it is pinned, and stays. register_only: read and check
-        it, and load it when a request asks for it; InvalidRequest for one that is pinned."""
+        it, and load it when a request asks for it; InvalidRequest for one that is pinned. digest:
+        what it must have if it is not registered yet, else AdapterConflict."""
         if register_only and (pinned or patch):
             raise InvalidRequest(
                 "register_only: a pinned adapter is in memory always; leave out one of the two",
@@ -152,13 +154,23 @@ class AdapterCache:
                 )
             done: Future[AdapterInfo] = self._registry.promise()
             if known is None or known.state is AdapterState.FAILED:
-                residency = Residency(name, uri, options, pinned or patch, patch)
+                residency = Residency(name, uri, options, pinned or patch, patch, digest)
                 residency.waiting(register_only).append(done)
                 self._registry.add(residency)
                 self._loader.start(residency, Urgency.WHENEVER if register_only else Urgency.ASKED)
             else:
                 self._joins.compare(known, uri, options, pinned, register_only, done)
         return done
+
+    def quarantine(
+        self, name: str, uri: str, options: LoadOptions, digest: str, error: str
+    ) -> None:
+        """Have it listed as failed for this reason, unless something is registered as that."""
+        with self._lock:
+            if self._registry.get(name) is None:
+                failed = Residency(name, uri, options, digest=digest, error=error)
+                self._registry.add(failed)
+                self._registry.change(failed, AdapterState.FAILED)
 
     def unload(self, name: str) -> Future[int]:
         """Take no new requests for it, let the others finish, free it. -> bytes freed. AdapterBusy

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
+from urllib.parse import unquote
 
 import grpc.aio
 
@@ -13,14 +13,15 @@ from deltaserve.server.config import RpcConfig
 from deltaserve.server.engine.core import AdapterInfo
 from deltaserve.server.errors import ShuttingDown, SlowReader
 from deltaserve.server.rpc import answer, convert
+from deltaserve.server.rpc.kept import Kept
 from deltaserve.v1 import adapter_pb2 as pb
 from deltaserve.v1 import adapter_pb2_grpc
 
 if TYPE_CHECKING:
     from deltaserve.server.engine.engine import Engine
+    from deltaserve.server.state.store import Store
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
-T = TypeVar("T")
 
 MAX_PAGE = 1000
 
@@ -62,10 +63,11 @@ class Watcher:
 
 
 class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
-    """A call that goes away does not undo what it began."""
+    """A call that goes away does not undo what it began. store: keeps what it changes."""
 
-    def __init__(self, engine: Engine, config: RpcConfig) -> None:
+    def __init__(self, engine: Engine, config: RpcConfig, store: Store | None = None) -> None:
         self._adapters = engine.adapters
+        self._kept = Kept(engine.adapters, store)
         self._base = engine.info().base
         self._config = config
         self._watchers: set[Watcher] = set()
@@ -79,21 +81,21 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: pb.LoadAdapterRequest, context: Context
     ) -> pb.LoadAdapterResponse:
         name = convert.adapter_name(request.name, self._base)
-        future = self._adapters.load(
+        info = await self._kept.load(
+            _who(context),
             name,
             convert.uri(request.uri),
             pinned=request.pinned,
             options=convert.load_options(request.options),
             register_only=request.register_only,
+            return_early=request.return_early,
         )
-        if request.return_early and not future.done():
-            return pb.LoadAdapterResponse(adapter=answer.adapter(self._adapters.get(name)))
-        return pb.LoadAdapterResponse(adapter=answer.adapter(await _result(future)))
+        return pb.LoadAdapterResponse(adapter=answer.adapter(info))
 
     async def UnloadAdapter(
         self, request: pb.UnloadAdapterRequest, context: Context
     ) -> pb.UnloadAdapterResponse:
-        freed = await _result(self._adapters.unload(request.name))
+        freed = await self._kept.unload(_who(context), request.name)
         return pb.UnloadAdapterResponse(freed_bytes=freed)
 
     async def GetAdapter(
@@ -136,8 +138,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     async def PinAdapter(
         self, request: pb.PinAdapterRequest, context: Context
     ) -> pb.PinAdapterResponse:
-        self._adapters.pin(request.name, request.pinned)
-        return pb.PinAdapterResponse(adapter=answer.adapter(self._adapters.get(request.name)))
+        info = await self._kept.pin(_who(context), request.name, request.pinned)
+        return pb.PinAdapterResponse(adapter=answer.adapter(info))
 
     async def _write(self, context: Context, message: pb.WatchAdaptersResponse) -> None:
         limit = self._config.write_seconds
@@ -148,6 +150,6 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
             raise SlowReader(f"the watch was not read for {limit:g} s") from None
 
 
-async def _result(future: Future[T]) -> T:
-    """Its result. A client that goes away must not cancel what the engine is to fulfil."""
-    return await asyncio.shield(asyncio.wrap_future(future))
+def _who(context: Context) -> str:
+    """Where the call comes from."""
+    return unquote(context.peer())

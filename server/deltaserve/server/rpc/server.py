@@ -34,6 +34,7 @@ from deltaserve.v1 import (
 if TYPE_CHECKING:
     from deltaserve.server.engine.engine import Engine
     from deltaserve.server.engine.text import Text
+    from deltaserve.server.state.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,13 @@ class Server:
     """Serves an engine; to be made inside the event loop that runs it."""
 
     def __init__(
-        self, engine: Engine, text: Text, config: RpcConfig, metrics: Metrics, max_queue: int
+        self,
+        engine: Engine,
+        text: Text,
+        config: RpcConfig,
+        metrics: Metrics,
+        max_queue: int,
+        store: Store | None = None,
     ) -> None:
         self._config = config
         self._gate = Gate(metrics)
@@ -77,7 +84,7 @@ class Server:
         info = engine.info()
         self._encoders = Encoders(text, info.max_length, engine.adapters.own_text)
         self._constrainer = Constrainer(text, info.vocab_size, info.eos_token_ids)
-        self._adapters = AdapterService(engine, config)
+        self._adapters = AdapterService(engine, config, store)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             interceptors=[self._gate],

@@ -39,6 +39,7 @@ TABLE: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
     requests.Cancelled: (Code.CANCELLED, "CANCELLED"),
     requests.DeadlineExceeded: (Code.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     requests.ShuttingDown: (Code.UNAVAILABLE, "SHUTTING_DOWN"),
+    requests.StateUnavailable: (Code.UNAVAILABLE, "STATE_UNAVAILABLE"),
     requests.EngineFailure: (Code.INTERNAL, "ENGINE_FAILURE"),
     requests.SlowReader: (Code.ABORTED, "SLOW_READER"),
     adapters.AdapterNotFound: (Code.NOT_FOUND, "ADAPTER_NOT_FOUND"),
@@ -49,6 +50,11 @@ TABLE: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
     adapters.BaseMismatch: (Code.FAILED_PRECONDITION, "BASE_MISMATCH"),
     DecodeError: (Code.INVALID_ARGUMENT, "UNDECODABLE"),
 }
+
+
+def reason(error: Exception) -> str:
+    """As in its ErrorInfo."""
+    return next((TABLE[kind][1] for kind in type(error).__mro__ if kind in TABLE), "BUG")
 
 
 def to_status(error: Exception) -> tuple[grpc.StatusCode, status_pb2.Status]:

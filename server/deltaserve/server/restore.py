@@ -1,0 +1,101 @@
+"""Bringing back the adapters that were registered over the API before the server was restarted."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from concurrent.futures import Future
+from dataclasses import replace
+
+from deltaserve.adapters.errors import AdapterError
+from deltaserve.adapters.options import DEFAULT, LoadOptions
+from deltaserve.server.config import ADAPTER_NAME, NAME_RULE
+from deltaserve.server.engine.adapter_cache import AdapterCache
+from deltaserve.server.engine.core import AdapterInfo
+from deltaserve.server.errors import AdapterConflict, RequestError, StateUnavailable
+from deltaserve.server.metrics import Metrics
+from deltaserve.server.state.records import AdapterRecord, Entry, parse
+from deltaserve.server.state.store import Store
+
+log = logging.getLogger(__name__)
+
+
+async def restore(cache: AdapterCache, store: Store, metrics: Metrics) -> None:
+    """Load each, or register it, as it was; parents before their children. One that is not what it
+    was is listed as failed, with the reason, and tried again at the next start. StateUnavailable if
+    they cannot be read."""
+    left = {record.name: record for record in await store.adapters()}
+    options: dict[str, LoadOptions] = {}
+    count = len(left)
+    for record in list(left.values()):
+        try:
+            if not ADAPTER_NAME.fullmatch(record.name):
+                raise ValueError(f"its name is not possible: {NAME_RULE}")
+            options[record.name] = parse(record.options)
+        except ValueError as error:
+            await _quarantine(cache, store, metrics, left.pop(record.name), DEFAULT, str(error))
+    while left:
+        free = [n for n in left if options[n].parent not in left] or list(left)
+        started = [
+            (left.pop(n), _start(cache, record, options[n]))
+            for n, record in [(n, left[n]) for n in free]
+        ]
+        for record, future in started:
+            chosen = options[record.name]
+            try:
+                info = await asyncio.wrap_future(future)
+                if record.digest and info.digest != record.digest:
+                    raise AdapterConflict(
+                        f"the name is taken by other content: digest {info.digest[:16]}, "
+                        f"registered {record.digest[:16]}"
+                    )
+            except (AdapterError, RequestError) as error:
+                await _quarantine(cache, store, metrics, record, chosen, str(error))
+            else:
+                await _served(store, record, info)
+    log.info("brought back %d adapters", count)
+
+
+def _start(cache: AdapterCache, record: AdapterRecord, options: LoadOptions) -> Future[AdapterInfo]:
+    try:
+        return cache.load(
+            record.name,
+            record.uri,
+            pinned=record.pinned,
+            options=options,
+            register_only=record.register_only and not record.pinned,
+            digest=record.digest,
+        )
+    except RequestError as error:
+        refused: Future[AdapterInfo] = Future()
+        refused.set_exception(error)
+        return refused
+
+
+async def _quarantine(
+    cache: AdapterCache,
+    store: Store,
+    metrics: Metrics,
+    record: AdapterRecord,
+    options: LoadOptions,
+    error: str,
+) -> None:
+    metrics.on_quarantined()
+    log.warning("adapter %r of --state is not served: %s", record.name, error)
+    cache.quarantine(record.name, record.uri, options, record.digest, error)
+    entry = Entry("server", "Restore", record.name, "QUARANTINED", detail=error)
+    try:
+        await store.fail(record.name, error, entry)
+    except StateUnavailable as unavailable:
+        log.warning("--state: %s", unavailable)
+
+
+async def _served(store: Store, record: AdapterRecord, info: AdapterInfo) -> None:
+    """Write down what is new of it."""
+    if record.digest and not record.error:
+        return
+    now = replace(record, digest=info.digest, error="")
+    try:
+        await store.keep(lambda: now, Entry("server", "Restore", record.name))
+    except StateUnavailable as unavailable:
+        log.warning("--state: %s", unavailable)
