@@ -6,6 +6,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -88,8 +89,10 @@ def kernels_ms(serving: Serving, names: Names) -> tuple[dict[str, float], int]:
     def between(step: int) -> None:
         launches.on = step >= RECORDED and not launches.count
 
+    # the one recorded, and one more, so that nobody ends the sequences before it
+    sizes = replace(serving.sizes, steps=max(serving.sizes.steps, RECORDED + 2))
     with recording(launches):
-        decode(serving.engine, serving.sizes, names, between)
+        decode(serving.engine, sizes, names, between)
     if not launches.count:
         raise RuntimeError("the step launched no kernels of ours one by one")
     found: dict[str, float] = {}
