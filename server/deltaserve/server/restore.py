@@ -26,7 +26,7 @@ async def restore(cache: AdapterCache, store: Store, metrics: Metrics) -> None:
     they cannot be read."""
     left = {record.name: record for record in await store.adapters()}
     options: dict[str, LoadOptions] = {}
-    count = len(left)
+    served = 0
     for record in list(left.values()):
         try:
             if not ADAPTER_NAME.fullmatch(record.name):
@@ -52,8 +52,9 @@ async def restore(cache: AdapterCache, store: Store, metrics: Metrics) -> None:
             except (AdapterError, RequestError) as error:
                 await _quarantine(cache, store, metrics, record, chosen, str(error))
             else:
+                served += 1
                 await _served(store, record, info)
-    log.info("brought back %d adapters", count)
+    log.info("brought back %d adapters", served)
 
 
 def _start(cache: AdapterCache, record: AdapterRecord, options: LoadOptions) -> Future[AdapterInfo]:

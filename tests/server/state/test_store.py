@@ -94,6 +94,22 @@ async def test_what_is_kept_is_there_after_a_restart(url: str) -> None:
     assert (await again.audit())[-1] == last
 
 
+async def test_names_of_strangers(url: str) -> None:
+    store = await opened(url)
+    assert not await store.remove("a\0" * 2000, ENTRY)
+    await store.note(Entry("me", "UnloadAdapter", "a\0b", "ADAPTER_UNKNOWN"))
+    assert (await store.audit())[-1].name == "a\ufffdb"
+
+
+async def test_a_postgres_that_does_not_answer(postgres: str) -> None:
+    for wrong, match in (
+        (postgres.replace("/postgres?", "/none?"), 'database "none" does not exist'),
+        (postgres + "/none", "No such file"),
+    ):
+        with pytest.raises(StateError, match=match):
+            await opened(wrong)
+
+
 async def test_loads_of_one_name(tmp_path: Path) -> None:
     """The same content: how it is read stays; other content: it is replaced."""
     store = await opened(tmp_path / "s.db")

@@ -70,7 +70,7 @@ class Kept:
             try:
                 future = self._adapters.unload(name)
             except AdapterUnknown:
-                if self._store is None or not await _written(self._store.remove(name, entry)):
+                if self._store is None or not await self._store.remove(name, entry):
                     raise
                 return 0
             if self._store is not None and not await _written(self._store.remove(name, entry)):

@@ -132,7 +132,7 @@ class Store:
 
 
 async def _find(connection: AsyncConnection, name: str) -> AdapterRecord | None:
-    found = await connection.execute(select(ADAPTERS).where(ADAPTERS.c.name == name))
+    found = await connection.execute(select(ADAPTERS).where(ADAPTERS.c.name == _text(name)))
     row = found.mappings().first()
     return None if row is None else AdapterRecord(**row)
 
@@ -143,8 +143,13 @@ async def _put(connection: AsyncConnection, record: AdapterRecord) -> None:
 
 
 async def _note(connection: AsyncConnection, entry: Entry) -> None:
-    texts: dict[str, Any] = {k: v[:MAX_DETAIL] for k, v in asdict(entry).items()}
+    texts: dict[str, Any] = {k: _text(v[:MAX_DETAIL]) for k, v in asdict(entry).items()}
     await connection.execute(insert(AUDIT).values(at=datetime.now(UTC), **texts))
+
+
+def _text(text: str) -> str:
+    """PostgreSQL takes every character but one, which no name has."""
+    return text.replace("\0", "\ufffd")
 
 
 def _plain(error: Exception) -> str:
