@@ -155,13 +155,17 @@ class Courier(Protocol):
 
 
 class Layout(Protocol):
-    """What of a backend a plan of its memory must know; see `Backend`."""
+    """What of a backend a plan of its memory must know. returns_pages: memory comes and goes by the
+    page (`pages.Pages`); elsewhere cache and adapters lie in one allocation, `Backend.shared`, of
+    which adapters can have `adapter_limit` bytes."""
 
     returns_pages: bool
     adapter_limit: float
 
     @property
-    def packed(self) -> Pack: ...
+    def packed(self) -> Pack:
+        """What makes of an adapter what `Deltas.install` takes."""
+        ...
 
     def graph_bytes(
         self,
@@ -172,21 +176,20 @@ class Layout(Protocol):
         most: int,
         max_length: int,
         block_size: int,
-    ) -> int: ...
+    ) -> int:
+        """A bound of what `Backend.graphs` take, beside what a step takes. groups: linears that
+        adapters act on, and how many layers have each; head: the last one, which makes logits."""
+        ...
 
 
-class Backend(Protocol):
+class Backend(Layout, Protocol):
     """name: of the device, as `--device` calls it. device: where every tensor of a step is.
     fuses: what lies between a decoder layer's linears may be computed by `layer.py`. forks: a
-    forked process can read the base's weights. returns_pages: memory comes and goes by the page
-    (`pages.Pages`); elsewhere cache and adapters lie in one allocation, `shared`, of which adapters
-    can have `adapter_limit` bytes."""
+    forked process can read the base's weights."""
 
     name: str
     device: torch.device
     forks: bool
-    returns_pages: bool
-    adapter_limit: float
 
     @property
     def fuses(self) -> bool: ...
@@ -204,13 +207,8 @@ class Backend(Protocol):
         ...
 
     @property
-    def packed(self) -> Pack:
-        """What makes of an adapter what `Deltas.install` takes."""
-        ...
-
-    @property
     def packed_norm(self) -> PackNorm:
-        """Likewise for `norm_deltas`."""
+        """What makes of an adapter what `norm_deltas` take."""
         ...
 
     def norm_deltas(self, hidden: int, dtype: torch.dtype) -> NormDeltas:
@@ -269,20 +267,6 @@ class Backend(Protocol):
         so that they are launched at once: the cache and the courier's memory must be where they
         stay. forward: computes one, without looking at what adapters there are. None where steps
         are launched one kernel after the other, or this model's have to be, which is logged."""
-        ...
-
-    def graph_bytes(
-        self,
-        groups: Mapping[Group, int],
-        head: Group,
-        attention: Collection[AttentionSpec],
-        *,
-        most: int,
-        max_length: int,
-        block_size: int,
-    ) -> int:
-        """A bound of what `graphs` take, beside what a step takes. groups: linears that adapters
-        act on, and how many layers have each; head: the last linear, which makes logits."""
         ...
 
     def fetch(self, x: Tensor) -> Callable[[], Tensor]:
