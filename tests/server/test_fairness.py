@@ -218,6 +218,18 @@ def test_flows_without_requests_are_forgotten(monkeypatch: pytest.MonkeyPatch) -
     assert len(sim.scheduler.queue._tenants) <= 21
 
 
+def test_who_becomes_the_first_advances() -> None:
+    """Its flow's part of the step is used up by one that a third drives out in the same step."""
+    sim = Simulation(blocks=25, block_size=1, max_sequences=2, max_batch_tokens=5)
+    sim.submit("a", tenant="t", prompt=12, priority=-1)
+    sim.step()
+    sim.step()
+    new = sim.submit("a", tenant="t", prompt=1)
+    other = sim.submit("", prompt=3, priority=-1)
+    batch = sim.step()
+    assert {part.sequence for part in batch.parts} == {new, other}
+
+
 request = st.fixed_dictionaries(
     {
         "adapter": st.sampled_from(["", "a", "b"]),

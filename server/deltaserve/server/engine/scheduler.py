@@ -197,7 +197,8 @@ class Scheduler:
             if entered:
                 order.entered(sequence, by_age=sequence is overdue)
                 ((_, share),) = prompt_shares([sequence], self._head(), budget, batch)
-                self._chunk(sequence, share, batch)
+                first = min(self.running, key=lambda s: s.place)  # always advances
+                self._chunk(sequence, max(share, 1 if sequence is first else 0), batch)
             elif sequence in self.queue:
                 break  # what comes after it must not overtake it for ever
 
