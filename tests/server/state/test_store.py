@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,6 +31,13 @@ ENTRY = Entry("me", "LoadAdapter", "a")
 RECORD = AdapterRecord("a", "/a", dump(DEFAULT), "d1", True, False, "me")
 
 
+def open_to_all(folder: Path) -> None:
+    """Other users may enter it, and those of pytest's own that it is in."""
+    for part in (folder, *folder.parents):
+        if Path(tempfile.gettempdir()) in part.parents:
+            part.chmod(0o755)
+
+
 @pytest.fixture(scope="module")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of an empty database of a server of our own."""
@@ -39,8 +47,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         pytest.skip("no PostgreSQL here")
     user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
     folder = tmp_path_factory.mktemp("pg")
-    for part in (folder, folder.parent, folder.parent.parent):
-        part.chmod(0o755)
+    open_to_all(folder)
     if user:
         shutil.chown(folder, "postgres")
     data = str(folder / "data")
@@ -178,10 +185,9 @@ async def test_a_database_that_is_slow(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.skipif(os.getuid() != 0 or sys.platform != "linux", reason="root, who becomes nobody")
 async def test_a_folder_that_may_not_be_written_to(tmp_path: Path) -> None:
-    """Root may write everywhere, but as another user."""
+    """Root may write everywhere, but not as another user."""
     store = await opened(tmp_path / "s.db")
-    for part in (tmp_path, *tmp_path.parents[:2]):
-        part.chmod(0o755)
+    open_to_all(tmp_path)
     (tmp_path / "s.db").chmod(0o444)
     os.seteuid(65534)
     try:

@@ -39,8 +39,8 @@ def parse(text: str) -> URL:
 
 
 def _sqlite(path: Path, shown: str) -> URL:
-    path = (path / FILE if path.is_dir() else path).absolute()
     try:
+        path = (path / FILE if path.is_dir() else path).absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     except OSError as error:
