@@ -8,6 +8,6 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from deltaserve.server.engine import engine
+from deltaserve.server.engine import looks
 
-engine.LOOKS = 0  # every time that an engine has nothing to do, its books are looked at
+looks.APART = 0  # every time that an engine has nothing to do, its books are looked at

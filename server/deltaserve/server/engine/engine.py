@@ -28,6 +28,7 @@ from deltaserve.server.engine.core import (
 )
 from deltaserve.server.engine.group import Reweighting, check_members, check_reweighting
 from deltaserve.server.engine.intake import Intake, make_sequence
+from deltaserve.server.engine.looks import Looks
 from deltaserve.server.engine.observer import Observer
 from deltaserve.server.engine.outcome import StepOutputs, error_output
 from deltaserve.server.engine.runner import ModelRunner
@@ -51,9 +52,6 @@ log = logging.getLogger(__name__)
 ARRIVAL = 5e-4
 """Seconds between two looks at what is on its way to a device, while nothing runs: little beside a
 load, and long beside a look."""
-
-LOOKS = 50
-"""While nothing runs: times as long as a look at the books takes, from one to the next."""
 
 
 class Engine:
@@ -109,7 +107,7 @@ class Engine:
         self._stopping = False
         self._woken = False
         self._stepping = False
-        self._next_look = 0.0
+        self._looks = Looks(self.check_integrity)
         self._thread = threading.Thread(target=self._loop, name="deltaserve-engine", daemon=True)
         scheduler.begin = self._admission.begin
         scheduler.withdraw = self._admission.withdraw
@@ -268,16 +266,8 @@ class Engine:
             self._run(batch, now, out)
             self._steps += 1
         elif not self._scheduler.running and not self._scheduler.queue:
-            self._look()
+            self._looks.look()
         out.deliver()
-
-    def _look(self) -> None:
-        """`check_integrity`, a small part of the time: with thousands of adapters it takes a while
-        in which nothing else is done."""
-        began = time.perf_counter()
-        if began >= self._next_look:
-            self.check_integrity()
-            self._next_look = began + (time.perf_counter() - began) * LOOKS
 
     def check_integrity(self) -> None:
         """Raise if something is lost or held twice. On the engine thread, between two steps."""
