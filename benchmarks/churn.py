@@ -192,8 +192,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     from deltaserve.kernels.devices import open_backend
     from deltaserve.server.config import AdapterConfig, EngineConfig
-    from deltaserve.server.config import cores as cores_of
     from deltaserve.server.engine.build import make_engine
+    from deltaserve.server.flags import cores as cores_of
     from deltaserve.server.garbage import settled
     from deltaserve.server.model import load
 

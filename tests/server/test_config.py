@@ -13,13 +13,8 @@ from deltaserve.server.config import (
     ModelConfig,
     Patch,
     RpcConfig,
-    child_and_parent,
-    max_error,
-    name_and_path,
-    patch,
-    size,
-    task,
 )
+from deltaserve.server.flags import child_and_parent, max_error, name_and_path, patch, size, task
 
 HERE = Path(__file__).parent
 

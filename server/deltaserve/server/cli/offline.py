@@ -10,6 +10,7 @@ import typer
 
 from deltaserve.clients.cli import AsJson
 from deltaserve.server import config as c
+from deltaserve.server import flags
 from deltaserve.server.cli.common import BYTES, fail
 
 
@@ -66,13 +67,13 @@ def plan(
             c.EngineConfig(
                 max_batch_tokens=max_batch_tokens,
                 max_sequences=max_sequences,
-                kv_cache_bytes=c.size("--kv-cache-bytes", kv_cache_bytes),
+                kv_cache_bytes=flags.size("--kv-cache-bytes", kv_cache_bytes),
                 block_size=block_size,
                 max_length=max_length,
-                memory=c.size("--memory", memory),
+                memory=flags.size("--memory", memory),
             ),
-            c.AdapterConfig(bytes=c.size("--adapter-bytes", adapter_bytes)),
-            c.size("--free", free),
+            c.AdapterConfig(bytes=flags.size("--adapter-bytes", adapter_bytes)),
+            flags.size("--free", free),
         )
     except (c.ConfigError, ModelError) as error:
         fail(str(error))
@@ -212,7 +213,7 @@ def compress(
             ),
             tuned=tuned,
             out=out,
-            budget=c.size("--budget", budget),
+            budget=flags.size("--budget", budget),
             quality=quality,
             calibration=calibration,
             tokens=tokens,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from deltaserve.server import config as c
+from deltaserve.server import flags
 from deltaserve.server.cli.common import BYTES, fail
 
 
@@ -165,29 +166,29 @@ def serve(
                 allow_untested,
             ),
             adapters=c.AdapterConfig(
-                preload=tuple(c.name_and_path(item) for item in adapter or ()),
+                preload=tuple(flags.name_and_path(item) for item in adapter or ()),
                 roots=tuple(adapter_root or ()),
-                bytes=c.size("--adapter-bytes", adapter_bytes),
+                bytes=flags.size("--adapter-bytes", adapter_bytes),
                 allow_base_mismatch=allow_base_mismatch,
-                patches=tuple(c.patch(item) for item in patch or ()),
-                parents=tuple(c.child_and_parent(item) for item in parent or ()),
-                tasks=tuple(c.task(item) for item in task or ()),
-                max_errors=tuple(c.max_error(item) for item in max_error or ()),
-                cache_bytes=c.size("--adapter-cache", adapter_cache) or 0,
+                patches=tuple(flags.patch(item) for item in patch or ()),
+                parents=tuple(flags.child_and_parent(item) for item in parent or ()),
+                tasks=tuple(flags.task(item) for item in task or ()),
+                max_errors=tuple(flags.max_error(item) for item in max_error or ()),
+                cache_bytes=flags.size("--adapter-cache", adapter_cache) or 0,
                 cache_folder=adapter_cache_dir,
-                host_bytes=c.size("--host-adapter-bytes", host_adapter_bytes) or 0,
+                host_bytes=flags.size("--host-adapter-bytes", host_adapter_bytes) or 0,
                 loaders=loaders,
                 loader_processes=loader_processes,
                 loader_nice=loader_nice,
-                loader_cores=c.cores("--loader-cores", loader_cores),
+                loader_cores=flags.cores("--loader-cores", loader_cores),
                 registered=tuple(
-                    found for folder in adapter_dir or () for found in c.adapters_in(folder)
+                    found for folder in adapter_dir or () for found in flags.adapters_in(folder)
                 ),
             ),
             engine=c.EngineConfig(
                 max_batch_tokens=max_batch_tokens,
                 max_sequences=max_sequences,
-                kv_cache_bytes=c.size("--kv-cache-bytes", kv_cache_bytes),
+                kv_cache_bytes=flags.size("--kv-cache-bytes", kv_cache_bytes),
                 block_size=block_size,
                 prefix_cache=prefix_cache,
                 max_length=max_length,
@@ -197,7 +198,7 @@ def serve(
                 inter_token_target=inter_token_target,
                 speculate=speculate,
                 enforce_eager=enforce_eager,
-                memory=c.size("--memory", memory),
+                memory=flags.size("--memory", memory),
             ),
             rpc=c.RpcConfig(
                 host=host,
