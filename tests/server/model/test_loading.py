@@ -234,5 +234,8 @@ def test_quantizing_while_loading_keeps_memory_near_the_result(tmp_path: Path) -
     assert source > 200 << 20
     assert held < 0.45 * source
     assert after < held + (24 << 20)
-    assert peak < held + (80 << 20), "more than a few float weights were in memory at once"
+    # Quantizing a weight takes its float32 values and temporaries as large: how many of them
+    # the watcher meets at once differs from run to run, so the bound is four of the largest.
+    largest = own["vocab_size"] * own["hidden_size"] * 4
+    assert peak < held + 4 * largest, "more than a few float weights were in memory at once"
     assert peak < source
