@@ -6,15 +6,16 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from doors import doors
 from fake_engine import FakeEngine, FakeText
 
 from deltaserve.server.config import RpcConfig
+from deltaserve.server.doors import Doors
 from deltaserve.server.metrics import Metrics
-from deltaserve.server.rpc.server import Server
 
 
 class Served:
-    def __init__(self, engine: FakeEngine, server: Server, metrics: Metrics, address: str) -> None:
+    def __init__(self, engine: FakeEngine, server: Doors, metrics: Metrics, address: str) -> None:
         self.engine = engine
         self.server = server
         self.metrics = metrics
@@ -25,10 +26,10 @@ class Served:
 async def served(engine: FakeEngine | None = None, **config: Any) -> AsyncIterator[Served]:
     engine = engine or FakeEngine()
     metrics = Metrics()
-    server = Server(engine, FakeText(), RpcConfig(port=0, **config), metrics, engine.max_queue)
+    server = doors(engine, FakeText(), RpcConfig(port=0, **config), metrics, engine.max_queue)
     engine.start()
     try:
-        yield Served(engine, server, metrics, await server.start())
+        yield Served(engine, server, metrics, (await server.start())[0])
     finally:
         await server.stop(0)
         engine.shutdown()

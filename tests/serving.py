@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from doors import doors
 from rig import running
 
 from deltaserve.clients import Client
 from deltaserve.server.config import RpcConfig
+from deltaserve.server.doors import Doors
 from deltaserve.server.engine.engine import Engine
 from deltaserve.server.engine.text import Text
-from deltaserve.server.metrics import Metrics
 from deltaserve.server.model import BaseModel
-from deltaserve.server.rpc.server import Server
 
 
 @dataclass
@@ -45,9 +45,9 @@ def serving(model: BaseModel, roots: Sequence[Path], **config: Any) -> Iterator[
         thread = threading.Thread(target=loop.run_forever, daemon=True)
         thread.start()
 
-        async def start() -> tuple[Server, str]:
-            server = Server(engine, Text(model.folder), RpcConfig(port=0), Metrics(), 4096)
-            return server, await server.start()
+        async def start() -> tuple[Doors, str]:
+            server = doors(engine, Text(model.folder), RpcConfig(port=0))
+            return server, (await server.start())[0]
 
         server, address = asyncio.run_coroutine_threadsafe(start(), loop).result(30)
         try:

@@ -14,19 +14,25 @@ ALLOWED = {
     "clients": {"clients", "v1"},
     "server": {"server", "adapters", "kernels", "v1", "clients"},
 }
-# inside the server: cli -> rpc or compress -> engine -> model; config, errors, metrics and log are
-# leaves
+# inside the server: cli -> doors (rpc, http, tgis) -> service or compress -> routes -> engine ->
+# model; config, errors, metrics and log are leaves
 SERVER_RANK = {
-    "cli": 4,
-    "__main__": 5,
-    "rpc": 3,
-    "compress": 3,
+    "__main__": 7,
+    "cli": 6,
+    "rpc": 5,
+    "http": 5,
+    "tgis": 5,
+    "service": 4,
+    "compress": 4,
+    "routes": 3,
     "engine": 2,
     "model": 1,
+    "ledger": 1,
     "packing": 0,
     "state": 0,
     "confined": 0,
     "experiments": 0,
+    "identity": 0,
 }
 LEAVES = {"config", "errors", "metrics", "log", "progress"}
 # only kernels may use Triton; the wire and the clients must do without torch

@@ -15,6 +15,7 @@ from deltaserve.adapters.errors import AdapterError
 from deltaserve.adapters.options import LoadOptions
 from deltaserve.server import log as logs
 from deltaserve.server.config import NO_STATE, Config, ConfigError
+from deltaserve.server.doors import Doors, serve_until_signal
 from deltaserve.server.engine.build import build_engine
 from deltaserve.server.engine.core import AdapterRef
 from deltaserve.server.engine.engine import Engine
@@ -23,11 +24,13 @@ from deltaserve.server.engine_metrics import EngineCollector
 from deltaserve.server.errors import RequestError, StateUnavailable
 from deltaserve.server.folders import register
 from deltaserve.server.garbage import settled
+from deltaserve.server.identity.doorman import Doorman
 from deltaserve.server.metrics import Metrics
 from deltaserve.server.model.errors import ModelError
 from deltaserve.server.planner import show
 from deltaserve.server.progress import Bar
-from deltaserve.server.rpc.server import Server, serve_until_signal
+from deltaserve.server.rpc.server import RpcDoor
+from deltaserve.server.service.services import Services
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
@@ -115,8 +118,10 @@ async def _serve(
     engine: Engine, text: Text, config: Config, metrics: Metrics, state: URL | None
 ) -> int:
     store = None if state is None else await _restore(engine, state, metrics)
-    server = Server(engine, text, config.rpc, metrics, config.engine.max_queue, store)
-    return await serve_until_signal(server, lambda a: print(f"listening on {a}", flush=True))
+    services = Services(engine, text, config.rpc, store)
+    rpc = RpcDoor(services, Doorman(), config.rpc, metrics, config.engine.max_queue)
+    doors = Doors(services, [rpc], config.rpc.grace_seconds)
+    return await serve_until_signal(doors, lambda a: print(f"listening on {a[0]}", flush=True))
 
 
 def _state(given: str) -> URL | None:

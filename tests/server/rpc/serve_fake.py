@@ -8,11 +8,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from doors import doors
 from fake_engine import FakeEngine, FakeText
 
 from deltaserve.server.config import RpcConfig
-from deltaserve.server.metrics import Metrics
-from deltaserve.server.rpc.server import Server, serve_until_signal
+from deltaserve.server.doors import serve_until_signal
 
 
 async def main() -> int:
@@ -20,8 +20,8 @@ async def main() -> int:
     engine.start()
     grace = float(sys.argv[1]) if len(sys.argv) > 1 else 20.0
     config = RpcConfig(port=0, grace_seconds=grace)
-    server = Server(engine, FakeText(), config, Metrics(), 1000)
-    code = await serve_until_signal(server, lambda a: print(f"listening on {a}", flush=True))
+    opened = doors(engine, FakeText(), config, max_queue=1000)
+    code = await serve_until_signal(opened, lambda a: print(f"listening on {a[0]}", flush=True))
     engine.shutdown()
     return code
 

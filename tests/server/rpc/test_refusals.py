@@ -13,7 +13,7 @@ from served import served
 from deltaserve.adapters import errors as adapter_errors
 from deltaserve.clients import AsyncClient, errors
 from deltaserve.server import errors as server_errors
-from deltaserve.server.rpc.status import TABLE, to_status
+from deltaserve.server.service.status import TABLE, to_status
 from deltaserve.v1 import generation_pb2 as pb
 from deltaserve.v1 import generation_pb2_grpc
 

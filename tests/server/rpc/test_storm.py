@@ -109,10 +109,10 @@ async def test_a_storm_of_cancels_leaves_nothing() -> None:
         allowed = (asyncio.CancelledError, errors.DeadlineExceeded)
         assert all(r is None or isinstance(r, allowed) for r in results), seed
         for _ in range(400):
-            if not s.engine.in_flight and not len(s.server._outbox):
+            if not s.engine.in_flight and not s.server.services.in_flight:
                 break
             await asyncio.sleep(0.01)
         assert s.engine.in_flight == 0, seed
-        assert len(s.server._outbox) == 0, seed
+        assert s.server.services.in_flight == 0, seed
         async with AsyncClient(s.address) as client:
             assert len((await client.generate("x", max_tokens=5)).token_ids) == 5

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from doors import doors
 from fake_engine import FakeEngine, FakeText
 from rig import load_base, running
 from variants import VARIANTS, make_base
@@ -21,7 +22,6 @@ from deltaserve.server.engine.engine import Engine
 from deltaserve.server.engine.text import Text
 from deltaserve.server.metrics import Metrics
 from deltaserve.server.restore import restore
-from deltaserve.server.rpc.server import Server
 from deltaserve.server.state.store import Store
 from deltaserve.server.state.url import parse
 
@@ -45,9 +45,9 @@ async def started(engine: Engine | FakeEngine, text: object, path: Path) -> Asyn
     metrics, store = Metrics(), await Store.open(parse(str(path)))
     if isinstance(engine, Engine):
         await restore(engine.adapters, store, metrics)
-    server = Server(engine, text, RpcConfig(port=0), metrics, 100, store)  # type: ignore[arg-type]
+    server = doors(engine, text, RpcConfig(port=0), metrics, 100, store)
     try:
-        async with AsyncClient(await server.start(), timeout=60) as client:
+        async with AsyncClient((await server.start())[0], timeout=60) as client:
             yield Started(client, store, metrics)
     finally:
         await server.stop(0)

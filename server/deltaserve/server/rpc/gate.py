@@ -1,97 +1,119 @@
-"""Gate: what every call of our services passes through. It decodes safely, counts, refuses while
-the server drains, and turns whatever is raised into a status."""
+"""Gate: what every call over gRPC passes through. It decodes safely, asks who calls, counts,
+refuses while the server drains, writes streams, and turns whatever is raised into a status."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from contextlib import aclosing
+from typing import Any, TypeAlias
+from urllib.parse import unquote
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from grpc_status import rpc_status
 
-from deltaserve.server.errors import ShuttingDown
+from deltaserve.server.errors import SlowReader
+from deltaserve.server.identity.caller import Credentials
+from deltaserve.server.identity.doorman import Doorman
 from deltaserve.server.metrics import Metrics
-from deltaserve.server.rpc.status import to_status
+from deltaserve.server.service.call import Call
+from deltaserve.server.service.methods import Method
+from deltaserve.server.service.status import to_status
+from deltaserve.server.service.traffic import Traffic
 
-PREFIX = "/deltaserve.v1."
-ENDLESS = frozenset({"/deltaserve.v1.AdapterService/WatchAdapters"})
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+
+ENDLESS = frozenset({"AdapterService/WatchAdapters"})
 """Calls that a shutdown does not wait for."""
+BEARER = "bearer "
 
-Behaviour = Callable[[Any, Any], Awaitable[Any]]
 
+class Gate:
+    """Between gRPC and the services, which know nothing of it. write_seconds: how long a client may
+    not read before its stream is ended."""
 
-class Gate(grpc.aio.ServerInterceptor):
-    """draining: refuse new calls. `idle` waits until none is left."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self.draining = False
+    def __init__(
+        self, traffic: Traffic, doorman: Doorman, metrics: Metrics, write_seconds: float
+    ) -> None:
+        self._traffic = traffic
+        self._doorman = doorman
         self._metrics = metrics
-        self._active = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._write_seconds = write_seconds
 
-    async def idle(self) -> None:
-        """Wait until no call is running."""
-        await self._idle.wait()
+    def handler(self, service: str, methods: Iterable[Method]) -> grpc.GenericRpcHandler:
+        """What a gRPC server takes for the methods of one service."""
+        return grpc.method_handlers_generic_handler(service, {m.name: self._of(m) for m in methods})
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        handler = await continuation(handler_call_details)
-        method: str = handler_call_details.method
-        if handler is None or not method.startswith(PREFIX):
-            return handler
-        if handler.response_streaming:
-            kind, behaviour = grpc.unary_stream_rpc_method_handler, handler.unary_stream
-        else:
-            kind, behaviour = grpc.unary_unary_rpc_method_handler, handler.unary_unary
+    def _of(self, method: Method) -> Any:
+        kind = (
+            grpc.unary_stream_rpc_method_handler
+            if method.streaming
+            else grpc.unary_unary_rpc_method_handler
+        )
         return kind(
-            self._wrapped(method, behaviour),
-            request_deserializer=_safely(handler.request_deserializer),
-            response_serializer=handler.response_serializer,
+            self._guarded(method),
+            request_deserializer=_safely(method.request.FromString),
+            response_serializer=lambda message: message.SerializeToString(),
         )
 
-    def _wrapped(self, method: str, behaviour: Behaviour) -> Behaviour:
-        name = method.removeprefix(PREFIX)
-        counted = method not in ENDLESS
+    def _guarded(self, method: Method) -> Any:
+        run = self._stream if method.streaming else self._answer
+        endless = method.short in ENDLESS
 
-        async def call(request: Any, context: Any) -> Any:
+        async def call(request: Any, context: Context) -> Any:
             code = grpc.StatusCode.CANCELLED
-            self._enter(counted)
             try:
-                response = await self._run(behaviour, request, context)
+                with self._traffic.running(endless=endless):
+                    response = await run(method, request, context)
                 code = grpc.StatusCode.OK
                 return response
             except Exception as error:
                 code, status = to_status(error)
                 await context.abort_with_status(rpc_status.to_status(status))
             finally:
-                self._leave(counted)
-                self._metrics.on_rpc(name, code.name)
+                self._metrics.on_rpc(method.short, code.name)
 
         return call
 
-    async def _run(self, behaviour: Behaviour, request: Any, context: Any) -> Any:
+    async def _answer(self, method: Method, request: Any, context: Context) -> Message:
+        answer: Message = await method.run(request, self._call(method, request, context))
+        return answer
+
+    async def _stream(self, method: Method, request: Any, context: Context) -> None:
+        call = self._call(method, request, context)
+        async with aclosing(method.run(request, call)) as messages:
+            async for message in messages:
+                await self._write(context, message)
+
+    def _call(self, method: Method, request: Any, context: Context) -> Call:
+        """Who calls, if the call can be taken."""
         if isinstance(request, DecodeError):
             raise request
-        if self.draining:
-            raise ShuttingDown("the server is shutting down and takes no new calls")
-        return await behaviour(request, context)
+        self._traffic.check()
+        caller = self._doorman.admit(credentials(context), method.role)
+        return Call(caller, context.time_remaining())
 
-    def _enter(self, counted: bool) -> None:
-        self._active += counted
-        if self._active:
-            self._idle.clear()
+    async def _write(self, context: Context, message: Message) -> None:
+        limit = self._write_seconds
+        try:
+            async with asyncio.timeout(limit):
+                await context.write(message)
+        except TimeoutError:
+            raise SlowReader(f"the stream was not read for {limit:g} s") from None
 
-    def _leave(self, counted: bool) -> None:
-        self._active -= counted
-        if not self._active:
-            self._idle.set()
+
+def credentials(context: Context) -> Credentials:
+    """What the client shows."""
+    token = subject = ""
+    for key, value in context.invocation_metadata() or ():
+        if key == "authorization" and isinstance(value, str) and value.lower().startswith(BEARER):
+            token = value[len(BEARER) :].strip()
+    identities = context.peer_identities()
+    if identities:
+        subject = next(iter(identities)).decode(errors="replace")
+    return Credentials(unquote(context.peer()), token, subject)
 
 
 def _safely(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

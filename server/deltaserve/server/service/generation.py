@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import time
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
-import grpc.aio
-
-from deltaserve.server.config import RpcConfig
 from deltaserve.server.engine.core import Output, Request, SamplingParams, ServedAdapter
-from deltaserve.server.errors import InvalidRequest, RequestUnknown, SlowReader
-from deltaserve.server.rpc import answer, combined, convert
-from deltaserve.server.rpc.asked import Asked, extras
-from deltaserve.server.rpc.constrain import Constrainer
-from deltaserve.server.rpc.encode import Encoders
-from deltaserve.server.rpc.outbox import LoopOutbox, Stream
+from deltaserve.server.errors import InvalidRequest, RequestUnknown
+from deltaserve.server.service import answer, combined, convert
+from deltaserve.server.service.asked import Asked, extras
+from deltaserve.server.service.call import Call
+from deltaserve.server.service.constrain import Constrainer
+from deltaserve.server.service.encode import Encoders
+from deltaserve.server.service.outbox import LoopOutbox, Stream
 from deltaserve.v1 import generation_pb2 as pb
-from deltaserve.v1 import generation_pb2_grpc
 
 if TYPE_CHECKING:
     from deltaserve.server.engine.engine import Engine
 
-Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 log = logging.getLogger(__name__)
 
 
-class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
+class GenerationService:
     """Whatever ends a call (its answer, an error, a cancelled or vanished client, a deadline, a
-    blocked write), its requests are taken from the engine."""
+    blocked write), its requests are taken from the engine. max_seconds: longest life of a
+    request."""
 
     def __init__(
         self,
@@ -42,17 +37,17 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         encoders: Encoders,
         constrainer: Constrainer,
         outbox: LoopOutbox,
-        config: RpcConfig,
+        max_seconds: float,
     ) -> None:
         self._engine = engine
         self._info = engine.info()
         self._encoders = encoders
         self._constrainer = constrainer
         self._outbox = outbox
-        self._config = config
+        self._max_seconds = max_seconds
 
-    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
-        asked = await self._asked(request, context)
+    async def Generate(self, request: pb.GenerateRequest, call: Call) -> pb.GenerateResponse:
+        asked = await self._asked(request, call)
         outputs: dict[str, list[Output]] = {r.request_id: [] for r in asked.requests}
         async with self._submitted(asked.requests) as stream:
             while not stream.done:
@@ -72,10 +67,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             prompt_logprobs=map(answer.logprob, asked.prompt_logprobs),
         )
 
-    async def GenerateStream(  # type: ignore[override]  # it writes instead of yielding
-        self, request: pb.GenerateStreamRequest, context: Context
-    ) -> None:
-        asked = await self._asked(request, context)
+    async def GenerateStream(
+        self, request: pb.GenerateStreamRequest, call: Call
+    ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        asked = await self._asked(request, call)
         indices = {r.request_id: i for i, r in enumerate(asked.requests)}
         name = _name(asked.requests[0])
         started = False
@@ -89,14 +84,14 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     message.start.served_by.CopyFrom(answer.served_by(outputs[0], self._info))
                     prompt = map(answer.logprob, asked.prompt_logprobs)
                     message.start.prompt_logprobs.extend(prompt)
-                await self._write(context, message)
+                yield message
                 _log(name, [o for o in outputs if o.finish_reason is not None])
 
-    async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
+    async def Score(self, request: pb.ScoreRequest, call: Call) -> pb.ScoreResponse:
         convert.check_labels(request)
         name = request.request_id or uuid.uuid4().hex
         adapters = convert.adapters(request, self._info.base)
-        deadline = self._deadline(context)
+        deadline = call.deadline(self._max_seconds)
         encoder = await self._encoders.of(convert.named(request, self._info.base))
         asked = await combined.to_score(request, self._info.base, encoder)
         requests = [
@@ -128,9 +123,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             usage=answer.usage(o.usage for o in ordered if o.usage),
         )
 
-    async def SetWeights(
-        self, request: pb.SetWeightsRequest, context: Context
-    ) -> pb.SetWeightsResponse:
+    async def SetWeights(self, request: pb.SetWeightsRequest, call: Call) -> pb.SetWeightsResponse:
         called = [i for i in self._outbox.ids() if _name_of(i) == request.request_id]
         if len({i.rpartition("#")[0] for i in called}) < len(called):  # choices of one are numbered
             found = f"{request.request_id!r}, as several requests in flight are called,"
@@ -147,14 +140,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             raise unknown
         return pb.SetWeightsResponse()
 
-    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+    async def Tokenize(self, request: pb.TokenizeRequest, call: Call) -> pb.TokenizeResponse:
         encoder = await self._encoders.of(self._model(request), known=True)
         ids = await encoder.prompt(request)
         return pb.TokenizeResponse(token_ids=ids, max_length=self._info.max_length)
 
-    async def Detokenize(
-        self, request: pb.DetokenizeRequest, context: Context
-    ) -> pb.DetokenizeResponse:
+    async def Detokenize(self, request: pb.DetokenizeRequest, call: Call) -> pb.DetokenizeResponse:
         encoder = await self._encoders.of(self._model(request), known=True)
         return pb.DetokenizeResponse(text=await encoder.detokenize(list(request.token_ids)))
 
@@ -163,7 +154,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         name = convert.label("model", request.model)
         return [name] if name and name != self._info.base else []
 
-    async def _asked(self, request: convert.GenerateRequest, context: Context) -> Asked:
+    async def _asked(self, request: convert.GenerateRequest, call: Call) -> Asked:
         """One request for each choice."""
         convert.check_labels(request)
         base = self._info.base
@@ -181,7 +172,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         constraint = convert.constraint(request)
         matchers = await self._constrainer.matchers(constraint, len(samplings), encoder.tokenizer)
         name = request.request_id or uuid.uuid4().hex
-        deadline = self._deadline(context)
+        deadline = call.deadline(self._max_seconds)
         ids = [_engine_id(name, i) for i in range(wanted.choices)]
         requests = [
             Request(
@@ -209,12 +200,6 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         shown = await encoder.decode(prompt, keep_special_tokens=request.keep_special_tokens)
         return Asked(requests, wanted, shown)
 
-    def _deadline(self, context: Context) -> float:
-        """By the monotonic clock: the client's, or the server's maximum."""
-        left = context.time_remaining()
-        most = self._config.max_seconds
-        return time.monotonic() + (most if left is None else min(left, most))
-
     @asynccontextmanager
     async def _submitted(self, requests: Sequence[Request]) -> AsyncIterator[Stream]:
         stream = self._outbox.open([r.request_id for r in requests])
@@ -228,14 +213,6 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             for request_id in stream.unfinished:
                 self._engine.cancel(request_id)
             self._outbox.close(stream)
-
-    async def _write(self, context: Context, message: pb.GenerateStreamResponse) -> None:
-        limit = self._config.write_seconds
-        try:
-            async with asyncio.timeout(limit):
-                await context.write(message)
-        except TimeoutError:
-            raise SlowReader(f"the stream was not read for {limit:g} s") from None
 
 
 def _checked(outputs: list[Output]) -> list[Output]:

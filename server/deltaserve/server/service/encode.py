@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from deltaserve.adapters.errors import AdapterError
 from deltaserve.server.errors import InvalidRequest, RequestError
-from deltaserve.server.rpc import converse, convert
+from deltaserve.server.service import converse, convert
 from deltaserve.v1 import generation_pb2 as pb
 
 if TYPE_CHECKING:

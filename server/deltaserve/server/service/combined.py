@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from deltaserve.server.engine.core import Combination, Member, Rule
 from deltaserve.server.engine.validate import MAX_MEMBERS
 from deltaserve.server.errors import InvalidRequest
-from deltaserve.server.rpc import convert
+from deltaserve.server.service import convert
 from deltaserve.v1 import generation_pb2 as pb
 
 if TYPE_CHECKING:
-    from deltaserve.server.rpc.encode import Encoder
+    from deltaserve.server.service.encode import Encoder
 
 _RULES = {pb.COMBINATION_RULE_MEAN: Rule.MEAN, pb.COMBINATION_RULE_PRODUCT: Rule.PRODUCT}
 

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
-from urllib.parse import unquote
+from collections.abc import AsyncGenerator, Callable
+from typing import TYPE_CHECKING
 
-import grpc.aio
-
-from deltaserve.server.config import RpcConfig
 from deltaserve.server.engine.core import AdapterInfo
-from deltaserve.server.errors import ShuttingDown, SlowReader
-from deltaserve.server.rpc import answer, convert
-from deltaserve.server.rpc.kept import Kept
+from deltaserve.server.errors import ShuttingDown
+from deltaserve.server.service import answer, convert
+from deltaserve.server.service.call import Call
+from deltaserve.server.service.kept import Kept
 from deltaserve.v1 import adapter_pb2 as pb
-from deltaserve.v1 import adapter_pb2_grpc
 
 if TYPE_CHECKING:
     from deltaserve.server.engine.engine import Engine
     from deltaserve.server.state.store import Store
-
-Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 MAX_PAGE = 1000
 
@@ -62,14 +56,13 @@ class Watcher:
             self._loop.call_soon_threadsafe(apply)
 
 
-class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
+class AdapterService:
     """A call that goes away does not undo what it began. store: keeps what it changes."""
 
-    def __init__(self, engine: Engine, config: RpcConfig, store: Store | None = None) -> None:
+    def __init__(self, engine: Engine, store: Store | None = None) -> None:
         self._adapters = engine.adapters
         self._kept = Kept(engine.adapters, store)
         self._base = engine.info().base
-        self._config = config
         self._watchers: set[Watcher] = set()
 
     def close(self) -> None:
@@ -78,11 +71,11 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
             watcher.close()
 
     async def LoadAdapter(
-        self, request: pb.LoadAdapterRequest, context: Context
+        self, request: pb.LoadAdapterRequest, call: Call
     ) -> pb.LoadAdapterResponse:
         name = convert.adapter_name(request.name, self._base)
         info = await self._kept.load(
-            _who(context),
+            call.caller.name,
             name,
             convert.uri(request.uri),
             pinned=request.pinned,
@@ -93,18 +86,16 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         return pb.LoadAdapterResponse(adapter=answer.adapter(info))
 
     async def UnloadAdapter(
-        self, request: pb.UnloadAdapterRequest, context: Context
+        self, request: pb.UnloadAdapterRequest, call: Call
     ) -> pb.UnloadAdapterResponse:
-        freed = await self._kept.unload(_who(context), request.name)
+        freed = await self._kept.unload(call.caller.name, request.name)
         return pb.UnloadAdapterResponse(freed_bytes=freed)
 
-    async def GetAdapter(
-        self, request: pb.GetAdapterRequest, context: Context
-    ) -> pb.GetAdapterResponse:
+    async def GetAdapter(self, request: pb.GetAdapterRequest, call: Call) -> pb.GetAdapterResponse:
         return pb.GetAdapterResponse(adapter=answer.adapter(self._adapters.get(request.name)))
 
     async def ListAdapters(
-        self, request: pb.ListAdaptersRequest, context: Context
+        self, request: pb.ListAdaptersRequest, call: Call
     ) -> pb.ListAdaptersResponse:
         if request.page_size > MAX_PAGE:
             convert.refuse("page_size", str(request.page_size), f"at most {MAX_PAGE}")
@@ -117,39 +108,22 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
             next_page_token=page[-1].name if len(found) > size else "",
         )
 
-    async def WatchAdapters(  # type: ignore[override]  # it writes instead of yielding
-        self, request: pb.WatchAdaptersRequest, context: Context
-    ) -> None:
+    async def WatchAdapters(
+        self, request: pb.WatchAdaptersRequest, call: Call
+    ) -> AsyncGenerator[pb.WatchAdaptersResponse, None]:
         watcher = Watcher(asyncio.get_running_loop())
         self._watchers.add(watcher)
         unsubscribe = self._adapters.subscribe(watcher.tell)
         try:
             adapters, snapshot = self._adapters.list(), True
             while True:
-                message = pb.WatchAdaptersResponse(
-                    snapshot=snapshot, adapters=[answer.adapter(a) for a in adapters]
-                )
-                await self._write(context, message)
+                shown = [answer.adapter(a) for a in adapters]
+                yield pb.WatchAdaptersResponse(snapshot=snapshot, adapters=shown)
                 adapters, snapshot = await watcher.take(), False
         finally:
             unsubscribe()
             self._watchers.discard(watcher)
 
-    async def PinAdapter(
-        self, request: pb.PinAdapterRequest, context: Context
-    ) -> pb.PinAdapterResponse:
-        info = await self._kept.pin(_who(context), request.name, request.pinned)
+    async def PinAdapter(self, request: pb.PinAdapterRequest, call: Call) -> pb.PinAdapterResponse:
+        info = await self._kept.pin(call.caller.name, request.name, request.pinned)
         return pb.PinAdapterResponse(adapter=answer.adapter(info))
-
-    async def _write(self, context: Context, message: pb.WatchAdaptersResponse) -> None:
-        limit = self._config.write_seconds
-        try:
-            async with asyncio.timeout(limit):
-                await context.write(message)
-        except TimeoutError:
-            raise SlowReader(f"the watch was not read for {limit:g} s") from None
-
-
-def _who(context: Context) -> str:
-    """Where the call comes from."""
-    return unquote(context.peer())

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from deltaserve.server.engine.core import Combination, Output, Request, SamplingParams, TokenLogprob
 from deltaserve.server.engine.validate import MAX_LOGPROBS
-from deltaserve.server.rpc import convert
+from deltaserve.server.service import convert
 from deltaserve.v1 import generation_pb2 as pb
 
 MAX_PROMPT_LOGPROBS = 1 << 20

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from deltaserve.adapters.options import LoadOptions
 from deltaserve.server.engine.core import AdapterInfo, AdapterState
 from deltaserve.server.errors import AdapterUnknown, ShuttingDown, StateUnavailable
-from deltaserve.server.rpc.status import reason
+from deltaserve.server.service.status import reason
 from deltaserve.server.state.records import AdapterRecord, Entry, dump
 
 if TYPE_CHECKING:

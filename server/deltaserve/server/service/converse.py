@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from deltaserve.server.engine.chat import Chat
-from deltaserve.server.rpc import convert
+from deltaserve.server.service import convert
 from deltaserve.v1 import generation_pb2 as pb
 
 MAX_MESSAGES = 4096

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
-import grpc.aio
-
+from deltaserve.server.service.call import Call
 from deltaserve.v1 import server_pb2 as pb
-from deltaserve.v1 import server_pb2_grpc
 
 if TYPE_CHECKING:
     from deltaserve.server.engine.engine import Engine
     from deltaserve.server.engine.plan import MemoryPlan
 
-Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
-
-class ServerService(server_pb2_grpc.ServerServiceServicer):
+class ServerService:
     """Reads; changes nothing. chat: the tokenizer has a chat template."""
 
     def __init__(self, engine: Engine, *, chat: bool) -> None:
@@ -25,7 +21,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         self._chat = chat
 
     async def GetServerInfo(
-        self, request: pb.GetServerInfoRequest, context: Context
+        self, request: pb.GetServerInfoRequest, call: Call
     ) -> pb.GetServerInfoResponse:
         info, stats = self._engine.info(), self._engine.stats()
         return pb.GetServerInfoResponse(

@@ -1,0 +1,39 @@
+"""Who asks, and what they may."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Role(StrEnum):
+    """What a caller may do. `ADMIN` does not include the others: a role is what was given."""
+
+    GENERATE = "generate"  # generate, score, tokenize; see what can be asked for
+    FEEDBACK = "feedback"  # record feedback, read reports
+    ADAPTERS = "adapters"  # load, unload, pin
+    ROUTES = "routes"  # put and delete routes
+    ADMIN = "admin"  # keys and tenants
+
+
+EVERY_ROLE = frozenset(Role)
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What a caller shows. peer: address. token: of ``authorization: Bearer …``. subject: of the
+    client certificate that the connection was made with."""
+
+    peer: str
+    token: str = ""
+    subject: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """name: for the audit log and the server's log. tenant: whose adapters, routes and quotas;
+    empty on a server without keys."""
+
+    name: str
+    tenant: str = ""
+    roles: frozenset[Role] = EVERY_ROLE

@@ -1,0 +1,40 @@
+"""Trial: one request that a route gave to an arm, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Ended(StrEnum):
+    """How a trial ended."""
+
+    ANSWERED = "answered"
+    ERROR = "error"  # through no fault of the client's
+    REFUSED = "refused"  # what was asked for is not possible
+    CANCELLED = "cancelled"  # the client went away
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """epoch: of the route; it changes with what an arm is, and outcomes are counted within one.
+    user: the key that the assignment was made by, empty for an anonymous request, which is counted
+    in durations and tokens alone. shadow: the answer was not returned. at: `time.time()`, of its
+    end. first_token, seconds: from arrival, 0 where there was none. refusal: the text looks like
+    one."""
+
+    request_id: str
+    route: str
+    epoch: int
+    arm: str
+    tenant: str
+    user: str
+    shadow: bool
+    at: float
+    ended: Ended
+    first_token: float = 0.0
+    seconds: float = 0.0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    empty: bool = False
+    refusal: bool = False

@@ -1,0 +1,70 @@
+"""Services: everything that can be called, ready for every door of the server."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from deltaserve.server.config import RpcConfig
+from deltaserve.server.service.adapters import AdapterService
+from deltaserve.server.service.constrain import Constrainer
+from deltaserve.server.service.encode import Encoders
+from deltaserve.server.service.generation import GenerationService
+from deltaserve.server.service.info import ServerService
+from deltaserve.server.service.methods import Method, methods
+from deltaserve.server.service.outbox import LoopOutbox
+from deltaserve.server.service.traffic import Traffic
+from deltaserve.v1 import adapter_pb2, generation_pb2, server_pb2
+
+if TYPE_CHECKING:
+    from deltaserve.server.engine.engine import Engine
+    from deltaserve.server.engine.text import Text
+    from deltaserve.server.state.store import Store
+
+
+class Services:
+    """To be made inside the event loop that runs the doors. store: keeps what is changed."""
+
+    def __init__(
+        self, engine: Engine, text: Text, config: RpcConfig, store: Store | None = None
+    ) -> None:
+        info = engine.info()
+        self.traffic = Traffic()
+        self._outbox = LoopOutbox(asyncio.get_running_loop())
+        self._encoders = Encoders(text, info.max_length, engine.adapters.own_text)
+        self._constrainer = Constrainer(text, info.vocab_size, info.eos_token_ids)
+        self.generation = GenerationService(
+            engine, self._encoders, self._constrainer, self._outbox, config.max_seconds
+        )
+        self.adapters = AdapterService(engine, store)
+        self.server = ServerService(engine, chat=text.has_chat_template)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that the engine has and somebody waits for."""
+        return len(self._outbox)
+
+    def methods(self) -> dict[str, list[Method]]:
+        """Of each service, by its full name."""
+        described = {
+            generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]: self.generation,
+            adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"]: self.adapters,
+            server_pb2.DESCRIPTOR.services_by_name["ServerService"]: self.server,
+        }
+        return {d.full_name: list(methods(d, service)) for d, service in described.items()}
+
+    async def drain(self, seconds: float) -> bool:
+        """Refuse what is new, wait for what runs. True if all of it ended in time."""
+        self.traffic.drain()
+        self.adapters.close()
+        try:
+            async with asyncio.timeout(seconds):
+                await self.traffic.idle()
+        except TimeoutError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """End the threads."""
+        self._encoders.close()
+        self._constrainer.close()

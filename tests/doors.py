@@ -1,0 +1,27 @@
+"""The doors of a server, for an engine that is there, in the event loop of the caller."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deltaserve.server.config import RpcConfig
+from deltaserve.server.doors import Doors
+from deltaserve.server.identity.doorman import Doorman
+from deltaserve.server.metrics import Metrics
+from deltaserve.server.rpc.server import RpcDoor
+from deltaserve.server.service.services import Services
+from deltaserve.server.state.store import Store
+
+
+def doors(
+    engine: Any,
+    text: Any,
+    config: RpcConfig,
+    metrics: Metrics | None = None,
+    max_queue: int = 4096,
+    store: Store | None = None,
+) -> Doors:
+    """gRPC alone."""
+    services = Services(engine, text, config, store)
+    rpc = RpcDoor(services, Doorman(), config, metrics or Metrics(), max_queue)
+    return Doors(services, [rpc], config.grace_seconds)
