@@ -20,6 +20,14 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
     FINISH_REASON_CANCELLED: _ClassVar[FinishReason]
     FINISH_REASON_DEAD_END: _ClassVar[FinishReason]
+
+class Assignment(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ASSIGNMENT_UNSPECIFIED: _ClassVar[Assignment]
+    ASSIGNMENT_STICKY: _ClassVar[Assignment]
+    ASSIGNMENT_RANDOM: _ClassVar[Assignment]
+    ASSIGNMENT_OUTSIDE: _ClassVar[Assignment]
+    ASSIGNMENT_ROLLED_BACK: _ClassVar[Assignment]
 COMBINATION_RULE_UNSPECIFIED: CombinationRule
 COMBINATION_RULE_MEAN: CombinationRule
 COMBINATION_RULE_PRODUCT: CombinationRule
@@ -28,6 +36,11 @@ FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 FINISH_REASON_CANCELLED: FinishReason
 FINISH_REASON_DEAD_END: FinishReason
+ASSIGNMENT_UNSPECIFIED: Assignment
+ASSIGNMENT_STICKY: Assignment
+ASSIGNMENT_RANDOM: Assignment
+ASSIGNMENT_OUTSIDE: Assignment
+ASSIGNMENT_ROLLED_BACK: Assignment
 
 class GenerateRequest(_message.Message):
     __slots__ = ("model", "adapters", "text", "token_ids", "chat", "sampling", "stop", "n", "logprobs", "user", "priority", "cache_salt", "keep_special_tokens", "request_id", "constraint", "best_of", "echo", "prompt_logprobs", "combination", "speculation", "max_wait_seconds")
@@ -497,16 +510,22 @@ class TopLogprob(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ...) -> None: ...
 
 class ServedBy(_message.Message):
-    __slots__ = ("base", "base_fingerprint", "adapters", "members")
+    __slots__ = ("base", "base_fingerprint", "adapters", "members", "route", "arm", "assignment")
     BASE_FIELD_NUMBER: _ClassVar[int]
     BASE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    ROUTE_FIELD_NUMBER: _ClassVar[int]
+    ARM_FIELD_NUMBER: _ClassVar[int]
+    ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
     base: str
     base_fingerprint: str
     adapters: _containers.RepeatedCompositeFieldContainer[ServedAdapter]
     members: _containers.RepeatedCompositeFieldContainer[ServedMember]
-    def __init__(self, base: _Optional[str] = ..., base_fingerprint: _Optional[str] = ..., adapters: _Optional[_Iterable[_Union[ServedAdapter, _Mapping]]] = ..., members: _Optional[_Iterable[_Union[ServedMember, _Mapping]]] = ...) -> None: ...
+    route: str
+    arm: str
+    assignment: Assignment
+    def __init__(self, base: _Optional[str] = ..., base_fingerprint: _Optional[str] = ..., adapters: _Optional[_Iterable[_Union[ServedAdapter, _Mapping]]] = ..., members: _Optional[_Iterable[_Union[ServedMember, _Mapping]]] = ..., route: _Optional[str] = ..., arm: _Optional[str] = ..., assignment: _Optional[_Union[Assignment, str]] = ...) -> None: ...
 
 class ServedMember(_message.Message):
     __slots__ = ("adapters", "weight")
