@@ -45,7 +45,7 @@ class Store:
             store = cls(connect(url), seconds)
             async with asyncio.timeout(60), store._engine.begin() as connection:
                 await connection.run_sync(migrate)
-                await _note(connection, Entry("server", "Start"))
+                await note(connection, Entry("server", "Start"))
         except NewerDatabase as error:
             raise StateError(str(error)) from error
         except ImportError as error:
@@ -58,34 +58,34 @@ class Store:
 
     async def adapters(self) -> list[AdapterRecord]:
         """All of them, by name."""
-        async with self._transaction() as connection:
+        async with self.transaction() as connection:
             found = await connection.execute(select(ADAPTERS).order_by(ADAPTERS.c.name))
             return [AdapterRecord(**row) for row in found.mappings()]
 
     async def audit(self) -> list[Entry]:
         """All of it, oldest first."""
         columns = [AUDIT.c[n] for n in ("who", "verb", "name", "outcome", "detail")]
-        async with self._transaction() as connection:
+        async with self.transaction() as connection:
             found = await connection.execute(select(*columns).order_by(AUDIT.c.id))
             return [Entry(**row) for row in found.mappings()]
 
     async def note(self, entry: Entry) -> None:
         """Of something that changed nothing."""
-        async with self._transaction() as connection:
-            await _note(connection, entry)
+        async with self.transaction() as connection:
+            await note(connection, entry)
 
     async def begin(self, record: AdapterRecord, entry: Entry) -> None:
         """Its load has begun. One that is served under that name stays what it is."""
-        async with self._transaction() as connection:
+        async with self.transaction() as connection:
             known = await _find(connection, record.name)
             if known is None or known.error:
                 await _put(connection, record)
-            await _note(connection, entry)
+            await note(connection, entry)
 
     async def keep(self, make: Callable[[], AdapterRecord | None], entry: Entry) -> None:
         """It is served. make: called when it is this change's turn; None for one that is not
         registered any more. A second load of the same content does not change how it is read."""
-        async with self._transaction() as connection:
+        async with self.transaction() as connection:
             record = make()
             if record is not None:
                 known = await _find(connection, record.name)
@@ -93,35 +93,36 @@ class Store:
                     both = known.register_only and record.register_only
                     record = replace(known, pinned=record.pinned, register_only=both)
                 await _put(connection, record)
-            await _note(connection, entry)
+            await note(connection, entry)
 
     async def fail(self, name: str, error: str, entry: Entry) -> None:
         """It is not served, and this is why."""
         change = update(ADAPTERS).where(ADAPTERS.c.name == name).values(error=error)
-        async with self._transaction() as connection:
+        async with self.transaction() as connection:
             await connection.execute(change)
-            await _note(connection, entry)
+            await note(connection, entry)
 
     async def pin(self, name: str, pinned: bool, entry: Entry) -> None:
         """Nothing but a line in the audit log for one that is not kept here."""
         change = update(ADAPTERS).where(ADAPTERS.c.name == name).values(pinned=pinned)
-        async with self._transaction() as connection:
+        async with self.transaction() as connection:
             await connection.execute(change)
-            await _note(connection, entry)
+            await note(connection, entry)
 
     async def remove(self, name: str, entry: Entry, *, begun: bool = False) -> bool:
         """begun: only if its first load is not done. -> whether it was there; else nothing is
         written."""
-        async with self._transaction() as connection:
+        async with self.transaction() as connection:
             known = await _find(connection, name)
             if known is None or (begun and known.digest):
                 return False
             await connection.execute(delete(ADAPTERS).where(ADAPTERS.c.name == name))
-            await _note(connection, entry)
+            await note(connection, entry)
         return True
 
     @asynccontextmanager
-    async def _transaction(self) -> AsyncIterator[AsyncConnection]:
+    async def transaction(self) -> AsyncIterator[AsyncConnection]:
+        """A change, durable after its end. For the tables of other rooms as well."""
         try:
             async with asyncio.timeout(self._seconds), self._writer, self._engine.begin() as begun:
                 yield begun
@@ -142,7 +143,8 @@ async def _put(connection: AsyncConnection, record: AdapterRecord) -> None:
     await connection.execute(insert(ADAPTERS).values(**asdict(record)))
 
 
-async def _note(connection: AsyncConnection, entry: Entry) -> None:
+async def note(connection: AsyncConnection, entry: Entry) -> None:
+    """A line in the audit log, in the transaction of the change."""
     texts: dict[str, Any] = {k: _text(v[:MAX_DETAIL]) for k, v in asdict(entry).items()}
     await connection.execute(insert(AUDIT).values(at=datetime.now(UTC), **texts))
 
