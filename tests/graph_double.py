@@ -27,6 +27,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.tasks: list[Callable[[], None]] = []
+        self.launched: list[str] = []
         self.made: list[Tensor] = []
         self.off = False
 
@@ -48,6 +49,7 @@ class Recorder(TorchDispatchMode):
 
     def launch(self, launch: Callable[..., None], *arguments: Any, **named: Any) -> None:
         task = partial(self._launch, launch, *arguments, **named)
+        self.launched.append(arguments[0].fn.__name__)
         task()
         self.tasks.append(task)
 
@@ -59,12 +61,14 @@ class Recorder(TorchDispatchMode):
 
 class RecordedCapture:
     """As `gpu.capture.CudaCapture`. poison: called before each replay; what was between inputs and
-    outputs is NaN then too."""
+    outputs is NaN then too. replays: how many there were. launched: the kernels that the last one
+    launched, in order."""
 
     def __init__(self, patch: pytest.MonkeyPatch, poison: Callable[[], None]) -> None:
         self._patch = patch
         self._poison = poison
         self.replays = 0
+        self.launched: list[str] = []
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         run()
@@ -76,6 +80,7 @@ class RecordedCapture:
 
         def replay() -> Tensor:
             self.replays += 1
+            self.launched = recorder.launched
             self._poison()
             for tensor in recorder.made:
                 if tensor.is_floating_point():

@@ -147,6 +147,19 @@ def test_any_mix_is_replayed(engines: Pair, monkeypatch: pytest.MonkeyPatch) -> 
     assert {1, 4} <= set(seen.replays) <= {1, 2, 3, 4} and "eager" not in seen.events
 
 
+def test_plain_adapters_take_two_launches_less_in_every_layer(engines: Pair) -> None:
+    """As many as a step without a graph: nine of the base, as sequences are split, four more with
+    adapters, and two more where 1-bit deltas or scaled inputs have o's and down's inputs made."""
+    capture: Any = engines.model.ctx.backend.capture
+    if not isinstance(capture, RecordedCapture):
+        pytest.skip("a real graph does not say what it launches")
+    mixed = [("lora", 1.0), ("rslora", -0.5)]
+    for mix, count in (([], 9), (mixed, 13), ("bitdelta", 15), ("ia3", 15)):
+        engines.same({f"{mix}": request(prompt(50), mix, max_tokens=2)})
+        first, second = (i for i, k in enumerate(capture.launched) if k == "rope_kernel")
+        assert second - first == count, mix
+
+
 def test_what_no_graph_holds_is_launched(engines: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """An adapter of the embedding; one whose ranks differ between layers."""
     seen = Watched(engines, monkeypatch)

@@ -147,7 +147,8 @@ def captured(model: Model) -> tuple[RecordedCapture, GraphTable]:
     table = model.table(capture)
     seen: list[tuple[int, int, str]] = []
     table.capture(lambda *said: seen.append(said))
-    assert [what for _, _, what in seen][:2] == ["5 tokens with adapters", "5 tokens"]
+    kinds = [" with any adapters", " with plain adapters", ""]
+    assert [what for _, _, what in seen][:3] == [f"5 tokens{kind}" for kind in kinds]
     assert [done for done, _, _ in seen] == list(range(len(seen)))
     return capture, table
 
@@ -207,6 +208,30 @@ def test_base_rows_are_the_same_with_and_without_adapters(
     alone = check(model, table, replace(step, segments=Segments((), 4)))
     assert mixed is not None and alone is not None
     assert torch.equal(mixed[:2], alone[:2]) and not torch.equal(mixed[2:], alone[2:])
+
+
+def test_plain_adapters_have_a_graph_of_their_own(
+    model: Model, captured: tuple[RecordedCapture, GraphTable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Low rank, whole rows and factors of outputs take no launch for inputs; the numbers are those
+    of the graph for any adapters, which serves them where there is no other."""
+    capture, table = captured
+    mixes = [(), ((1, 0.5), (5, 1.5)), ((4, 1.0),), ((7, 1.0),)]
+    step = decode_step(mixes, [3, 9, 4, 23])
+    plain = check(model, table, step)
+    products = ["aux_kernel", "gemm_kernel"]
+    assert plain is not None
+    assert [k for k in capture.launched if k in (*products, "inputs_kernel")] == 4 * products
+    for slot in (2, 3, 6):  # also in one of the step's tokens alone
+        other = replace(step, segments=Segments.of([*mixes[:3], ((slot, 1.0),)]))
+        mixed = check(model, table, other)
+        assert capture.launched.count("inputs_kernel") == 4
+        assert mixed is not None and torch.equal(mixed[0], plain[0])
+    assert torch.equal(check(model, table, step), plain)
+    assert capture.launched.count("inputs_kernel") == 0
+    monkeypatch.setattr(table._graphs[5, True], "plain", None)
+    assert torch.equal(check(model, table, step), plain)
+    assert capture.launched.count("inputs_kernel") == 4
 
 
 def test_what_is_installed_changes_between_two_replays(

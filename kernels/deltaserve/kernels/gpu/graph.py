@@ -1,4 +1,4 @@
-"""Graph: one captured step, and what the host tells it of the step to be replayed."""
+"""Graph: a step to be captured, and what the host tells it of the step to be replayed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deltaserve.kernels.attention.tables import AttentionTables
 from deltaserve.kernels.captured import DecodeStep
 from deltaserve.kernels.gpu.reserved import Family
 from deltaserve.kernels.gpu.static import StaticMemory
-from deltaserve.kernels.gpu.step import StepPlan, StepTooLarge
+from deltaserve.kernels.gpu.step import PLAIN, StepPlan, StepTooLarge
 from deltaserve.kernels.segments import Segments
 
 SIDES = 2
@@ -41,18 +41,21 @@ class _Side:
     """What the host writes of one step. longs: int64 [3, tokens], ids, positions and cells. words:
     int32, how many sequences there are, where their tokens start, and their lengths; table:
     [tokens, width], their blocks. plans: by the family's name. planned: what these were made of
-    (None: of nothing that is known); held: the blocks that are in each row of the table."""
+    (None: of nothing that is known), plain: whether they use nothing beside x; held: the blocks
+    that are in each row of the table."""
 
     longs: npt.NDArray[np.int64]
     words: npt.NDArray[np.int32]
     table: npt.NDArray[np.int32]
     plans: Mapping[Hashable, StepPlan]
     planned: Any = None
+    plain: bool = True
     held: list[list[int]] = field(default_factory=list)
 
 
 class Graph:
-    """A step of `tokens` tokens. reserve: a family's plan for steps of so many, in some memory."""
+    """A step of `tokens` tokens. reserve: a family's plan for steps of so many, in some memory.
+    step: for any adapters. plain: over the same memory, for those that use nothing beside x."""
 
     def __init__(
         self,
@@ -84,6 +87,8 @@ class Graph:
         plans = {name: reserve(family, self._memory) for name, family in families.items()}
         layers = {name: plan.layers for name, plan in plans.items()}
         self.step = StaticStep(tokens, ids, positions, cells, attention, layers)
+        alone = {name: [replace(p, uses=PLAIN) for p in own] for name, own in layers.items()}
+        self.plain = replace(self.step, plans=alone)
         self._head = head
         self._sides = [self._side(i, long, word, plans, width) for i in range(SIDES)]
         self._next = 0
@@ -95,14 +100,15 @@ class Graph:
         """Of its tables on the device."""
         return self._memory.nbytes
 
-    def send(self, step: DecodeStep, state: object) -> None:
+    def send(self, step: DecodeStep, state: object) -> bool:
         """One copy to the device; of the plans only if those that are there are not the step's.
-        state: of what is installed; as long as it is the same, equal segments have equal plans.
-        Raises StepTooLarge before anything is sent."""
+        Whether `plain` computes it as well as `step`. state: of what is installed; as long as it is
+        the same, equal segments have equal plans. Raises StepTooLarge before anything is sent."""
         side = self._lay_out(step, state)
         self._memory.send(self._next, self._head if side.planned == self._sent else None)
         self._sent = side.planned
         self._next = (self._next + 1) % SIDES
+        return side.plain
 
     def prepare(self, step: DecodeStep, state: object) -> None:
         """What of `send` can be done before. Raises StepTooLarge."""
@@ -143,12 +149,14 @@ class Graph:
         side.planned = None
         padded = Segments(segments.runs, self.tokens)
         try:
-            for name, plan in side.plans.items():
+            used = [
                 self._families[name].layers.replan(plan, padded)
+                for name, plan in side.plans.items()
+            ]
         except StepTooLarge:
             self._refused = wanted
             raise
-        side.planned = wanted
+        side.planned, side.plain = wanted, all(uses == PLAIN for uses in used)
 
     def _side(
         self, i: int, long: Tensor, word: Tensor, plans: Mapping[Hashable, StepPlan], width: int

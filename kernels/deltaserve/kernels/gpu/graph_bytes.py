@@ -35,7 +35,8 @@ def graph_bytes(
     arch: int,
 ) -> int:
     """A bound. groups: linears that take adapters, and how many layers have each; head: the last
-    one, which makes logits. What the driver keeps of a graph is not in it."""
+    one, which makes logits. What the driver keeps of a graph is not in it. Those for plain adapters
+    take nothing else: they read the tables of those for any, and write where they do."""
     buckets, vocabulary = sorted(buckets), sum(head.out_features)
     largest, size = buckets[-1], head.dtype.itemsize
     shapes = {**groups, head: 1}

@@ -1,11 +1,12 @@
-"""GraphTable: decoding steps replayed from graphs, one for each number of tokens that steps are
-padded to, with adapters and without."""
+"""GraphTable: decoding steps replayed from graphs, for each number of tokens that steps are padded
+to: without adapters, with plain ones, with any."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 
 from torch import Tensor
 
@@ -21,6 +22,16 @@ from deltaserve.kernels.segments import Segments
 
 PLANE_BYTES = 64 << 20
 """That the planes of one group may take."""
+
+
+@dataclass(eq=False, slots=True)
+class _Captured:
+    """everything, plain: replays of the graph's steps; without adapters there is one. Both read the
+    tables that the host fills, of which only one is replayed at a time."""
+
+    graph: Graph
+    everything: Callable[[], Tensor]
+    plain: Callable[[], Tensor] | None = None
 
 
 class GraphTable:
@@ -56,38 +67,31 @@ class GraphTable:
         self._block_size = block_size
         self._workspace = workspace
         self._buckets = tuple(buckets)
-        self._graphs: dict[tuple[int, bool], tuple[Graph, Callable[[], Tensor]]] = {}
+        self._graphs: dict[tuple[int, bool], _Captured] = {}
         self._keeps: list[tuple[Tensor, ...]] = []
 
     def capture(self, progress: Callable[[int, int, str], None] | None = None) -> None:
         """The largest first, so that the memory they share is taken once. progress: called with
         (done, all, which) before each. Raises NotCapturable."""
-        keys = [(n, adapters) for n in reversed(self._buckets) for adapters in (True, False)]
-        keys = [key for key in keys if self._families or not key[1]]
-        for done, (tokens, adapters) in enumerate(keys):
-            what = f"{tokens} tokens{' with adapters' if adapters else ''}"
+        kinds = ("any adapters", "plain adapters", "") if self._families else ("",)
+        count = len(self._buckets) * len(kinds)
+        for done, (tokens, kind) in enumerate(product(reversed(self._buckets), kinds)):
             if progress is not None:
-                progress(done, len(keys), what)
-            graph = Graph(
-                tokens,
-                self._families if adapters else {},
-                partial(self._reserve, tokens),
-                max_length=self._max_length,
-                block_size=self._block_size,
-                device=self._workspace.device,
-            )
-            graph.send(_nothing(tokens), None)
-            self._graphs[tokens, adapters] = (
-                graph,
-                self._capture(partial(self._forward, graph.step)),
-            )
+                progress(done, count, f"{tokens} tokens{kind and ' with '}{kind}")
+            if kind == "plain adapters":
+                found = self._graphs[tokens, True]
+                found.plain = self._capture(partial(self._forward, found.graph.plain))
+            else:
+                graph = self._laid_out(tokens, self._families if kind else {})
+                replay = self._capture(partial(self._forward, graph.step))
+                self._graphs[tokens, kind != ""] = _Captured(graph, replay)
             self._keeps.append(self._workspace.buffers())
 
     @property
     def nbytes(self) -> int:
         """Of the steps' tables on the device, and of the workspace that the graphs keep."""
         kept = {t.data_ptr(): t.nbytes for held in self._keeps for t in held}
-        return sum(graph.nbytes for graph, _ in self._graphs.values()) + sum(kept.values())
+        return sum(found.graph.nbytes for found in self._graphs.values()) + sum(kept.values())
 
     def run(self, step: DecodeStep) -> Tensor | None:
         """A row for each of the step's tokens, valid until the next step; None if no graph fits.
@@ -95,11 +99,11 @@ class GraphTable:
         found = self._find(step)
         if found is None:
             return None
-        graph, replay = found
         try:
-            graph.send(step, self._state())
+            plain = found.graph.send(step, self._state())
         except StepTooLarge:
             return None
+        replay = found.plain if plain and found.plain else found.everything
         return replay()[: len(step.ids)]
 
     def prepare(self, step: DecodeStep) -> None:
@@ -109,11 +113,11 @@ class GraphTable:
         if found is None:
             return
         try:
-            found[0].prepare(step, self._state())
+            found.graph.prepare(step, self._state())
         except StepTooLarge:
             return
 
-    def _find(self, step: DecodeStep) -> tuple[Graph, Callable[[], Tensor]] | None:
+    def _find(self, step: DecodeStep) -> _Captured | None:
         count = len(step.ids)
         tokens = next((n for n in self._buckets if n >= count), None)
         if not count or tokens is None or max(step.positions) >= self._max_length:
@@ -125,6 +129,18 @@ class GraphTable:
     def _state(self) -> object:
         """Changes whenever equal segments may need other plans."""
         return tuple(family.layers.residents.version for family in self._families.values())
+
+    def _laid_out(self, tokens: int, families: Mapping[Hashable, Family]) -> Graph:
+        graph = Graph(
+            tokens,
+            families,
+            partial(self._reserve, tokens),
+            max_length=self._max_length,
+            block_size=self._block_size,
+            device=self._workspace.device,
+        )
+        graph.send(_nothing(tokens), None)
+        return graph
 
     def _reserve(self, tokens: int, family: Family, memory: StaticMemory | None) -> StepPlan:
         limits = self._limits(tokens, family.base.out_features)

@@ -8,6 +8,7 @@ from deltaserve.kernels.gpu import step
 from deltaserve.kernels.gpu.base import GpuLinear
 from deltaserve.kernels.gpu.config import AuxConfig, GemmConfig
 from deltaserve.kernels.gpu.linear import GpuLinearDeltas
+from deltaserve.kernels.gpu.plan import Uses
 from deltaserve.kernels.gpu.residents import Residents
 from deltaserve.kernels.gpu.static import StaticMemory
 from deltaserve.kernels.gpu.step import Draft, Limits, StepPlan, StepTooLarge
@@ -88,10 +89,10 @@ class LayerPlans:
         draft = first.draft(alike, empty, base, limits, config, None, gated)
         return step.make([draft], first.device, memory)[0]
 
-    def replan(self, plan: StepPlan, segments: Segments) -> None:
-        """Fills what `reserve` made. Raises StepTooLarge, also where layers differ in structure,
-        and then the plan is as it was."""
+    def replan(self, plan: StepPlan, segments: Segments) -> Uses:
+        """Fills what `reserve` made; what the step uses of that plan's `uses`. Raises StepTooLarge,
+        also where layers differ in structure, and then the plan is as it was."""
         kinds = self.residents.alike(segments)
         if len(kinds) > 1:
             raise StepTooLarge(f"the step's adapters have {len(kinds)} structures of a layer")
-        self.layers[0].refill(plan, segments, kinds[0])
+        return self.layers[0].refill(plan, segments, kinds[0])

@@ -18,7 +18,7 @@ from deltaserve.kernels.gpu.blob import Spot
 from deltaserve.kernels.gpu.config import AuxConfig, GemmConfig, aux_config
 from deltaserve.kernels.gpu.gemm import Output, choose, run_gemm
 from deltaserve.kernels.gpu.inputs import Inputs, Wanted, run_inputs, wanted
-from deltaserve.kernels.gpu.plan import Adapters, Tables, Tiling, build
+from deltaserve.kernels.gpu.plan import Adapters, Tables, Tiling, Uses, build
 from deltaserve.kernels.gpu.prepared import GpuPrepared, prepare
 from deltaserve.kernels.gpu.residents import Alike, Residents
 from deltaserve.kernels.gpu.step import Draft, Limits, StepPlan
@@ -152,19 +152,21 @@ class GpuLinearDeltas:
         )
         return Draft(tables, segments.tokens, tiles, tiling, aux, len(alike.layers), limits)
 
-    def replan(self, plan: StepPlan, segments: Segments) -> None:
-        """Fills a plan anew, for at most as many tokens. Raises StepTooLarge, and then the plan is
-        as it was."""
-        self.refill(plan, segments, self._residents.alike(segments)[0])
+    def replan(self, plan: StepPlan, segments: Segments) -> Uses:
+        """Fills a plan anew, for at most as many tokens; what the step uses of that plan's `uses`.
+        Raises StepTooLarge, and then the plan is as it was."""
+        return self.refill(plan, segments, self._residents.alike(segments)[0])
 
-    def refill(self, plan: StepPlan, segments: Segments, alike: Alike) -> None:
+    def refill(self, plan: StepPlan, segments: Segments, alike: Alike) -> Uses:
         """As `replan`, of a plan for several layers."""
         if segments.tokens > plan.tokens:
             raise step.StepTooLarge(
                 f"the step has {segments.tokens} tokens; the plan was made for {plan.tokens}"
             )
         apart = plan.limits is not None and plan.uses.apart
-        step.fill(plan, self._tables(alike, segments, plan.tiles, plan.tiling, apart))
+        tables = self._tables(alike, segments, plan.tiles, plan.tiling, apart)
+        step.fill(plan, tables)
+        return tables.uses
 
     def _tables(
         self, alike: Alike, segments: Segments, tiles: int, tiling: Tiling, apart: bool

@@ -30,6 +30,9 @@ EVERYTHING = Uses(scaled=True, apart=False, turned=True, biased=True)
 """But inputs apart, which few adapters want and each module pays for, and routers, which cost a
 launch."""
 
+PLAIN = Uses()
+"""x alone, and what the base wants of it, which the kernel before makes: LoRA and most others."""
+
 
 class StepTooLarge(ValueError):
     """A step needs more of a table than the captured graph has room for."""
