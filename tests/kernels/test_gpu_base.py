@@ -86,9 +86,21 @@ def test_zeros_that_are_not_whole(tokens: int) -> None:
     scale, zero = torch.rand(20, 2) + 0.1, torch.rand(20, 2) * 15
     held = {"q": q, "scale": scale, "zero": zero}
     linear = GpuLinear(held, "int4", torch.float16, 128)
-    torch.testing.assert_close(linear.weight(), dequantize(q, scale, zero, 128), rtol=0, atol=0)
+    weight = dequantize(q, scale, zero, 128)
+    torch.testing.assert_close(linear.weight(), weight, rtol=0, atol=0)
+    torch.testing.assert_close(linear.weight_rows(7, 19), weight[7:19], rtol=0, atol=0)
     x = torch.randn(tokens, 200).to(linear.device, torch.float16)
     assert relative_error(linear(x).cpu(), x.cpu().double() @ linear.weight().double().T) < 1e-3
+
+
+def test_no_more_rows_are_unpacked_than_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of q, k and v costs its own share of their common weight."""
+    unpack, seen = words.unpack_nibbles, []
+    monkeypatch.setattr(
+        words, "unpack_nibbles", lambda q, n: seen.append(len(q[0])) or unpack(q, n)
+    )
+    linear = make_linear(torch.randn(96, 130), None, dtype=torch.bfloat16, quantize="int4")
+    assert linear.weight_rows(32, 48).shape == (16, 130) and seen == [16]
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -103,6 +115,7 @@ def test_held_rebuilds_the_linear_and_concat_joins(format: str) -> None:
     assert torch.equal(again.weight(), parts[0].weight()) and again.nbytes == parts[0].nbytes
     joined = concat(parts)
     assert torch.equal(joined.weight(), torch.cat([p.weight() for p in parts]))
+    assert torch.equal(joined.weight_rows(37, 53), parts[1].weight())
     x = torch.randn(5, 100).to(default_device(), dtype)
     assert relative_error(joined(x).cpu(), torch.cat([p(x) for p in parts], 1).cpu()) < 1e-3
     assert concat(parts[:1]) is parts[0]

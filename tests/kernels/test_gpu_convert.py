@@ -82,6 +82,7 @@ def test_the_weights_stay_what_they_were(kind: str) -> None:
     on_gpu = moved(linear)
     weight: Tensor = linear.weight()
     assert torch.equal(on_gpu.weight(), weight)
+    assert torch.equal(on_gpu.weight_rows(3, 7), weight[3:7])
     x = torch.randn(3, INNER)
     want = x.double() @ weight.double().T
     if linear.bias is not None:

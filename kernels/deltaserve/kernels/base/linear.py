@@ -42,6 +42,10 @@ class BaseLinear(ABC):
     def weight(self) -> Tensor:
         """float32 [out, in], dequantized, as served. A new tensor, safe from any thread."""
 
+    def weight_rows(self, start: int, end: int) -> Tensor:
+        """float32 [end - start, in]: of `weight`, those rows."""
+        return self.weight()[start:end]
+
     def likeness(self) -> Hashable:
         """Linears of equal likeness are held alike: `concat` can make one of them."""
         return id(self)

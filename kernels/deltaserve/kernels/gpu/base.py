@@ -82,7 +82,10 @@ class GpuLinear(BaseLinear):
         )  # fmt: skip
 
     def weight(self) -> Tensor:
-        held = self.held()
+        return self.weight_rows(0, self.out_features)
+
+    def weight_rows(self, start: int, end: int) -> Tensor:
+        held = self._held(slice(start, end))
         weight = self._dequantized(held)
         return weight[:, held["order"].argsort()] if "order" in held else weight
 
@@ -103,28 +106,35 @@ class GpuLinear(BaseLinear):
         return numbers * held["scale"][:, index]
 
     def held(self) -> dict[str, Tensor]:
+        return self._held(slice(0, self.out_features))
+
+    def _held(self, rows: slice) -> dict[str, Tensor]:
+        """Of some outputs. Words come to the host as they lie, of all rows: to pick some on the
+        device would take its memory."""
         w = self.weights
         found: dict[str, Tensor] = {}
         if self.format == "dense":
-            found["weight"] = to_host(w.weight)
+            found["weight"] = to_host(w.weight[rows])
         else:
             if self.format in FOUR_BITS:
-                found["q"] = words.unpack_nibbles(to_host(w.weight), self.in_features)
+                found["q"] = words.unpack_nibbles(to_host(w.weight)[:, rows], self.in_features)
             else:
-                octets = words.unpack_bytes(to_host(w.weight), self.in_features)
+                octets = words.unpack_bytes(to_host(w.weight)[:, rows], self.in_features)
                 signed = (octets ^ 128).view(torch.int8)
                 found["q"] = octets if self.format == "fp8" else signed
-            scale, zero = to_host(w.scale), to_host(w.zero)
+            scale, zero = to_host(w.scale)[..., rows], to_host(w.zero)
             if scale.dtype == torch.int32:
                 both = scale.unsqueeze(-1).view(_half(self.dtype))
                 scale, zero = both[..., 0].float(), both[..., 1].float()
+            elif self.format in WITH_ZEROS:
+                zero = zero[..., rows]
             found["scale"] = self._by_row(scale)
             if self.format in WITH_ZEROS:
                 found["zero"] = self._by_row(zero)
             if self.format == "code4":
                 found["code"] = zero
         if self.bias is not None:
-            found["bias"] = to_host(self.bias)
+            found["bias"] = to_host(self.bias[rows])
         if w.order is not None:
             found["order"] = to_host(w.order).long()
         return found

@@ -49,8 +49,7 @@ class LinearGroup:
 
     def weight(self, name: str) -> Tensor:
         """float32 [out, in] of one module, as served, in host memory."""
-        start, end = self._span(name)
-        return self.base.weight()[start:end]
+        return self.base.weight_rows(*self._span(name))
 
     def bias(self, name: str) -> Tensor | None:
         """float32 [out] of one module, in host memory."""
