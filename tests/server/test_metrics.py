@@ -55,7 +55,7 @@ def full() -> Metrics:
     metrics.on_adapter_evicted("a")
     exercise(metrics, "a")
     metrics.on_shed("queue_full")
-    metrics.on_rpc("AdapterService/GetAdapter", "OK")
+    metrics.on_rpc("deltaserve.v1.AdapterService/GetAdapter", "OK")
     return metrics
 
 
@@ -169,13 +169,10 @@ async def test_calls_are_counted_by_code() -> None:
                 await client.get_adapter("nobody")
             except Exception as error:
                 assert "nobody" in str(error)
-    assert (
-        value(
-            s.metrics, "deltaserve_rpcs_total", method="AdapterService/GetAdapter", code="NOT_FOUND"
-        )
-        == 3
-    )
-    assert (
-        value(s.metrics, "deltaserve_rpcs_total", method="GenerationService/Generate", code="OK")
-        == 1
-    )
+
+    def calls(method: str, code: str) -> float:
+        path = f"deltaserve.v1.{method}"
+        return value(s.metrics, "deltaserve_rpcs_total", method=path, code=code)
+
+    assert calls("AdapterService/GetAdapter", "NOT_FOUND") == 3
+    assert calls("GenerationService/Generate", "OK") == 1

@@ -174,7 +174,7 @@ class Metrics:
             _remove(self._requests, (name, reason.value))
 
     def on_rpc(self, method: str, code: str) -> None:
-        """method: of our own services; code: a gRPC status name."""
+        """method: ``package.Service/Method``; code: a gRPC status name."""
         self._rpcs.labels(method, code).inc()
 
     def _label(self, adapter: str) -> str:

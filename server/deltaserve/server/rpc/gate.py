@@ -25,7 +25,7 @@ from deltaserve.server.service.traffic import Traffic
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
-ENDLESS = frozenset({"AdapterService/WatchAdapters"})
+ENDLESS = frozenset({"deltaserve.v1.AdapterService/WatchAdapters"})
 """Calls that a shutdown does not wait for."""
 BEARER = "bearer "
 
@@ -60,7 +60,7 @@ class Gate:
 
     def _guarded(self, method: Method) -> Any:
         run = self._stream if method.streaming else self._answer
-        endless = method.short in ENDLESS
+        endless = method.path in ENDLESS
 
         async def call(request: Any, context: Context) -> Any:
             code = grpc.StatusCode.CANCELLED
@@ -73,7 +73,7 @@ class Gate:
                 code, status = to_status(error)
                 await context.abort_with_status(rpc_status.to_status(status))
             finally:
-                self._metrics.on_rpc(method.short, code.name)
+                self._metrics.on_rpc(method.path, code.name)
 
         return call
 

@@ -31,15 +31,15 @@ class Method:
     run: Any
 
     @property
-    def short(self) -> str:
-        """Without the package: ``AdapterService/LoadAdapter``."""
-        return f"{self.service.rpartition('.')[2]}/{self.name}"
+    def path(self) -> str:
+        """As gRPC has it: ``deltaserve.v1.AdapterService/LoadAdapter``."""
+        return f"{self.service}/{self.name}"
 
 
 def methods(described: ServiceDescriptor, service: object) -> Iterable[Method]:
     """service: has a coroutine of each method's name, an asynchronous generator if it streams."""
     for method in described.methods:
-        needed = NEEDED[f"{described.name}/{method.name}"]
+        needed = NEEDED[f"{described.full_name}/{method.name}"]
         request = GetMessageClass(method.input_type)
         run = getattr(service, method.name)
         streaming = method.server_streaming
