@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -21,7 +22,9 @@ class Trial:
     user: the key that the assignment was made by, empty for an anonymous request, which is counted
     in durations and tokens alone. shadow: the answer was not returned. at: `time.time()`, of its
     end. first_token, seconds: from arrival, 0 where there was none. refusal: the text looks like
-    one."""
+    one. slow, slow_first_token, long: more than the route's guardrail of that metric tolerates;
+    False without such a guardrail. weights: of the arms that could have been its, as they were at
+    the assignment, adding up to 1; empty where `user` is."""
 
     request_id: str
     route: str
@@ -38,3 +41,7 @@ class Trial:
     completion_tokens: int = 0
     empty: bool = False
     refusal: bool = False
+    slow: bool = False
+    slow_first_token: bool = False
+    long: bool = False
+    weights: Mapping[str, float] = field(default_factory=dict)
