@@ -22,6 +22,7 @@ def doors(
     store: Store | None = None,
 ) -> Doors:
     """gRPC alone."""
-    services = Services(engine, text, config, store)
-    rpc = RpcDoor(services, Doorman(), config, metrics or Metrics(), max_queue)
+    metrics = metrics or Metrics()
+    services = Services(engine, text, config, metrics.recent, store)
+    rpc = RpcDoor(services, Doorman(), config, metrics, max_queue)
     return Doors(services, [rpc], config.grace_seconds)

@@ -15,7 +15,7 @@ ALLOWED = {
     "server": {"server", "adapters", "kernels", "v1", "clients"},
 }
 # inside the server: cli -> doors (rpc, http, tgis) -> service or compress -> routes -> engine ->
-# model; config, errors, metrics and log are leaves
+# model; config, errors, metrics, recent and log are leaves
 SERVER_RANK = {
     "__main__": 7,
     "cli": 6,
@@ -34,7 +34,7 @@ SERVER_RANK = {
     "experiments": 0,
     "identity": 0,
 }
-LEAVES = {"config", "errors", "metrics", "log", "progress"}
+LEAVES = {"config", "errors", "metrics", "recent", "log", "progress"}
 # only kernels may use Triton; the wire and the clients must do without torch
 FORBIDDEN = {
     "proto": {"torch", "transformers", "triton"},

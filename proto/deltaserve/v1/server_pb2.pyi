@@ -1,3 +1,7 @@
+import datetime
+
+from deltaserve.v1 import route_pb2 as _route_pb2
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -103,3 +107,79 @@ class Load(_message.Message):
     kv_bytes: int
     kv_blocks_idle: int
     def __init__(self, running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_block_size: _Optional[int] = ..., adapter_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kv_blocks_idle: _Optional[int] = ...) -> None: ...
+
+class GetStatsRequest(_message.Message):
+    __slots__ = ("history_seconds",)
+    HISTORY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    history_seconds: int
+    def __init__(self, history_seconds: _Optional[int] = ...) -> None: ...
+
+class GetStatsResponse(_message.Message):
+    __slots__ = ("time", "window_seconds", "prompt_tokens", "completion_tokens", "requests", "shed_requests", "first_token_seconds", "inter_token_seconds", "models", "load", "memory", "history")
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    SHED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    INTER_TOKEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
+    time: _timestamp_pb2.Timestamp
+    window_seconds: float
+    prompt_tokens: int
+    completion_tokens: int
+    requests: int
+    shed_requests: int
+    first_token_seconds: _route_pb2.Quantiles
+    inter_token_seconds: _route_pb2.Quantiles
+    models: _containers.RepeatedCompositeFieldContainer[ModelTraffic]
+    load: Load
+    memory: MemoryUse
+    history: _containers.RepeatedCompositeFieldContainer[StatsPoint]
+    def __init__(self, time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., window_seconds: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., requests: _Optional[int] = ..., shed_requests: _Optional[int] = ..., first_token_seconds: _Optional[_Union[_route_pb2.Quantiles, _Mapping]] = ..., inter_token_seconds: _Optional[_Union[_route_pb2.Quantiles, _Mapping]] = ..., models: _Optional[_Iterable[_Union[ModelTraffic, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., memory: _Optional[_Union[MemoryUse, _Mapping]] = ..., history: _Optional[_Iterable[_Union[StatsPoint, _Mapping]]] = ...) -> None: ...
+
+class ModelTraffic(_message.Message):
+    __slots__ = ("model", "requests", "prompt_tokens", "completion_tokens")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    def __init__(self, model: _Optional[str] = ..., requests: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ...) -> None: ...
+
+class MemoryUse(_message.Message):
+    __slots__ = ("kv_used_bytes", "kv_idle_bytes", "kv_empty_bytes", "adapter_bytes", "free_bytes")
+    KV_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_IDLE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_EMPTY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    kv_used_bytes: int
+    kv_idle_bytes: int
+    kv_empty_bytes: int
+    adapter_bytes: int
+    free_bytes: int
+    def __init__(self, kv_used_bytes: _Optional[int] = ..., kv_idle_bytes: _Optional[int] = ..., kv_empty_bytes: _Optional[int] = ..., adapter_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ...) -> None: ...
+
+class StatsPoint(_message.Message):
+    __slots__ = ("time", "prompt_tokens", "completion_tokens", "requests", "first_token_seconds", "inter_token_seconds")
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    INTER_TOKEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    time: _timestamp_pb2.Timestamp
+    prompt_tokens: int
+    completion_tokens: int
+    requests: int
+    first_token_seconds: _route_pb2.Quantiles
+    inter_token_seconds: _route_pb2.Quantiles
+    def __init__(self, time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., requests: _Optional[int] = ..., first_token_seconds: _Optional[_Union[_route_pb2.Quantiles, _Mapping]] = ..., inter_token_seconds: _Optional[_Union[_route_pb2.Quantiles, _Mapping]] = ...) -> None: ...

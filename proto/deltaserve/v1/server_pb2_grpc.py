@@ -40,6 +40,11 @@ class ServerServiceStub:
                 request_serializer=deltaserve_dot_v1_dot_server__pb2.GetServerInfoRequest.SerializeToString,
                 response_deserializer=deltaserve_dot_v1_dot_server__pb2.GetServerInfoResponse.FromString,
                 _registered_method=True)
+        self.GetStats = channel.unary_unary(
+                '/deltaserve.v1.ServerService/GetStats',
+                request_serializer=deltaserve_dot_v1_dot_server__pb2.GetStatsRequest.SerializeToString,
+                response_deserializer=deltaserve_dot_v1_dot_server__pb2.GetStatsResponse.FromString,
+                _registered_method=True)
 
 
 class ServerServiceServicer:
@@ -53,6 +58,13 @@ class ServerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetStats(self, request, context):
+        """Gives what it did in the last minute, and what it does now: for pages that show it live.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ServerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +72,11 @@ def add_ServerServiceServicer_to_server(servicer, server):
                     servicer.GetServerInfo,
                     request_deserializer=deltaserve_dot_v1_dot_server__pb2.GetServerInfoRequest.FromString,
                     response_serializer=deltaserve_dot_v1_dot_server__pb2.GetServerInfoResponse.SerializeToString,
+            ),
+            'GetStats': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStats,
+                    request_deserializer=deltaserve_dot_v1_dot_server__pb2.GetStatsRequest.FromString,
+                    response_serializer=deltaserve_dot_v1_dot_server__pb2.GetStatsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +107,33 @@ class ServerService:
             '/deltaserve.v1.ServerService/GetServerInfo',
             deltaserve_dot_v1_dot_server__pb2.GetServerInfoRequest.SerializeToString,
             deltaserve_dot_v1_dot_server__pb2.GetServerInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStats(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/deltaserve.v1.ServerService/GetStats',
+            deltaserve_dot_v1_dot_server__pb2.GetStatsRequest.SerializeToString,
+            deltaserve_dot_v1_dot_server__pb2.GetStatsResponse.FromString,
             options,
             channel_credentials,
             insecure,

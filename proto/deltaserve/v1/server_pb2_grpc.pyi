@@ -35,6 +35,8 @@ class ServerServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ServerServiceAsyncStub: ...
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_server_pb2.GetServerInfoRequest, _server_pb2.GetServerInfoResponse]
     """Gives the base model, what it accepts, and its memory."""
+    GetStats: _grpc.UnaryUnaryMultiCallable[_server_pb2.GetStatsRequest, _server_pb2.GetStatsResponse]
+    """Gives what it did in the last minute, and what it does now: for pages that show it live."""
 
 @_typing.type_check_only
 class ServerServiceAsyncStub(ServerServiceStub):
@@ -43,6 +45,8 @@ class ServerServiceAsyncStub(ServerServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_server_pb2.GetServerInfoRequest, _server_pb2.GetServerInfoResponse]  # type: ignore[assignment]
     """Gives the base model, what it accepts, and its memory."""
+    GetStats: _aio.UnaryUnaryMultiCallable[_server_pb2.GetStatsRequest, _server_pb2.GetStatsResponse]  # type: ignore[assignment]
+    """Gives what it did in the last minute, and what it does now: for pages that show it live."""
 
 class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Tells what is served, and how full it is."""
@@ -54,5 +58,13 @@ class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_server_pb2.GetServerInfoResponse, _abc.Awaitable[_server_pb2.GetServerInfoResponse]]:
         """Gives the base model, what it accepts, and its memory."""
+
+    @_abc_1.abstractmethod
+    def GetStats(
+        self,
+        request: _server_pb2.GetStatsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_server_pb2.GetStatsResponse, _abc.Awaitable[_server_pb2.GetStatsResponse]]:
+        """Gives what it did in the last minute, and what it does now: for pages that show it live."""
 
 def add_ServerServiceServicer_to_server(servicer: ServerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.metrics import MetricWrapperBase
 
 from deltaserve.server.engine.core import FinishReason, Timings, Usage
+from deltaserve.server.recent import Recent
 
 MAX_ADAPTERS = 200
 BASE, MIXED, COMBINED, OTHER = "_base", "_mixed", "_combined", "_other"
@@ -43,10 +44,11 @@ class _Children:
 
 class Metrics:
     """The engine's observer. Its methods are called on the engine thread, once or more per step;
-    `on_rpc` on the event loop's, `on_shed` on any."""
+    `on_rpc` on the event loop's, `on_shed` on any. recent: what GetStats tells."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry or CollectorRegistry()
+        self.recent = Recent()
         ProcessCollector(registry=self.registry)
         self._lock = threading.Lock()
         self._children: dict[str, _Children] = {}
@@ -101,9 +103,11 @@ class Metrics:
 
     def on_first_token(self, adapter: str, seconds: float) -> None:
         self._of(adapter).first_token.observe(seconds)
+        self.recent.first_token(seconds)
 
     def on_inter_token(self, adapter: str, seconds: float) -> None:
         self._of(adapter).inter_token.observe(seconds)
+        self.recent.inter_token(seconds)
 
     def on_tokens(self, adapter: str, prompt: int, completion: int) -> None:
         children = self._of(adapter)
@@ -111,6 +115,7 @@ class Metrics:
             children.prompt.inc(prompt)
         if completion:
             children.completion.inc(completion)
+        self.recent.tokens(adapter, prompt, completion)
 
     def on_finished(
         self, adapter: str, reason: FinishReason, usage: Usage, timings: Timings
@@ -121,6 +126,7 @@ class Metrics:
             finished = self._requests.labels(self._label(adapter), reason.value)
             children.finished[reason] = finished
         finished.inc()
+        self.recent.finished(adapter)
         children.cached.inc(usage.cached_tokens)
         children.drafted.inc(usage.drafted_tokens)
         children.accepted.inc(usage.accepted_tokens)
@@ -129,6 +135,7 @@ class Metrics:
 
     def on_shed(self, reason: str) -> None:
         self._shed.labels(reason).inc()
+        self.recent.shed()
 
     def on_adapter_load(self, name: str, seconds: float) -> None:
         self._of(name)

@@ -118,7 +118,7 @@ async def _serve(
     engine: Engine, text: Text, config: Config, metrics: Metrics, state: URL | None
 ) -> int:
     store = None if state is None else await _restore(engine, state, metrics)
-    services = Services(engine, text, config.rpc, store)
+    services = Services(engine, text, config.rpc, metrics.recent, store)
     rpc = RpcDoor(services, Doorman(), config.rpc, metrics, config.engine.max_queue)
     doors = Doors(services, [rpc], config.rpc.grace_seconds)
     return await serve_until_signal(doors, lambda a: print(f"listening on {a[0]}", flush=True))

@@ -18,6 +18,7 @@ NEEDED: dict[str, Role] = {
     "deltaserve.v1.AdapterService/ListAdapters": Role.GENERATE,
     "deltaserve.v1.AdapterService/WatchAdapters": Role.GENERATE,
     "deltaserve.v1.ServerService/GetServerInfo": Role.GENERATE,
+    "deltaserve.v1.ServerService/GetStats": Role.GENERATE,
     "deltaserve.v1.RouteService/PutRoute": Role.ROUTES,
     "deltaserve.v1.RouteService/DeleteRoute": Role.ROUTES,
     "deltaserve.v1.RouteService/RollBackRoute": Role.ROUTES,

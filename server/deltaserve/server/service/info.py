@@ -5,7 +5,10 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from deltaserve.server.recent import KEPT_SECONDS, Recent
+from deltaserve.server.service import convert
 from deltaserve.server.service.call import Call
+from deltaserve.server.service.statistics import load, statistics
 from deltaserve.v1 import server_pb2 as pb
 
 if TYPE_CHECKING:
@@ -14,16 +17,18 @@ if TYPE_CHECKING:
 
 
 class ServerService:
-    """Reads; changes nothing. chat: the tokenizer has a chat template."""
+    """Reads; changes nothing. recent: as the engine's observer was told. chat: the tokenizer has a
+    chat template."""
 
-    def __init__(self, engine: Engine, *, chat: bool) -> None:
+    def __init__(self, engine: Engine, recent: Recent, *, chat: bool) -> None:
         self._engine = engine
+        self._recent = recent
         self._chat = chat
 
     async def GetServerInfo(
         self, request: pb.GetServerInfoRequest, call: Call
     ) -> pb.GetServerInfoResponse:
-        info, stats = self._engine.info(), self._engine.stats()
+        info = self._engine.info()
         return pb.GetServerInfoResponse(
             version=version("deltaserve"),
             base=pb.BaseModel(
@@ -40,17 +45,14 @@ class ServerService:
             device=info.device,
             adapter_formats=info.formats,
             memory=_memory(info.memory),
-            load=pb.Load(
-                running_requests=stats.running,
-                waiting_requests=stats.waiting,
-                kv_blocks_total=stats.kv_blocks_total,
-                kv_blocks_used=stats.kv_blocks_used,
-                kv_block_size=stats.kv_block_size,
-                adapter_bytes=stats.adapter_bytes,
-                kv_bytes=stats.kv_bytes,
-                kv_blocks_idle=stats.kv_blocks_idle,
-            ),
+            load=load(self._engine.stats()),
         )
+
+    async def GetStats(self, request: pb.GetStatsRequest, call: Call) -> pb.GetStatsResponse:
+        asked = request.history_seconds
+        if asked > KEPT_SECONDS:
+            convert.refuse("history_seconds", str(asked), f"at most {KEPT_SECONDS}")
+        return statistics(self._recent, self._engine.stats(), asked)
 
 
 def _memory(plan: MemoryPlan) -> pb.MemoryPlan:

@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from deltaserve.server.config import RpcConfig
+from deltaserve.server.recent import Recent
 from deltaserve.server.service.adapters import AdapterService
 from deltaserve.server.service.constrain import Constrainer
 from deltaserve.server.service.encode import Encoders
@@ -23,10 +24,16 @@ if TYPE_CHECKING:
 
 
 class Services:
-    """To be made inside the event loop that runs the doors. store: keeps what is changed."""
+    """To be made inside the event loop that runs the doors. recent: as the engine's observer was
+    told. store: keeps what is changed."""
 
     def __init__(
-        self, engine: Engine, text: Text, config: RpcConfig, store: Store | None = None
+        self,
+        engine: Engine,
+        text: Text,
+        config: RpcConfig,
+        recent: Recent,
+        store: Store | None = None,
     ) -> None:
         info = engine.info()
         self.traffic = Traffic()
@@ -37,7 +44,7 @@ class Services:
             engine, self._encoders, self._constrainer, self._outbox, config.max_seconds
         )
         self.adapters = AdapterService(engine, store)
-        self.server = ServerService(engine, chat=text.has_chat_template)
+        self.server = ServerService(engine, recent, chat=text.has_chat_template)
 
     @property
     def in_flight(self) -> int:
