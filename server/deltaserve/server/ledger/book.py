@@ -1,0 +1,253 @@
+"""Book: what came of one epoch of a route."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+
+from deltaserve.server.experiments.samples import Numbers, Sample
+from deltaserve.server.ledger.balance import Balance
+from deltaserve.server.ledger.histogram import Histogram
+from deltaserve.server.ledger.looks import Looks
+from deltaserve.server.ledger.tally import Tallies, Tally
+from deltaserve.server.ledger.trial import Ended, Trial
+from deltaserve.server.ledger.users import Met, Rows, Users
+
+_PLAIN = ("shadow", "requests", "anonymous", "prompt_tokens", "completion_tokens")
+
+
+class Counts(IntEnum):
+    """What a trial, and feedback on it, counts for. Kept in the database by number."""
+
+    NOTHING = 0  # of the user: anonymous, a shadow's, or by another arm than the user's
+    BEFORE = 1  # before the user was assigned at random
+    EXPERIMENT = 2
+
+
+@dataclass
+class Totals:
+    """Of one arm's requests, whoever sent them. anonymous: without a user or outside of the
+    experiment. Durations: of answers alone."""
+
+    shadow: bool = False
+    requests: int = 0
+    anonymous: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: Histogram = field(default_factory=Histogram)
+    first_token: Histogram = field(default_factory=Histogram)
+
+    def add(self, trial: Trial) -> None:
+        self.requests += 1
+        self.prompt_tokens += trial.prompt_tokens
+        self.completion_tokens += trial.completion_tokens
+        if trial.ended is Ended.ANSWERED:
+            self.seconds.add(trial.seconds)
+            if trial.first_token > 0:
+                self.first_token.add(trial.first_token)
+
+    def dump(self) -> dict[str, Any]:
+        """For JSON."""
+        return {name: getattr(self, name) for name in _PLAIN} | {
+            name: {"buckets": list(h.buckets.items()), "total": h.total}
+            for name, h in (("seconds", self.seconds), ("first_token", self.first_token))
+        }
+
+    @classmethod
+    def load(cls, dumped: Mapping[str, Any]) -> Totals:
+        """`dump` back."""
+        histograms = {
+            name: Histogram(dict(dumped[name]["buckets"]), dumped[name]["total"])
+            for name in ("seconds", "first_token")
+        }
+        return cls(**{**dumped, **histograms})
+
+
+class Book:
+    """A user counts for the arm of the first request that was assigned at random, that is while
+    more than one arm had a weight; until there was one, for the arm of its first request. A request
+    that another arm answers later is counted in that arm's totals, and for no user.
+
+    past: rewards before the epoch, by user: their sum and number."""
+
+    def __init__(
+        self,
+        route: str,
+        epoch: int,
+        start: float,
+        past: Mapping[int, tuple[float, int]] | None = None,
+    ) -> None:
+        self.route, self.epoch, self.start = route, epoch, start
+        self.past = dict(past or {})
+        self.arms: list[str] = []
+        self.totals: list[Totals] = []
+        self.users = Users()
+        self.balance = Balance()
+        self.looks = Looks()
+        self.uncounted = 0
+        """Trials of users that there was no room for."""
+        self.moved = False
+        """Whether users were assigned at random by different weights."""
+        self._weights: Mapping[str, float] = {}
+
+    def arm(self, name: str) -> int:
+        """Its index."""
+        if name not in self.arms:
+            self.arms.append(name)
+            self.totals.append(Totals())
+        return self.arms.index(name)
+
+    def add(self, trial: Trial, user: int | None, *, room: bool = True) -> tuple[Counts, int]:
+        """user: its key, None for nobody. room: for one that is new. -> what the trial counts for,
+        and the index of the user, -1 for none."""
+        arm = self.arm(trial.arm)
+        totals = self.totals[arm]
+        totals.shadow = trial.shadow
+        totals.add(trial)
+        if user is None or not (trial.weights or trial.shadow):
+            totals.anonymous += 1
+            return Counts.NOTHING, -1
+        i = self.users.index.get(user, -1)
+        if i < 0 and not room:
+            self.uncounted += 1
+            return Counts.NOTHING, -1
+        new = i < 0
+        if new:
+            i = self.users.add(user)
+        row = self.users.row(i)
+        if new:
+            row["before_sum"], row["before_n"] = self.past.pop(user, (0.0, 0))
+            row["arm"], row["first"] = arm, trial.at
+            row["met"] = Met.SHADOW if trial.shadow else 0
+        if not trial.shadow and not row["met"] & Met.RANDOMIZED and _random(trial.weights):
+            self._randomize(row, arm, trial)
+        if row["arm"] != arm:
+            row["met"] |= Met.CROSSED
+            return Counts.NOTHING, i
+        _meet(row, trial)
+        if trial.shadow:
+            return Counts.NOTHING, i
+        return Counts.EXPERIMENT if row["met"] & Met.RANDOMIZED else Counts.BEFORE, i
+
+    def _randomize(self, row: Any, arm: int, trial: Trial) -> None:
+        """It was not in the experiment so far; what came of it is from before."""
+        row["before_sum"] += row["sum"]
+        row["before_n"] += row["n"]
+        for name in ("requests", "seconds", "first_token", "tokens", "sum", "n", "negative"):
+            row[name] = 0
+        row["arm"], row["first"], row["met"] = arm, trial.at, Met.RANDOMIZED
+        self.balance.add(trial.arm, trial.weights)
+        if self._weights and self._weights != trial.weights:
+            self.moved = True
+        self._weights = dict(trial.weights)
+
+    def counts_for(self, i: int) -> Counts:
+        """What feedback on the user of index i, rather than on an answer, counts for."""
+        return Counts.EXPERIMENT if self.users.row(i)["met"] & Met.RANDOMIZED else Counts.BEFORE
+
+    def reward(self, i: int, counts: Counts, reward: float, times: int, at: float) -> None:
+        """Add a reward to the user of index i, or take it back with times = -1. One of an answer
+        from before, of a user that is in the experiment by now, counts for nothing: the experiment
+        may have touched it."""
+        if counts is Counts.NOTHING or counts is not self.counts_for(i):
+            return
+        row = self.users.row(i)
+        row["sum"] = row["sum"] + times * reward if row["n"] + times else 0.0
+        row["n"] += times
+        row["negative"] += times * (reward < 0)
+        self.looks.look(at, self.samples)
+
+    def of(self, arm: str, *, randomized: bool | None = None) -> Rows:
+        """The arm's users. randomized: only those that were, or were not, assigned at random."""
+        if arm not in self.arms:
+            return self.users.rows[:0]
+        rows = self.users.rows
+        chosen = rows["arm"] == self.arms.index(arm)
+        if randomized is not None:
+            chosen &= ((rows["met"] & Met.RANDOMIZED) > 0) == randomized
+        found: Rows = rows[chosen]
+        return found
+
+    def randomized(self) -> bool:
+        """Whether any user was assigned at random."""
+        return bool(self.balance.found)
+
+    def samples(self) -> dict[str, Sample]:
+        """The rewards of each arm, of the users that a report is of."""
+        random = self.randomized() or None
+        return {
+            arm: sample(values(self.of(arm, randomized=random)))
+            for arm, totals in zip(self.arms, self.totals, strict=True)
+            if not totals.shadow
+        }
+
+    def tallies(self, limits: Mapping[str, float]) -> Tallies:
+        """limits: for `met`."""
+        arms = {}
+        for arm in self.arms:
+            rows = self.of(arm)
+            arms[arm] = Tally(len(rows), met(rows, limits), sample(values(rows)))
+        return Tallies(arms, self.balance.anytime_p_value)
+
+
+def met(rows: Rows, limits: Mapping[str, float]) -> dict[str, int]:
+    """How many users met with what each metric counts. limits: of ``slow``, ``slow_first_token``
+    (seconds) and ``long`` (tokens): a user met with it if any answer was above. Without a limit
+    those count that the trials said were above theirs."""
+    found = {
+        flag.name.lower(): int(np.count_nonzero(rows["met"] & flag))
+        for flag in Met
+        if flag.name and flag < Met.RANDOMIZED
+    }
+    found["negative_feedback"] = int(np.count_nonzero(rows["negative"]))
+    for metric, column in (
+        ("slow", "seconds"),
+        ("slow_first_token", "first_token"),
+        ("long", "tokens"),
+    ):
+        if metric in limits:
+            found[metric] = int(np.count_nonzero(rows[column] > limits[metric]))
+    return found
+
+
+def values(rows: Rows) -> Numbers:
+    """The mean reward of each user with one. -> (rewarded users,)"""
+    rewarded = rows[rows["n"] > 0]
+    return np.asarray(rewarded["sum"] / rewarded["n"], np.float64)
+
+
+def sample(values: Numbers) -> Sample:
+    """values: (n,). Of none, and the variance of one, are 0."""
+    if not len(values):
+        return Sample(0, 0.0, 0.0)
+    return Sample(
+        len(values), float(values.mean()), float(values.var(ddof=min(1, len(values) - 1)))
+    )
+
+
+def _random(weights: Mapping[str, float]) -> bool:
+    return sum(weight > 0 for weight in weights.values()) > 1
+
+
+def _meet(row: Any, trial: Trial) -> None:
+    happened = Met(0)
+    for flag, so in (
+        (Met.ERROR, trial.ended is Ended.ERROR),
+        (Met.REFUSAL, trial.refusal),
+        (Met.EMPTY, trial.empty),
+        (Met.SLOW, trial.slow),
+        (Met.SLOW_FIRST_TOKEN, trial.slow_first_token),
+        (Met.LONG, trial.long),
+    ):
+        if so:
+            happened |= flag
+    row["met"] |= happened
+    row["requests"] += 1
+    if trial.ended is Ended.ANSWERED:
+        row["seconds"] = max(row["seconds"], trial.seconds)
+        row["first_token"] = max(row["first_token"], trial.first_token)
+        row["tokens"] = max(row["tokens"], trial.completion_tokens)

@@ -1,0 +1,42 @@
+"""Looks: the rewards of the arms as they were, so that intervals can be drawn over time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from deltaserve.server.experiments.samples import Sample
+
+SECONDS = 60.0
+MOST = 512
+
+
+class Look(NamedTuple):
+    at: float
+    arms: Mapping[str, Sample]
+
+
+class Looks:
+    """One each `seconds`, when there was feedback; of more than MOST every second one is dropped
+    and the time between them doubled. A look costs a pass over all users."""
+
+    def __init__(self) -> None:
+        self.kept: list[Look] = []
+        self.seconds = SECONDS
+
+    def look(self, at: float, samples: Callable[[], Mapping[str, Sample]]) -> None:
+        """Keep one if it is time; the first is due at once."""
+        if self.kept and at < self.kept[-1].at + self.seconds:
+            return
+        self.kept.append(Look(at, samples()))
+        if len(self.kept) > MOST:
+            self.kept = self.kept[1::2]
+            self.seconds *= 2
+
+    def chosen(self, points: int, now: Look) -> list[Look]:
+        """So many, evenly among those that there are, of which `now` is the last."""
+        every = [*(look for look in self.kept if look.at < now.at), now]
+        if points >= len(every):
+            return every
+        step = len(every) / points if points else 0.0
+        return [every[len(every) - 1 - int(i * step)] for i in range(points)][::-1]
