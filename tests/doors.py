@@ -6,9 +6,11 @@ from typing import Any
 
 from deltaserve.server.config import RpcConfig
 from deltaserve.server.doors import Doors
+from deltaserve.server.identity.book import Book
 from deltaserve.server.identity.doorman import Doorman
 from deltaserve.server.metrics import Metrics
 from deltaserve.server.rpc.server import RpcDoor
+from deltaserve.server.service.identity import Identity
 from deltaserve.server.service.services import Services
 from deltaserve.server.state.store import Store
 
@@ -20,9 +22,11 @@ def doors(
     metrics: Metrics | None = None,
     max_queue: int = 4096,
     store: Store | None = None,
+    identity: Identity | None = None,
 ) -> Doors:
     """gRPC alone."""
     metrics = metrics or Metrics()
-    services = Services(engine, text, config, metrics.recent, store)
-    rpc = RpcDoor(services, Doorman(), config, metrics, max_queue)
+    identity = identity or Identity(Book())
+    services = Services(engine, text, config, metrics.recent, store, identity)
+    rpc = RpcDoor(services, Doorman(identity.book, identity.refresh), config, metrics, max_queue)
     return Doors(services, [rpc], config.grace_seconds)

@@ -12,6 +12,8 @@ from fake_engine import FakeEngine, FakeText
 from deltaserve.server.config import RpcConfig
 from deltaserve.server.doors import Doors
 from deltaserve.server.metrics import Metrics
+from deltaserve.server.service.identity import Identity
+from deltaserve.server.state.store import Store
 
 
 class Served:
@@ -23,10 +25,16 @@ class Served:
 
 
 @asynccontextmanager
-async def served(engine: FakeEngine | None = None, **config: Any) -> AsyncIterator[Served]:
+async def served(
+    engine: FakeEngine | None = None,
+    identity: Identity | None = None,
+    store: Store | None = None,
+    **config: Any,
+) -> AsyncIterator[Served]:
     engine = engine or FakeEngine()
     metrics = Metrics()
-    server = doors(engine, FakeText(), RpcConfig(port=0, **config), metrics, engine.max_queue)
+    rpc = RpcConfig(port=0, **config)
+    server = doors(engine, FakeText(), rpc, metrics, engine.max_queue, store, identity)
     engine.start()
     try:
         yield Served(engine, server, metrics, (await server.start())[0])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Self, Unpack
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deltaserve.clients import answers, errors, requests, types
-from deltaserve.clients.channel import CHANNEL_OPTIONS, POLL_SECONDS
+from deltaserve.clients.channel import CHANNEL_OPTIONS, POLL_SECONDS, Bearer, tls
 from deltaserve.clients.requests import Adapters, LoadOptions, Options, Prompt
 from deltaserve.v1 import (
     adapter_pb2,
@@ -35,23 +36,31 @@ class Client:
     """A connection to one server; may be shared by threads. Every method raises
     `errors.DeltaserveError`.
 
-    address: ``host:port``. credentials: for TLS; none means plain text. timeout: seconds for each
-    call that gives none of its own; None waits for ever (the server has its own limit).
+    address: ``host:port``. token: an API key. ca, certificate, key: PEM files for TLS, as `tls`
+    takes them; or credentials; none of these means plain text. timeout: seconds for each call that
+    gives none of its own; None waits for ever (the server has its own limit).
     """
 
     def __init__(
         self,
         address: str,
         *,
+        token: str = "",
+        ca: Path | str | None = None,
+        certificate: Path | str | None = None,
+        key: Path | str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         timeout: float | None = None,
         options: Sequence[tuple[str, Any]] = (),
     ) -> None:
         options = (*CHANNEL_OPTIONS, *options)
+        credentials = credentials or tls(ca, certificate, key)
         if credentials is None:
             self._channel = grpc.insecure_channel(address, options)
         else:
             self._channel = grpc.secure_channel(address, credentials, options)
+        if token:
+            self._channel = grpc.intercept_channel(self._channel, Bearer(token))
         self.address = address
         self._timeout = timeout
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)

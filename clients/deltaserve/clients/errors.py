@@ -4,7 +4,8 @@
   x InvalidArgument      a field of the request is wrong; `violations` name it
   x NotFound             no such adapter
   x AlreadyExists        the adapter's name stands for other content
-  x PermissionDenied     the path lies outside the server's adapter roots
+  x Unauthenticated      the server does not know the caller: no key, or one that is not valid
+  x PermissionDenied     the key has not the role; or a path lies outside the adapter roots
   x FailedPrecondition   the request is well-formed, but does not fit this server
   x Aborted              it was overtaken by another request, or not read fast enough
   x ResourceExhausted    a queue or a budget is full; `retry_after` says when to come back
@@ -65,8 +66,12 @@ class AlreadyExists(DeltaserveError):
     """The adapter's name stands for other content."""
 
 
+class Unauthenticated(DeltaserveError):
+    """The server does not know the caller."""
+
+
 class PermissionDenied(DeltaserveError):
-    """The path lies outside the server's adapter roots."""
+    """The key has not the role; or a path lies outside the adapter roots."""
 
 
 class FailedPrecondition(DeltaserveError):
@@ -105,6 +110,7 @@ _CLASSES: dict[grpc.StatusCode, type[DeltaserveError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.ALREADY_EXISTS: AlreadyExists,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
     grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
     grpc.StatusCode.FAILED_PRECONDITION: FailedPrecondition,
     grpc.StatusCode.ABORTED: Aborted,

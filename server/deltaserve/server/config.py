@@ -277,18 +277,14 @@ class RpcConfig:
             raise ConfigError(f"--grace-seconds {self.grace_seconds:g}: must be 0 or more")
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ConfigError("--tls-certificate and --tls-key: give both or none")
-        for flag, file in (
-            ("--tls-certificate", self.tls_certificate),
-            ("--tls-key", self.tls_key),
-        ):
-            if file is not None and not (file.is_file() and os.access(file, os.R_OK)):
-                raise ConfigError(f"{flag} {file}: no such file, or it may not be read")
+        _readable("--tls-certificate", self.tls_certificate)
+        _readable("--tls-key", self.tls_key)
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
     """Everything. state: where adapters that are registered over the API are kept, as `state.url`
-    reads it."""
+    reads it. keys: file of keys and tenants, `identity.key_file`."""
 
     model: ModelConfig
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
@@ -296,9 +292,11 @@ class Config:
     rpc: RpcConfig = field(default_factory=RpcConfig)
     log_level: str = "info"
     state: str = NO_STATE
+    keys: Path | None = None
 
     def __post_init__(self) -> None:
         _one_of("--log-level", self.log_level, LOG_LEVELS)
+        _readable("--keys", self.keys)
         if not self.state:
             raise ConfigError(f"--state: is empty; give a path, a URL, or {NO_STATE}")
 
@@ -316,6 +314,11 @@ def _at_least(flag: str, value: int, least: int) -> None:
 def _positive(flag: str, seconds: float | None) -> None:
     if seconds is not None and not 0 < seconds < math.inf:
         raise ConfigError(f"{flag} {seconds}: must be a number of seconds above 0")
+
+
+def _readable(flag: str, file: Path | None) -> None:
+    if file is not None and not (file.is_file() and os.access(file, os.R_OK)):
+        raise ConfigError(f"{flag} {file}: no such file, or it may not be read")
 
 
 def _port(flag: str, value: int) -> None:

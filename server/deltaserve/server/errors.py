@@ -1,6 +1,11 @@
 """What can be wrong with a request to the server. rpc/status.py gives each a gRPC code.
 
 * RequestError
+  x Unauthenticated          nobody that the server knows: no key, or one that is not valid
+  x Forbidden                the caller is known, and may not do this
+  x QuotaExceeded            the tenant has asked for more than it may
+  x IdentityUnknown          no key or tenant of that name
+  x IdentityConflict         keys or tenants that are there forbid it
   x InvalidRequest           a field of the request is wrong
   x AdapterUnknown           no adapter of that name or digest is registered
   x RequestUnknown           no request of that id runs that could be changed
@@ -28,6 +33,26 @@ class RequestError(Exception):
         super().__init__(message)
         self.field = field
         self.retry_after = retry_after
+
+
+class Unauthenticated(RequestError):
+    """Nobody that the server knows: no key, or one that is not valid."""
+
+
+class Forbidden(RequestError):
+    """The caller is known, and may not do this."""
+
+
+class QuotaExceeded(RequestError):
+    """The tenant has asked for more than it may; `retry_after` is in seconds."""
+
+
+class IdentityUnknown(RequestError):
+    """No key or tenant of that name."""
+
+
+class IdentityConflict(RequestError):
+    """Keys or tenants that are there forbid it, or where they are kept."""
 
 
 class InvalidRequest(RequestError):

@@ -25,11 +25,13 @@ from deltaserve.server.errors import RequestError, StateUnavailable
 from deltaserve.server.folders import register
 from deltaserve.server.garbage import settled
 from deltaserve.server.identity.doorman import Doorman
+from deltaserve.server.identity.exposure import dangers
 from deltaserve.server.metrics import Metrics
 from deltaserve.server.model.errors import ModelError
 from deltaserve.server.planner import show
 from deltaserve.server.progress import Bar
 from deltaserve.server.rpc.server import RpcDoor
+from deltaserve.server.service.identity import Identity
 from deltaserve.server.service.services import Services
 
 if TYPE_CHECKING:
@@ -118,10 +120,28 @@ async def _serve(
     engine: Engine, text: Text, config: Config, metrics: Metrics, state: URL | None
 ) -> int:
     store = None if state is None else await _restore(engine, state, metrics)
-    services = Services(engine, text, config.rpc, metrics.recent, store)
-    rpc = RpcDoor(services, Doorman(), config.rpc, metrics, config.engine.max_queue)
+    identity = await _identity(config, store)
+    services = Services(engine, text, config.rpc, metrics.recent, store, identity)
+    doorman = Doorman(identity.book, identity.refresh)
+    rpc = RpcDoor(services, doorman, config.rpc, metrics, config.engine.max_queue)
     doors = Doors(services, [rpc], config.rpc.grace_seconds)
     return await serve_until_signal(doors, lambda a: print(f"listening on {a[0]}", flush=True))
+
+
+async def _identity(config: Config, store: Store | None) -> Identity:
+    try:
+        identity = await Identity.open(store, config.keys)
+    except StateUnavailable as error:
+        raise StartError(f"--state: {error}") from error
+    rpc = config.rpc
+    for danger in dangers(
+        rpc.host,
+        closed=identity.book.closed,
+        certified=False,
+        encrypted=rpc.tls_key is not None,
+    ):
+        log.warning("%s", danger)
+    return identity
 
 
 def _state(given: str) -> URL | None:

@@ -93,7 +93,7 @@ async def test_restarts(tmp_path: Path) -> None:
     shutil.copytree(roots / "a", roots / "e")
     shutil.rmtree(roots / "g")
     with sqlite3.connect(path) as file:
-        row = "INSERT INTO adapters VALUES (?, ?, ?, 'd', 0, 0, 'me', '')"
+        row = "INSERT INTO adapters VALUES (?, ?, ?, 'd', 0, 0, 'me', '', '', 1)"
         file.execute(row, ("h", str(roots / "a"), '{"parent": 1}'))
         file.execute(row, ("n@me", str(roots / "a"), "{}"))
         options = '{"allow_base_mismatch": false, "task_id": null, "max_error": 0, "parent": "g"}'

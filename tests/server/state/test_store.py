@@ -21,7 +21,7 @@ import pytest
 from deltaserve.adapters.options import DEFAULT, LoadOptions
 from deltaserve.server.config import ConfigError
 from deltaserve.server.errors import StateUnavailable
-from deltaserve.server.state import database
+from deltaserve.server.state import database, key_tables
 from deltaserve.server.state.records import AdapterRecord, Entry, dump, parse
 from deltaserve.server.state.store import StateError, Store
 from deltaserve.server.state.tables import METADATA
@@ -132,6 +132,7 @@ async def test_loads_of_one_name(tmp_path: Path) -> None:
 
 async def test_the_migrations_make_the_tables(tmp_path: Path) -> None:
     await opened(tmp_path / "s.db")
+    assert {key_tables.KEYS, key_tables.TENANTS} < set(METADATA.sorted_tables)
     with sqlite3.connect(tmp_path / "s.db") as opened_file:
         for table in METADATA.sorted_tables:
             made = [

@@ -147,6 +147,10 @@ def serve(
             help="Database that keeps what is registered over the wire.",
         ),
     ] = c.NO_STATE,
+    keys: Annotated[
+        Path | None,
+        typer.Option(envvar="DELTASERVE_KEYS", help="TOML file of API keys and tenants."),
+    ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning, error.")] = "info",
 ) -> None:
     """Serve a base model and its adapters over gRPC.
@@ -212,6 +216,7 @@ def serve(
             ),
             log_level=log_level,
             state=state,
+            keys=keys,
         )
     except c.ConfigError as error:
         fail(str(error))

@@ -13,7 +13,7 @@ class Role(StrEnum):
     FEEDBACK = "feedback"  # record feedback, read reports
     ADAPTERS = "adapters"  # load, unload, pin
     ROUTES = "routes"  # put and delete routes
-    ADMIN = "admin"  # keys and tenants
+    ADMIN = "admin"  # keys and tenants; with another role: in every tenant
 
 
 EVERY_ROLE = frozenset(Role)
@@ -21,19 +21,26 @@ EVERY_ROLE = frozenset(Role)
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What a caller shows. peer: address. token: of ``authorization: Bearer …``. subject: of the
-    client certificate that the connection was made with."""
+    """What a caller shows. peer: address. token: of ``authorization: Bearer …``. subjects: the
+    names in the client certificate that the connection was made with, as `certificate.py` writes
+    them."""
 
     peer: str
     token: str = ""
-    subject: str = ""
+    subjects: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
     """name: for the audit log and the server's log. tenant: whose adapters, routes and quotas;
-    empty on a server without keys."""
+    empty on a server without keys. key: id of what it showed."""
 
     name: str
     tenant: str = ""
     roles: frozenset[Role] = EVERY_ROLE
+    key: str = ""
+
+    @property
+    def operator(self) -> bool:
+        """What others have is its as well."""
+        return Role.ADMIN in self.roles

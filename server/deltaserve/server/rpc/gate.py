@@ -16,6 +16,7 @@ from grpc_status import rpc_status
 
 from deltaserve.server.errors import SlowReader
 from deltaserve.server.identity.caller import Credentials
+from deltaserve.server.identity.certificate import subjects
 from deltaserve.server.identity.doorman import Doorman
 from deltaserve.server.metrics import Metrics
 from deltaserve.server.service.call import Call
@@ -28,6 +29,14 @@ Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 ENDLESS = frozenset({"deltaserve.v1.AdapterService/WatchAdapters"})
 """Calls that a shutdown does not wait for."""
 BEARER = "bearer "
+CERTIFICATE = {
+    "x509_subject": "subject",
+    "peer_dns": "dns",
+    "peer_uri": "uri",
+    "peer_email": "email",
+    "peer_ip": "ip",
+}
+"""gRPC's names of what is in the client's certificate."""
 
 
 class Gate:
@@ -85,14 +94,15 @@ class Gate:
         call = self._call(method, request, context)
         async with aclosing(method.run(request, call)) as messages:
             async for message in messages:
+                self._doorman.confirm(call.caller)
                 await self._write(context, message)
 
     def _call(self, method: Method, request: Any, context: Context) -> Call:
         """Who calls, if the call can be taken."""
-        if isinstance(request, DecodeError):
-            raise request
         self._traffic.check()
         caller = self._doorman.admit(credentials(context), method.role)
+        if isinstance(request, DecodeError):
+            raise request
         return Call(caller, context.time_remaining())
 
     async def _write(self, context: Context, message: Message) -> None:
@@ -106,14 +116,17 @@ class Gate:
 
 def credentials(context: Context) -> Credentials:
     """What the client shows."""
-    token = subject = ""
+    token = ""
     for key, value in context.invocation_metadata() or ():
         if key == "authorization" and isinstance(value, str) and value.lower().startswith(BEARER):
             token = value[len(BEARER) :].strip()
-    identities = context.peer_identities()
-    if identities:
-        subject = next(iter(identities)).decode(errors="replace")
-    return Credentials(unquote(context.peer()), token, subject)
+    shown = context.auth_context()
+    names = [
+        (kind, name.decode(errors="replace"))
+        for key, kind in CERTIFICATE.items()
+        for name in shown.get(key, ())
+    ]
+    return Credentials(unquote(context.peer()), token, subjects(names))
 
 
 def _safely(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

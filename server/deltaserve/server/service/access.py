@@ -26,5 +26,12 @@ NEEDED: dict[str, Role] = {
     "deltaserve.v1.RouteService/ListRoutes": Role.GENERATE,
     "deltaserve.v1.RouteService/RecordFeedback": Role.FEEDBACK,
     "deltaserve.v1.RouteService/GetReport": Role.FEEDBACK,
+    "deltaserve.v1.IdentityService/CreateKey": Role.ADMIN,
+    "deltaserve.v1.IdentityService/ListKeys": Role.ADMIN,
+    "deltaserve.v1.IdentityService/RevokeKey": Role.ADMIN,
+    "deltaserve.v1.IdentityService/PutTenant": Role.ADMIN,
+    "deltaserve.v1.IdentityService/GetTenant": Role.ADMIN,
+    "deltaserve.v1.IdentityService/ListTenants": Role.ADMIN,
+    "deltaserve.v1.IdentityService/DeleteTenant": Role.ADMIN,
 }
 """By the path that gRPC knows it by. A method that is missing here cannot be called."""

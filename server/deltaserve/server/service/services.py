@@ -6,16 +6,18 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from deltaserve.server.config import RpcConfig
+from deltaserve.server.identity.book import Book
 from deltaserve.server.recent import Recent
 from deltaserve.server.service.adapters import AdapterService
 from deltaserve.server.service.constrain import Constrainer
 from deltaserve.server.service.encode import Encoders
 from deltaserve.server.service.generation import GenerationService
+from deltaserve.server.service.identity import Identity, IdentityService
 from deltaserve.server.service.info import ServerService
 from deltaserve.server.service.methods import Method, methods
 from deltaserve.server.service.outbox import LoopOutbox
 from deltaserve.server.service.traffic import Traffic
-from deltaserve.v1 import adapter_pb2, generation_pb2, server_pb2
+from deltaserve.v1 import adapter_pb2, generation_pb2, identity_pb2, server_pb2
 
 if TYPE_CHECKING:
     from deltaserve.server.engine.engine import Engine
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 
 class Services:
     """To be made inside the event loop that runs the doors. recent: as the engine's observer was
-    told. store: keeps what is changed."""
+    told. store: keeps what is changed.
+    identity: whom the server knows."""
 
     def __init__(
         self,
@@ -34,6 +37,7 @@ class Services:
         config: RpcConfig,
         recent: Recent,
         store: Store | None = None,
+        identity: Identity | None = None,
     ) -> None:
         info = engine.info()
         self.traffic = Traffic()
@@ -44,6 +48,7 @@ class Services:
             engine, self._encoders, self._constrainer, self._outbox, config.max_seconds
         )
         self.adapters = AdapterService(engine, store)
+        self.identity = IdentityService(identity or Identity(Book()))
         self.server = ServerService(engine, recent, chat=text.has_chat_template)
 
     @property
@@ -56,6 +61,7 @@ class Services:
         described = {
             generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]: self.generation,
             adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"]: self.adapters,
+            identity_pb2.DESCRIPTOR.services_by_name["IdentityService"]: self.identity,
             server_pb2.DESCRIPTOR.services_by_name["ServerService"]: self.server,
         }
         return {d.full_name: list(methods(d, service)) for d, service in described.items()}

@@ -27,6 +27,11 @@ _MAX_TEXT = 1024
 Code = grpc.StatusCode
 
 TABLE: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
+    requests.Unauthenticated: (Code.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    requests.Forbidden: (Code.PERMISSION_DENIED, "ROLE_MISSING"),
+    requests.QuotaExceeded: (Code.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"),
+    requests.IdentityUnknown: (Code.NOT_FOUND, "IDENTITY_UNKNOWN"),
+    requests.IdentityConflict: (Code.FAILED_PRECONDITION, "IDENTITY_CONFLICT"),
     requests.InvalidRequest: (Code.INVALID_ARGUMENT, "INVALID_REQUEST"),
     requests.AdapterUnknown: (Code.NOT_FOUND, "ADAPTER_UNKNOWN"),
     requests.RequestUnknown: (Code.NOT_FOUND, "REQUEST_UNKNOWN"),

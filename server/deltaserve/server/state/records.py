@@ -15,7 +15,8 @@ MAX_DETAIL = 1024
 @dataclass(frozen=True, slots=True)
 class AdapterRecord:
     """One adapter that was registered over the API. options: JSON. digest: of its content, empty
-    until its first load is done. owner: who registered it. error: why it is not served, if so."""
+    until its first load is done. owner: who registered it. error: why it is not served, if so.
+    tenant: whose it is. shared: others may use it."""
 
     name: str
     uri: str
@@ -25,6 +26,8 @@ class AdapterRecord:
     register_only: bool = False
     owner: str = ""
     error: str = ""
+    tenant: str = ""
+    shared: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,8 @@ ADAPTERS = Table(
     Column("register_only", Boolean, nullable=False),
     Column("owner", Text, nullable=False),
     Column("error", Text, nullable=False),  # why it is not served; empty if it is
+    Column("tenant", String(64), nullable=False),  # whose it is; empty for the operator's
+    Column("shared", Boolean, nullable=False),  # others may use it
 )
 
 AUDIT = Table(
