@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from deltaserve.server.config import RpcConfig
-from deltaserve.server.doors import Doors
+from deltaserve.server.doors import Door, Doors
+from deltaserve.server.http.door import HttpDoor
 from deltaserve.server.identity.book import Book
 from deltaserve.server.identity.doorman import Doorman
 from deltaserve.server.metrics import Metrics
@@ -24,9 +25,13 @@ def doors(
     store: Store | None = None,
     identity: Identity | None = None,
 ) -> Doors:
-    """gRPC alone."""
+    """gRPC, and HTTP where the config has a port for it."""
     metrics = metrics or Metrics()
     identity = identity or Identity(Book())
     services = Services(engine, text, config, metrics.recent, store, identity)
-    rpc = RpcDoor(services, Doorman(identity.book, identity.refresh), config, metrics, max_queue)
-    return Doors(services, [rpc], config.grace_seconds)
+    doorman = Doorman(identity.book, identity.refresh)
+    given = (services, doorman, config, metrics, max_queue)
+    opened: list[Door] = [RpcDoor(*given)]
+    if config.http_port is not None:
+        opened.append(HttpDoor(*given))
+    return Doors(services, opened, config.grace_seconds)

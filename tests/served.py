@@ -17,11 +17,16 @@ from deltaserve.server.state.store import Store
 
 
 class Served:
-    def __init__(self, engine: FakeEngine, server: Doors, metrics: Metrics, address: str) -> None:
+    """addresses: of gRPC, and of HTTP if there is a port for it."""
+
+    def __init__(
+        self, engine: FakeEngine, server: Doors, metrics: Metrics, addresses: list[str]
+    ) -> None:
         self.engine = engine
         self.server = server
         self.metrics = metrics
-        self.address = address
+        self.address, *others = addresses
+        self.http = f"http://{others[0]}" if others else ""
 
 
 @asynccontextmanager
@@ -37,7 +42,7 @@ async def served(
     server = doors(engine, FakeText(), rpc, metrics, engine.max_queue, store, identity)
     engine.start()
     try:
-        yield Served(engine, server, metrics, (await server.start())[0])
+        yield Served(engine, server, metrics, await server.start())
     finally:
         await server.stop(0)
         engine.shutdown()

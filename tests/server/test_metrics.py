@@ -56,6 +56,7 @@ def full() -> Metrics:
     exercise(metrics, "a")
     metrics.on_shed("queue_full")
     metrics.on_rpc("deltaserve.v1.AdapterService/GetAdapter", "OK")
+    metrics.on_http("/v1/models", 200)
     return metrics
 
 

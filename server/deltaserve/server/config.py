@@ -24,6 +24,9 @@ DEVICE_DTYPES = {"cuda": "bfloat16"}
 """What is computed in on a device unless the operator says; float32 elsewhere."""
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
+HTTP_PORT = 8000
+"""Where OpenAI's API is if --http-port does not say."""
+
 NO_STATE = "none"
 """What --state is called that keeps nothing."""
 
@@ -247,14 +250,18 @@ class EngineConfig:
 class RpcConfig:
     """How the server is reached.
 
-    port 0 picks a free one; metrics_port None is off. max_seconds: longest life of a request.
-    write_seconds: how long a client may not read before its stream is ended. grace_seconds: how
-    long running requests may go on after SIGTERM. max_message_bytes: of a request.
+    port 0 picks a free one; http_port and metrics_port None are off. http_required: whether the
+    server must not start where http_port is taken; else there is no HTTP then. max_seconds: longest
+    life of a request. write_seconds: how long a client may not read before its stream is ended.
+    grace_seconds: how long running requests may go on after SIGTERM. max_message_bytes: of a
+    request.
     tls_certificate, tls_key: PEM files, both or none.
     """
 
     host: str = "127.0.0.1"
     port: int = 50051
+    http_port: int | None = None
+    http_required: bool = True
     metrics_port: int | None = None
     max_seconds: float = 3600.0
     write_seconds: float = 30.0
@@ -265,8 +272,12 @@ class RpcConfig:
 
     def __post_init__(self) -> None:
         _port("--port", self.port)
-        if self.metrics_port is not None:
-            _port("--metrics-port", self.metrics_port)
+        for flag, port in (
+            ("--http-port", self.http_port),
+            ("--metrics-port", self.metrics_port),
+        ):
+            if port is not None:
+                _port(flag, port)
         for flag, value in (
             ("--max-seconds", self.max_seconds),
             ("--write-seconds", self.write_seconds),

@@ -20,7 +20,7 @@ class Door(Protocol):
     """Takes calls for the services."""
 
     async def start(self) -> str:
-        """Listen. -> where, as ``host:port``."""
+        """Listen. -> where, as ``host:port``; empty for a door that may stay shut, and does."""
 
     async def unready(self) -> None:
         """New calls are refused from now on: tell those who ask for the server's health."""

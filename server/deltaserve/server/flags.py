@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from deltaserve.server.config import ConfigError, Patch
+from deltaserve.server.config import HTTP_PORT, ConfigError, Patch
 
 
 def name_and_path(text: str) -> tuple[str, Path]:
@@ -20,6 +20,17 @@ def adapters_in(folder: Path) -> list[tuple[str, Path]]:
         raise ConfigError(f"--adapter-dir {folder}: no such folder")
     found = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     return [(path.name, path) for path in found]
+
+
+def http_port(text: str | None) -> tuple[int | None, bool]:
+    """Port of --http-port, and whether it must be had: a number, ``off``, or what holds without."""
+    if text is None:
+        return HTTP_PORT, False
+    if text == "off":
+        return None, True
+    if not text.isascii() or not text.isdigit():
+        raise ConfigError(f"--http-port {text}: write a number or off")
+    return int(text), True
 
 
 def child_and_parent(text: str) -> tuple[str, str]:

@@ -44,7 +44,7 @@ class _Children:
 
 class Metrics:
     """The engine's observer. Its methods are called on the engine thread, once or more per step;
-    `on_rpc` on the event loop's, `on_shed` on any. recent: what GetStats tells."""
+    `on_rpc` and `on_http` on the event loop's, `on_shed` on any. recent: what GetStats tells."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry or CollectorRegistry()
@@ -90,6 +90,7 @@ class Metrics:
         )
         self._shed = self._counter("shed_requests", "Requests turned away", "reason")
         self._rpcs = self._counter("rpcs", "Calls ended", "method", "code")
+        self._http = self._counter("http_requests", "HTTP requests ended", "path", "status")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"deltaserve_{name}", text, labels, registry=self.registry)
@@ -183,6 +184,11 @@ class Metrics:
     def on_rpc(self, method: str, code: str) -> None:
         """method: ``package.Service/Method``; code: a gRPC status name."""
         self._rpcs.labels(method, code).inc()
+
+    def on_http(self, path: str, status: int) -> None:
+        """path: the template of one of our own, such as ``/v1/models/{name}``; status: of HTTP, 499
+        if the client went away before there was one."""
+        self._http.labels(path, str(status)).inc()
 
     def _label(self, adapter: str) -> str:
         if not adapter:

@@ -15,7 +15,7 @@ from deltaserve.adapters.errors import AdapterError
 from deltaserve.adapters.options import LoadOptions
 from deltaserve.server import log as logs
 from deltaserve.server.config import NO_STATE, Config, ConfigError
-from deltaserve.server.doors import Doors, serve_until_signal
+from deltaserve.server.doors import Door, Doors, serve_until_signal
 from deltaserve.server.engine.build import build_engine
 from deltaserve.server.engine.core import AdapterRef
 from deltaserve.server.engine.engine import Engine
@@ -24,6 +24,7 @@ from deltaserve.server.engine_metrics import EngineCollector
 from deltaserve.server.errors import RequestError, StateUnavailable
 from deltaserve.server.folders import register
 from deltaserve.server.garbage import settled
+from deltaserve.server.http.door import HttpDoor
 from deltaserve.server.identity.doorman import Doorman
 from deltaserve.server.identity.exposure import dangers
 from deltaserve.server.metrics import Metrics
@@ -123,8 +124,11 @@ async def _serve(
     identity = await _identity(config, store)
     services = Services(engine, text, config.rpc, metrics.recent, store, identity)
     doorman = Doorman(identity.book, identity.refresh)
-    rpc = RpcDoor(services, doorman, config.rpc, metrics, config.engine.max_queue)
-    doors = Doors(services, [rpc], config.rpc.grace_seconds)
+    given = (services, doorman, config.rpc, metrics, config.engine.max_queue)
+    opened: list[Door] = [RpcDoor(*given)]
+    if config.rpc.http_port is not None:
+        opened.append(HttpDoor(*given))
+    doors = Doors(services, opened, config.rpc.grace_seconds)
     return await serve_until_signal(doors, lambda a: print(f"listening on {a[0]}", flush=True))
 
 

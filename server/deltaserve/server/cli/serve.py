@@ -84,6 +84,13 @@ def serve(
         str, typer.Option(envvar="DELTASERVE_HOST", help="Address to listen on.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 picks a free one.")] = 50051,
+    http_port: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PORT|off",
+            help=f"Of OpenAI's API; if left out {c.HTTP_PORT}, if that is free. 0 picks one.",
+        ),
+    ] = None,
     metrics_port: Annotated[
         int | None, typer.Option(help="HTTP port of /metrics; off if left out, 0 picks one.")
     ] = None,
@@ -153,11 +160,12 @@ def serve(
     ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning, error.")] = "info",
 ) -> None:
-    """Serve a base model and its adapters over gRPC.
+    """Serve a base model and its adapters over gRPC and HTTP.
 
     Prints `listening on HOST:PORT` on stdout when it is ready; everything else goes to stderr.
     """
     try:
+        http, http_required = flags.http_port(http_port)
         config = c.Config(
             model=c.ModelConfig(
                 base,
@@ -207,6 +215,8 @@ def serve(
             rpc=c.RpcConfig(
                 host=host,
                 port=port,
+                http_port=http,
+                http_required=http_required,
                 metrics_port=metrics_port,
                 max_seconds=max_seconds,
                 write_seconds=write_seconds,

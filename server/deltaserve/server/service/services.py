@@ -39,13 +39,13 @@ class Services:
         store: Store | None = None,
         identity: Identity | None = None,
     ) -> None:
-        info = engine.info()
+        self.info = info = engine.info()
         self.traffic = Traffic()
         self._outbox = LoopOutbox(asyncio.get_running_loop())
-        self._encoders = Encoders(text, info.max_length, engine.adapters.own_text)
+        self.encoders = Encoders(text, info.max_length, engine.adapters.own_text)
         self._constrainer = Constrainer(text, info.vocab_size, info.eos_token_ids)
         self.generation = GenerationService(
-            engine, self._encoders, self._constrainer, self._outbox, config.max_seconds
+            engine, self.encoders, self._constrainer, self._outbox, config.max_seconds
         )
         self.adapters = AdapterService(engine, store)
         self.identity = IdentityService(identity or Identity(Book()))
@@ -66,6 +66,10 @@ class Services:
         }
         return {d.full_name: list(methods(d, service)) for d, service in described.items()}
 
+    def by_path(self) -> dict[str, Method]:
+        """Every method, by its service's full name and its own."""
+        return {method.path: method for each in self.methods().values() for method in each}
+
     async def drain(self, seconds: float) -> bool:
         """Refuse what is new, wait for what runs. True if all of it ended in time."""
         self.traffic.drain()
@@ -79,5 +83,5 @@ class Services:
 
     def close(self) -> None:
         """End the threads."""
-        self._encoders.close()
+        self.encoders.close()
         self._constrainer.close()

@@ -22,6 +22,11 @@ class Traffic:
         """Take no new calls."""
         self._draining = True
 
+    @property
+    def draining(self) -> bool:
+        """No new calls are taken."""
+        return self._draining
+
     def check(self) -> None:
         """ShuttingDown while draining."""
         if self._draining:

@@ -1,0 +1,118 @@
+"""Gate: what every call over HTTP passes through. It counts, asks who calls, refuses while the
+server drains, and turns whatever is raised into an error of OpenAI's shape."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deltaserve.server.errors import Cancelled
+from deltaserve.server.http import errors
+from deltaserve.server.identity.caller import Credentials, Role
+from deltaserve.server.identity.doorman import Doorman
+from deltaserve.server.metrics import Metrics
+from deltaserve.server.service.call import Call
+from deltaserve.server.service.traffic import Traffic
+
+T = TypeVar("T")
+
+UNKNOWN = "_unknown"
+"""In metrics, the path of requests to paths that there are not."""
+BEARER = "bearer "
+
+
+class Gate:
+    """Asks of each request who it is from, and whether it can be taken."""
+
+    def __init__(self, traffic: Traffic, doorman: Doorman) -> None:
+        self._traffic = traffic
+        self._doorman = doorman
+
+    def enter(self, request: Request, role: Role) -> Call:
+        """Who calls, if the call can be taken."""
+        self._traffic.check()
+        return self.identify(request, role)
+
+    def identify(self, request: Request, role: Role) -> Call:
+        """Who calls, whether or not the server drains."""
+        return Call(self._doorman.admit(credentials(request), role))
+
+    @property
+    def draining(self) -> bool:
+        """No new calls are taken."""
+        return self._traffic.draining
+
+
+class Counted:
+    """ASGI middleware: counts requests from their arrival to their last byte."""
+
+    def __init__(self, app: ASGIApp, traffic: Traffic, metrics: Metrics) -> None:
+        self._app = app
+        self._traffic = traffic
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 0
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        with ExitStack() as held:
+            held.enter_context(self._traffic.running())
+            scope["state"]["held"] = held
+            try:
+                await self._app(scope, receive, watched)
+            except Exception as error:
+                if status:
+                    raise
+                await errors.response(error)(scope, receive, watched)
+            finally:
+                route = getattr(scope.get("route"), "path", UNKNOWN)
+                self._metrics.on_http(route, status or 499)
+
+
+def endless(request: Request) -> None:
+    """A shutdown does not wait for the answer to this request."""
+    held: ExitStack = request.scope["state"]["held"]
+    held.close()
+
+
+def credentials(request: Request) -> Credentials:
+    """What the client shows."""
+    given = request.headers.get("authorization", "")
+    token = given[len(BEARER) :].strip() if given.lower().startswith(BEARER) else ""
+    connection = request.scope["state"].get("connection")
+    peer = f"{request.client.host}:{request.client.port}" if request.client else ""
+    return Credentials(peer, token, connection.subject() if connection is not None else "")
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of the work, which is cancelled when the client goes away. The body of the request
+    must have been read."""
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Cancelled("the client went away")
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,147 @@
+"""/v1/completions and /v1/chat/completions."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from deltaserve.server.config import RpcConfig
+from deltaserve.server.engine.stats import EngineInfo
+from deltaserve.server.http import answers, asked, body, errors
+from deltaserve.server.http.asked import Asked
+from deltaserve.server.http.events import DONE, EventStream, event, merged
+from deltaserve.server.http.fields import ChatFields, CompletionFields, Sampled
+from deltaserve.server.http.gate import Gate, unless_gone
+from deltaserve.server.http.logprobs import Shown
+from deltaserve.server.http.names import in_client_names
+from deltaserve.server.http.pieces import Pieces
+from deltaserve.server.http.words import Numbers, Vocabularies
+from deltaserve.server.service.call import Call
+from deltaserve.server.service.methods import Method
+from deltaserve.server.service.services import Services
+from deltaserve.v1 import generation_pb2 as pb
+
+REQUEST_ID = "x-request-id"
+
+
+class Generate:
+    """The two endpoints."""
+
+    def __init__(self, services: Services, gate: Gate, config: RpcConfig) -> None:
+        methods = services.by_path()
+        self._whole: Method = methods["deltaserve.v1.GenerationService/Generate"]
+        self._stream: Method = methods["deltaserve.v1.GenerationService/GenerateStream"]
+        self._info: EngineInfo = services.info
+        self._words = Vocabularies(services.encoders)
+        self._gate = gate
+        self._config = config
+        self.router = APIRouter()
+        self.router.add_api_route("/v1/completions", self.completions, methods=["POST"])
+        self.router.add_api_route("/v1/chat/completions", self.chats, methods=["POST"])
+
+    async def completions(self, request: Request) -> Response:
+        call = self._gate.enter(request, self._whole.role)
+        given = await body.fields(request, CompletionFields, self._config.max_message_bytes)
+        wanted = asked.completion(given, _id("cmpl", given, request), self._info)
+        return await self._answer(request, call, given, wanted)
+
+    async def chats(self, request: Request) -> Response:
+        call = self._gate.enter(request, self._whole.role)
+        given = await body.fields(request, ChatFields, self._config.max_message_bytes)
+        wanted = asked.chat(given, _id("chatcmpl", given, request), self._info)
+        return await self._answer(request, call, given, wanted)
+
+    async def _answer(
+        self, request: Request, call: Call, given: Sampled, wanted: Asked
+    ) -> Response:
+        if given.stream:
+            return await unless_gone(request, self._streamed(request, call, given, wanted))
+        return await unless_gone(request, self._at_once(call, given, wanted))
+
+    async def _at_once(self, call: Call, given: Sampled, wanted: Asked) -> Response:
+        with in_client_names(wanted.names):
+            responses: list[pb.GenerateResponse] = await _together(
+                [self._whole.run(message, call) for message in wanted.messages]
+            )
+        shown = await self._shown(given, responses[0].served_by)
+        model = given.model or self._info.base
+        if isinstance(given, ChatFields):
+            made = answers.chat(wanted.id, model, responses[0], shown)
+        else:
+            made = answers.completion(wanted.id, model, responses, shown)
+        return JSONResponse(made)
+
+    async def _streamed(
+        self, request: Request, call: Call, given: Sampled, wanted: Asked
+    ) -> Response:
+        """The status is that of the first output: what is refused has one of its own."""
+        messages = merged([self._stream.run(message, call) for message in wanted.messages])
+        try:
+            with in_client_names(wanted.names):
+                first = await anext(messages)
+        except BaseException:
+            await messages.aclose()
+            raise
+        events = self._events(given, wanted, first, messages)
+        return EventStream(request, events, messages, self._config.write_seconds)
+
+    async def _events(
+        self,
+        given: Sampled,
+        wanted: Asked,
+        first: tuple[int, pb.GenerateStreamResponse],
+        messages: AsyncGenerator[tuple[int, pb.GenerateStreamResponse], None],
+    ) -> AsyncGenerator[str, None]:
+        options = given.stream_options
+        pieces = Pieces(
+            wanted.id,
+            given.model or self._info.base,
+            wanted.n,
+            chat=isinstance(given, ChatFields),
+            usage=bool(options and options.include_usage),
+        )
+        async with aclosing(messages):
+            try:
+                shown = await self._shown(given, first[1].start.served_by)
+                for chunk in pieces.of(*first, shown):
+                    yield event(chunk)
+                with in_client_names(wanted.names):
+                    async for number, message in messages:
+                        for chunk in pieces.of(number, message, shown):
+                            yield event(chunk)
+            except Exception as error:
+                _, described, _ = errors.describe(error)
+                yield event(described)
+                return
+        if (usage := pieces.last()) is not None:
+            yield event(usage)
+        yield DONE
+
+    async def _shown(self, given: Sampled, served: pb.ServedBy) -> Shown:
+        return Numbers() if given.return_tokens_as_token_ids else await self._words.of(served)
+
+
+async def _together(
+    work: list[Coroutine[Any, Any, pb.GenerateResponse]],
+) -> list[pb.GenerateResponse]:
+    """All results; the first failure ends all."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _id(kind: str, given: Sampled, request: Request) -> str:
+    """The client's name for the request, or one of ours."""
+    named = given.request_id or request.headers.get(REQUEST_ID, "")
+    return named or f"{kind}-{uuid.uuid4().hex}"
