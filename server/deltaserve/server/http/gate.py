@@ -42,6 +42,10 @@ class Gate:
         """Who calls, whether or not the server drains."""
         return Call(self._doorman.admit(credentials(request), role))
 
+    def confirm(self, call: Call) -> None:
+        """For what goes on: Unauthenticated once the caller's key is valid no more."""
+        self._doorman.confirm(call.caller)
+
     @property
     def draining(self) -> bool:
         """No new calls are taken."""
@@ -94,7 +98,7 @@ def credentials(request: Request) -> Credentials:
     token = given[len(BEARER) :].strip() if given.lower().startswith(BEARER) else ""
     connection = request.scope["state"].get("connection")
     peer = f"{request.client.host}:{request.client.port}" if request.client else ""
-    return Credentials(peer, token, connection.subject() if connection is not None else "")
+    return Credentials(peer, token, connection.subjects() if connection is not None else ())
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

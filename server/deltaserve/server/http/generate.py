@@ -89,11 +89,12 @@ class Generate:
         except BaseException:
             await messages.aclose()
             raise
-        events = self._events(given, wanted, first, messages)
+        events = self._events(call, given, wanted, first, messages)
         return EventStream(request, events, messages, self._config.write_seconds)
 
     async def _events(
         self,
+        call: Call,
         given: Sampled,
         wanted: Asked,
         first: tuple[int, pb.GenerateStreamResponse],
@@ -114,6 +115,7 @@ class Generate:
                     yield event(chunk)
                 with in_client_names(wanted.names):
                     async for number, message in messages:
+                        self._gate.confirm(call)
                         for chunk in pieces.of(number, message, shown):
                             yield event(chunk)
             except Exception as error:

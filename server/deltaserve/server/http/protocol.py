@@ -1,12 +1,12 @@
 """What uvicorn's HTTP/1.1 connection lacks: limits on slow and on endless headers, a way to cut off
-a client that does not read, the subject of a client's certificate."""
+a client that does not read, the names in a client's certificate."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
-
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from deltaserve.server.identity.certificate import from_ssl
 
 HEADER_SECONDS = 20.0
 """From a connection, or the first byte of a request, to the end of its headers."""
@@ -50,18 +50,10 @@ class Connection(HttpToolsProtocol):
         """Close at once; what was written and not taken is lost."""
         self.transport.abort()
 
-    def subject(self) -> str:
-        """Of the certificate that the client showed, empty without one: its first alternative
-        name, else its common name."""
+    def subjects(self) -> tuple[str, ...]:
+        """The names in the certificate that the client showed; none without one."""
         secured = self.transport.get_extra_info("ssl_object")
-        certificate: dict[str, Any] = (secured.getpeercert() if secured is not None else {}) or {}
-        for _, name in certificate.get("subjectAltName", ()):
-            return str(name)
-        for part in certificate.get("subject", ()):
-            for key, value in part:
-                if key == "commonName":
-                    return str(value)
-        return ""
+        return () if secured is None else from_ssl(secured.getpeercert())
 
     def _wait(self) -> None:
         if self._timer is None:
