@@ -4,6 +4,7 @@ a client that does not read, the names in a client's certificate."""
 from __future__ import annotations
 
 import asyncio
+
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from deltaserve.server.identity.certificate import from_ssl
