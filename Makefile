@@ -9,7 +9,7 @@ READY := $(VENV)/.ready-$(DEVICE)
 
 JOBS ?= auto
 BASE ?= demo/zoo/base
-PROTO := $(sort $(wildcard proto/deltaserve/v1/*.proto))
+PROTO := $(sort $(wildcard proto/deltaserve/*/*.proto))
 STUBS ?= proto
 
 .DEFAULT_GOAL := help
@@ -54,7 +54,7 @@ fix: install  ## lint and format, in place
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-stubs:  ## regenerate the stubs of proto/deltaserve/v1 (into STUBS)
+stubs:  ## regenerate the stubs of proto/deltaserve (into STUBS)
 	$(PYTHON) -m grpc_tools.protoc -Iproto --python_out=$(STUBS) --pyi_out=$(STUBS) \
 	    --grpc_python_out=$(STUBS) --mypy_grpc_out=$(STUBS) $(PROTO)
 

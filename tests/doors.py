@@ -14,6 +14,7 @@ from deltaserve.server.rpc.server import RpcDoor
 from deltaserve.server.service.identity import Identity
 from deltaserve.server.service.services import Services
 from deltaserve.server.state.store import Store
+from deltaserve.server.tgis import service as tgis
 
 
 def doors(
@@ -25,13 +26,13 @@ def doors(
     store: Store | None = None,
     identity: Identity | None = None,
 ) -> Doors:
-    """gRPC, and HTTP where the config has a port for it."""
+    """gRPC, with TGIS's service beside our own, and HTTP where the config has a port for it."""
     metrics = metrics or Metrics()
     identity = identity or Identity(Book())
     services = Services(engine, text, config, metrics.recent, store, identity)
     doorman = Doorman(identity.book, identity.refresh)
     given = (services, doorman, config, metrics, max_queue)
-    opened: list[Door] = [RpcDoor(*given)]
+    opened: list[Door] = [RpcDoor(*given, tgis.served(services))]
     if config.http_port is not None:
         opened.append(HttpDoor(*given))
     return Doors(services, opened, config.grace_seconds)

@@ -88,6 +88,12 @@ class FakeText:
     def grammars(self, vocabulary: int, eos: tuple[int, ...]) -> NoGrammars:
         return NoGrammars()
 
+    def tokens(self, ids: list[int]) -> list[str]:
+        return [f"<{i}>" for i in ids]
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        return [(0, 0), *((i, i + 1) for i in range(len(text)))]  # of ASCII without "ab"
+
     def chat(self, chat: Chat) -> list[int]:
         text = "".join(f"<{m['role']}>{m['content']}" for m in chat.messages)
         return self.encode(text + "<assistant>" * chat.add_generation_prompt)
@@ -359,7 +365,9 @@ def _usage(request: Request, done: int) -> Usage:
 def logprob(token: int, top: int) -> TokenLogprob:
     """Even tokens are the best ones at their place."""
     best = token if token % 2 == 0 else token + 1
-    return TokenLogprob(token, -token / 128, tuple((best + i, -0.5 - i) for i in range(top)))
+    return TokenLogprob(
+        token, -token / 128, tuple((best + i, -0.5 - i) for i in range(top)), 1 + token % 2
+    )
 
 
 def failed(request: Request, error: RequestError) -> Output:

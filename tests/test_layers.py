@@ -8,11 +8,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ALLOWED = {
-    "proto": {"v1"},
+    "proto": {"v1", "tgis"},
     "kernels": {"kernels"},
     "adapters": {"adapters", "kernels"},
     "clients": {"clients", "v1"},
-    "server": {"server", "adapters", "kernels", "v1", "clients"},
+    "server": {"server", "adapters", "kernels", "v1", "tgis", "clients"},
 }
 # inside the server: cli -> doors (rpc, http, tgis) -> service or compress -> routes -> engine ->
 # model; config, errors, metrics, recent and log are leaves

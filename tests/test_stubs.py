@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-HERE = ROOT / "proto" / "deltaserve" / "v1"
+HERE = ROOT / "proto" / "deltaserve"
+
+
+def stubs(folder: Path) -> dict[str, str]:
+    return {str(f.relative_to(folder)): f.read_text() for f in folder.glob("*/*_pb2*.py*")}
 
 
 def test_the_stubs_are_up_to_date(tmp_path: Path) -> None:
@@ -20,7 +24,7 @@ def test_the_stubs_are_up_to_date(tmp_path: Path) -> None:
         check=True,
         capture_output=True,
     )
-    made = {f.name: f.read_text() for f in (tmp_path / "deltaserve" / "v1").iterdir()}
-    committed = {f.name: f.read_text() for f in HERE.glob("*_pb2*.py*")}
-    assert len(made) == 4 * len(list(HERE.glob("*.proto")))
+    made = stubs(tmp_path / "deltaserve")
+    committed = stubs(HERE)
+    assert len(made) == 4 * len(list(HERE.glob("*/*.proto")))
     assert made == committed, "run `make stubs`"

@@ -34,6 +34,7 @@ from deltaserve.server.progress import Bar
 from deltaserve.server.rpc.server import RpcDoor
 from deltaserve.server.service.identity import Identity
 from deltaserve.server.service.services import Services
+from deltaserve.server.tgis import service as tgis
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
@@ -125,7 +126,7 @@ async def _serve(
     services = Services(engine, text, config.rpc, metrics.recent, store, identity)
     doorman = Doorman(identity.book, identity.refresh)
     given = (services, doorman, config.rpc, metrics, config.engine.max_queue)
-    opened: list[Door] = [RpcDoor(*given)]
+    opened: list[Door] = [RpcDoor(*given, tgis.served(services))]
     if config.rpc.http_port is not None:
         opened.append(HttpDoor(*given))
     doors = Doors(services, opened, config.rpc.grace_seconds)

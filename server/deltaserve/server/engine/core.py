@@ -139,11 +139,13 @@ class Request:
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """Log-probability of one token, NaN for a prompt's first, and of the best ones at its position
-    ((token id, logprob))."""
+    ((token id, logprob)). rank: one more than there are tokens with a greater one; 0 for a prompt's
+    first."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,14 +106,15 @@ def _in_host_memory(logits: Tensor, rows: list[Row]) -> Tensor | dict[int, Tenso
 
 def logprob_of(logits: Tensor, token_id: int, top: int) -> TokenLogprob:
     """The token's and the `top` best log-probabilities of one row of logits [vocabulary], those of
-    tokens without probability left out."""
+    tokens without probability left out, and the token's rank."""
     logprobs = torch.log_softmax(logits.float(), -1)
     best: tuple[tuple[int, float], ...] = ()
     if top:
         values, ids = logprobs.topk(min(top, logprobs.shape[-1]))
         pairs = zip(ids.tolist(), values.tolist(), strict=True)
         best = tuple(pair for pair in pairs if pair[1] > float("-inf"))
-    return TokenLogprob(token_id, float(logprobs[token_id]), best)
+    own = logprobs[token_id]
+    return TokenLogprob(token_id, float(own), best, 1 + int((logprobs > own).sum()))
 
 
 def _choose(choice: Choice, logits: Tensor, row: Row) -> None:

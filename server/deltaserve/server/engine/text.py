@@ -75,6 +75,20 @@ class Text:
         ids: list[int] = self._tokenizer(text).input_ids
         return ids
 
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """What the vocabulary calls them; empty for ids that it has no name for."""
+        return [name or "" for name in self._tokenizer.convert_ids_to_tokens(list(ids))]
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Which characters of the text each of its tokens is made of, from first to one behind the
+        last; (0, 0) for special tokens. Raises InvalidRequest if the tokenizer cannot tell."""
+        if not self._tokenizer.is_fast:
+            raise InvalidRequest("this model's tokenizer cannot tell its tokens' offsets")
+        found: list[tuple[int, int]] = self._tokenizer(
+            text, return_offsets_mapping=True
+        ).offset_mapping
+        return found
+
     def grammars(self, vocabulary: int, eos: Iterable[int]) -> Grammars:
         """What compiles constraints for it. vocabulary, eos: of the model. Slow."""
         return Grammars(self.backend, vocabulary, eos)

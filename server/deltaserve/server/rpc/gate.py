@@ -37,6 +37,7 @@ CERTIFICATE = {
     "peer_ip": "ip",
 }
 """gRPC's names of what is in the client's certificate."""
+CORRELATION = "x-correlation-id"
 
 
 class Gate:
@@ -103,7 +104,7 @@ class Gate:
         caller = self._doorman.admit(credentials(context), method.role)
         if isinstance(request, DecodeError):
             raise request
-        return Call(caller, context.time_remaining())
+        return Call(caller, context.time_remaining(), metadata(context, CORRELATION))
 
     async def _write(self, context: Context, message: Message) -> None:
         limit = self._write_seconds
@@ -112,6 +113,14 @@ class Gate:
                 await context.write(message)
         except TimeoutError:
             raise SlowReader(f"the stream was not read for {limit:g} s") from None
+
+
+def metadata(context: Context, key: str) -> str:
+    """A text of the client's metadata; empty if there is none."""
+    for name, value in context.invocation_metadata() or ():
+        if name == key and isinstance(value, str):
+            return value
+    return ""
 
 
 def credentials(context: Context) -> Credentials:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import grpc
@@ -13,6 +14,7 @@ from deltaserve.server.config import ConfigError, RpcConfig
 from deltaserve.server.identity.doorman import Doorman
 from deltaserve.server.metrics import Metrics
 from deltaserve.server.rpc.gate import Gate
+from deltaserve.server.service.methods import Method
 from deltaserve.server.service.services import Services
 
 
@@ -36,7 +38,8 @@ def options(config: RpcConfig, max_queue: int) -> list[tuple[str, Any]]:
 
 
 class RpcDoor:
-    """To be made inside the event loop that runs it."""
+    """To be made inside the event loop that runs it. also: served beside the services' own methods,
+    by the full names of their services."""
 
     def __init__(
         self,
@@ -45,6 +48,7 @@ class RpcDoor:
         config: RpcConfig,
         metrics: Metrics,
         max_queue: int,
+        also: Mapping[str, list[Method]] | None = None,
     ) -> None:
         self._config = config
         self._health = health.aio.HealthServicer()
@@ -53,7 +57,7 @@ class RpcDoor:
             maximum_concurrent_rpcs=2 * max_queue + 1000,
         )
         gate = Gate(services.traffic, doorman, metrics, config.write_seconds)
-        served = services.methods()
+        served = {**services.methods(), **(also or {})}
         self._names = tuple(served)
         self._server.add_generic_rpc_handlers(
             tuple(gate.handler(name, methods) for name, methods in served.items())

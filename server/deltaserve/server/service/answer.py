@@ -43,7 +43,9 @@ def logprob(entry: TokenLogprob) -> generation_pb2.TokenLogprob:
     """One place."""
     top = [generation_pb2.TopLogprob(token_id=i, logprob=p) for i, p in entry.top]
     value = None if math.isnan(entry.logprob) else entry.logprob
-    return generation_pb2.TokenLogprob(token_id=entry.token_id, logprob=value, top=top)
+    return generation_pb2.TokenLogprob(
+        token_id=entry.token_id, logprob=value, top=top, rank=entry.rank
+    )
 
 
 def usage(entries: Iterable[Usage], *, one_prompt: bool = False) -> generation_pb2.Usage:

@@ -139,10 +139,14 @@ class Encoder:
         self._check_size("text", len(text))
         return await self._run(len(text), lambda: self._stripped(self._text.encode(text)))
 
-    def _stripped(self, ids: list[int]) -> list[int]:
+    def specials(self, ids: list[int]) -> tuple[int, int]:
+        """How many tokens at the beginning and at the end of a text's are not of the text."""
         empty = self._text.encode("")
         start = _shared(ids, empty)
-        end = _shared(ids[start:][::-1], empty[start:][::-1])
+        return start, _shared(ids[start:][::-1], empty[start:][::-1])
+
+    def _stripped(self, ids: list[int]) -> list[int]:
+        start, end = self.specials(ids)
         return ids[start : len(ids) - end]
 
     async def decode(self, ids: Sequence[int], *, keep_special_tokens: bool) -> str:
@@ -150,6 +154,10 @@ class Encoder:
         return await self._run(
             len(ids), lambda: self._text.decode(ids, skip_special_tokens=not keep_special_tokens)
         )
+
+    async def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Of each token of a text, as `Text.offsets`."""
+        return await self._run(len(text), lambda: self._text.offsets(text))
 
     async def detokenize(self, ids: list[int]) -> str:
         """The text of token ids, special tokens included."""
