@@ -29,7 +29,7 @@ def doors(
     """gRPC, with TGIS's service beside our own, and HTTP where the config has a port for it."""
     metrics = metrics or Metrics()
     identity = identity or Identity(Book())
-    services = Services(engine, text, config, metrics.recent, store, identity)
+    services = Services(engine, text, config, metrics, store, identity)
     doorman = Doorman(identity.book, identity.refresh)
     given = (services, doorman, config, metrics, max_queue)
     opened: list[Door] = [RpcDoor(*given, tgis.served(services))]

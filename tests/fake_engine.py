@@ -14,6 +14,7 @@ from deltaserve.adapters.options import DEFAULT, LoadOptions
 from deltaserve.server.engine.chat import Chat
 from deltaserve.server.engine.core import (
     AdapterInfo,
+    AdapterRef,
     AdapterState,
     FinishReason,
     Outbox,
@@ -253,13 +254,17 @@ class FakeEngine:
             raise self.fail
         check(request, LIMITS)
         for ref in request.adapters:
-            if self.adapters.get(ref.name.partition("@")[0]).state is AdapterState.UNLOADING:
+            name, _, digest = ref.name.partition("@")
+            known = self.adapters.get(name)
+            if known.state is AdapterState.UNLOADING:
                 raise AdapterUnknown(f"{ref.name!r} is being unloaded", field="model")
+            if not known.digest.startswith(digest):
+                raise AdapterUnknown(f"{name!r} has digest {known.digest}", field="model")
         with self._lock:
             if len(self._running) >= self.max_queue:
                 raise Overloaded("the queue is full", reason="queue_full", retry_after=1.5)
             for ref in request.adapters:
-                self.adapters.in_flight[ref.name] += 1
+                self.adapters.in_flight[ref.name.partition("@")[0]] += 1
             self.submitted.append(request)
             self._running[request.request_id] = (request, outbox, 0, time.monotonic())
 
@@ -320,7 +325,7 @@ class FakeEngine:
                 if output.finish_reason is not None:
                     del self._running[key]
                     for ref in request.adapters:
-                        self.adapters.in_flight[ref.name] -= 1
+                        self.adapters.in_flight[ref.name.partition("@")[0]] -= 1
         for outbox, found in outputs.items():
             outbox.deliver(found)
 
@@ -346,14 +351,15 @@ class FakeEngine:
             )
             if p.score_from is not None and not done
             else (),
-            served_by=tuple(
-                ServedAdapter(r.name, self.adapters.get(r.name).digest, r.strength, r.modules)
-                for r in request.adapters
-            ),
+            served_by=tuple(self._served(ref) for ref in request.adapters),
             finish_reason=FinishReason.LENGTH if last else None,
             usage=_usage(request, done + 1) if last else None,
             timings=Timings(0.0, 0.0, seconds / 2, seconds) if last else None,
         )
+
+    def _served(self, ref: AdapterRef) -> ServedAdapter:
+        info = self.adapters.get(ref.name.partition("@")[0])
+        return ServedAdapter(info.name, info.digest, ref.strength, ref.modules)
 
 
 def _usage(request: Request, done: int) -> Usage:

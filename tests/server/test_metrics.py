@@ -17,7 +17,7 @@ from deltaserve.server.engine.core import AdapterState, FinishReason, Timings, U
 from deltaserve.server.engine.observer import Observer
 from deltaserve.server.engine.stats import EngineStats
 from deltaserve.server.engine_metrics import EngineCollector
-from deltaserve.server.metrics import MAX_ADAPTERS, Metrics
+from deltaserve.server.metrics import MAX_ADAPTERS, MAX_ARMS, Metrics
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -55,6 +55,7 @@ def full() -> Metrics:
     metrics.on_adapter_evicted("a")
     exercise(metrics, "a")
     metrics.on_shed("queue_full")
+    metrics.on_route("r", "x", "answered", 0.5)
     metrics.on_rpc("deltaserve.v1.AdapterService/GetAdapter", "OK")
     metrics.on_http("/v1/models", 200)
     return metrics
@@ -111,6 +112,24 @@ def test_ten_thousand_names_leave_the_series_bounded() -> None:
     assert after - before <= len([k for k in samples(metrics) if ("adapter", "_mixed") in k[1]])
     assert value(metrics, "deltaserve_requests_total", adapter="_other", reason="stop") == 10_001
     assert value(metrics, "deltaserve_requests_total", adapter="_mixed", reason="stop") == 10_000
+
+
+def test_arms_are_bounded_and_go_with_their_route() -> None:
+    metrics = Metrics()
+    before = set(samples(metrics))
+    for i in range(MAX_ARMS + 10):
+        metrics.on_route(f"r{i}", "x", "error", 1.0)
+        metrics.on_route(f"r{i}", "x", "answered", 0.5)
+    assert (
+        value(metrics, "deltaserve_route_requests_total", route="r7", arm="x", ended="error") == 1
+    )
+    other = {"route": "_other", "arm": "_other"}
+    assert value(metrics, "deltaserve_route_requests_total", **other, ended="answered") == 10
+    assert value(metrics, "deltaserve_route_request_seconds_sum", **other) == 5
+    for i in range(MAX_ARMS + 10):
+        metrics.on_route_gone(f"r{i}")
+    metrics.on_route_gone("_other")
+    assert set(samples(metrics)) == before
 
 
 def test_unloading_removes_the_series_and_makes_room() -> None:

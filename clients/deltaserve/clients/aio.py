@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, Self, Unpack
 
@@ -20,26 +19,21 @@ from deltaserve.clients.channel import (
     AsyncUnaryBearer,
     tls,
 )
+from deltaserve.clients.errors import typed as _typed
 from deltaserve.clients.requests import Adapters, LoadOptions, Options, Prompt
+from deltaserve.clients.route_calls import AsyncRouteCalls
 from deltaserve.v1 import (
     adapter_pb2,
     adapter_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
+    route_pb2_grpc,
     server_pb2,
     server_pb2_grpc,
 )
 
 
-@contextmanager
-def _typed() -> Iterator[None]:
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise errors.from_rpc(error) from None
-
-
-class AsyncClient:
+class AsyncClient(AsyncRouteCalls):
     """A connection to one server, for one event loop. Every method raises
     `errors.DeltaserveError`.
 
@@ -73,6 +67,7 @@ class AsyncClient:
         self._timeout = timeout
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._adapters = adapter_pb2_grpc.AdapterServiceStub(self._channel)
+        self._routes = route_pb2_grpc.RouteServiceStub(self._channel)
         self._server = server_pb2_grpc.ServerServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:

@@ -22,6 +22,10 @@ _TIERS = {
     value: name.removeprefix("ADAPTER_TIER_").lower()
     for name, value in adapter_pb2.AdapterTier.items()
 }
+_ASSIGNMENTS = {
+    value: name.removeprefix("ASSIGNMENT_").lower()
+    for name, value in generation_pb2.Assignment.items()
+}
 
 
 def _seconds(m: Timestamp | Duration) -> float:
@@ -47,7 +51,10 @@ def timings(m: generation_pb2.Timings) -> types.Timings:
 
 def served_by(m: generation_pb2.ServedBy) -> types.ServedBy:
     members = tuple(types.ServedMember(_served(one.adapters), one.weight) for one in m.members)
-    return types.ServedBy(m.base, m.base_fingerprint, _served(m.adapters), members)
+    assignment = _ASSIGNMENTS.get(m.assignment, "") if m.route else ""
+    return types.ServedBy(
+        m.base, m.base_fingerprint, _served(m.adapters), members, m.route, m.arm, assignment
+    )
 
 
 def _served(adapters: Iterable[generation_pb2.ServedAdapter]) -> tuple[types.ServedAdapter, ...]:

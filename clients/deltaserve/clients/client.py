@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, Unpack
 
@@ -13,26 +12,21 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deltaserve.clients import answers, errors, requests, types
 from deltaserve.clients.channel import CHANNEL_OPTIONS, POLL_SECONDS, Bearer, tls
+from deltaserve.clients.errors import typed as _typed
 from deltaserve.clients.requests import Adapters, LoadOptions, Options, Prompt
+from deltaserve.clients.route_calls import RouteCalls
 from deltaserve.v1 import (
     adapter_pb2,
     adapter_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
+    route_pb2_grpc,
     server_pb2,
     server_pb2_grpc,
 )
 
 
-@contextmanager
-def _typed() -> Iterator[None]:
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise errors.from_rpc(error) from None
-
-
-class Client:
+class Client(RouteCalls):
     """A connection to one server; may be shared by threads. Every method raises
     `errors.DeltaserveError`.
 
@@ -65,6 +59,7 @@ class Client:
         self._timeout = timeout
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._adapters = adapter_pb2_grpc.AdapterServiceStub(self._channel)
+        self._routes = route_pb2_grpc.RouteServiceStub(self._channel)
         self._server = server_pb2_grpc.ServerServiceStub(self._channel)
 
     def __enter__(self) -> Self:

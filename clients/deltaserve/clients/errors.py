@@ -2,7 +2,7 @@
 
 * DeltaserveError
   x InvalidArgument      a field of the request is wrong; `violations` name it
-  x NotFound             no such adapter
+  x NotFound             no such adapter or route
   x AlreadyExists        the adapter's name stands for other content
   x Unauthenticated      the server does not know the caller: no key, or one that is not valid
   x PermissionDenied     the key has not the role; or a path lies outside the adapter roots
@@ -18,6 +18,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import grpc
@@ -59,7 +61,7 @@ class InvalidArgument(DeltaserveError):
 
 
 class NotFound(DeltaserveError):
-    """No such adapter."""
+    """No such adapter or route."""
 
 
 class AlreadyExists(DeltaserveError):
@@ -121,6 +123,15 @@ _CLASSES: dict[grpc.StatusCode, type[DeltaserveError]] = {
     grpc.StatusCode.UNIMPLEMENTED: Unimplemented,
     grpc.StatusCode.INTERNAL: Internal,
 }
+
+
+@contextmanager
+def typed() -> Iterator[None]:
+    """grpc's errors as those of this module."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise from_rpc(error) from None
 
 
 def from_rpc(error: grpc.RpcError) -> DeltaserveError:

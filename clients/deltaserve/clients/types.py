@@ -52,12 +52,17 @@ class ServedMember:
 
 @dataclass(frozen=True, slots=True)
 class ServedBy:
-    """What answered; no adapters means the base alone, or the members of a combination."""
+    """What answered; no adapters means the base alone, or the members of a combination. route, arm:
+    if the request named a route; assignment: how it came to the arm, ``sticky``, ``random``,
+    ``outside`` or ``rolled_back``."""
 
     base: str = ""
     base_fingerprint: str = ""
     adapters: tuple[ServedAdapter, ...] = ()
     members: tuple[ServedMember, ...] = ()
+    route: str = ""
+    arm: str = ""
+    assignment: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ class RouteState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROUTE_STATE_ACTIVE: _ClassVar[RouteState]
     ROUTE_STATE_HELD: _ClassVar[RouteState]
     ROUTE_STATE_ROLLED_BACK: _ClassVar[RouteState]
+    ROUTE_STATE_FAILED: _ClassVar[RouteState]
 RAMP_SHAPE_UNSPECIFIED: RampShape
 RAMP_SHAPE_STEP: RampShape
 RAMP_SHAPE_LINEAR: RampShape
@@ -52,6 +53,7 @@ ROUTE_STATE_UNSPECIFIED: RouteState
 ROUTE_STATE_ACTIVE: RouteState
 ROUTE_STATE_HELD: RouteState
 ROUTE_STATE_ROLLED_BACK: RouteState
+ROUTE_STATE_FAILED: RouteState
 
 class Route(_message.Message):
     __slots__ = ("name", "arms", "control", "salt", "coverage", "layer", "ramp", "guardrails", "bandit", "etag", "state", "reason", "weights", "start_time", "update_time")
@@ -125,12 +127,14 @@ class LayerSlice(_message.Message):
     def __init__(self, name: _Optional[str] = ..., start: _Optional[float] = ..., end: _Optional[float] = ...) -> None: ...
 
 class Ramp(_message.Message):
-    __slots__ = ("points", "shape")
+    __slots__ = ("points", "shape", "gated")
     POINTS_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
+    GATED_FIELD_NUMBER: _ClassVar[int]
     points: _containers.RepeatedCompositeFieldContainer[RampPoint]
     shape: RampShape
-    def __init__(self, points: _Optional[_Iterable[_Union[RampPoint, _Mapping]]] = ..., shape: _Optional[_Union[RampShape, str]] = ...) -> None: ...
+    gated: bool
+    def __init__(self, points: _Optional[_Iterable[_Union[RampPoint, _Mapping]]] = ..., shape: _Optional[_Union[RampShape, str]] = ..., gated: _Optional[bool] = ...) -> None: ...
 
 class RampPoint(_message.Message):
     __slots__ = ("after", "weights")

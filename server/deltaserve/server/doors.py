@@ -39,6 +39,7 @@ class Doors:
 
     async def start(self) -> list[str]:
         """Open them. -> where each listens."""
+        await self.services.start()
         return [await door.start() for door in self._doors]
 
     async def drain(self) -> bool:

@@ -13,6 +13,10 @@
   x AdapterBusy              it is being loaded or unloaded; try again when that is done
   x AdapterTooLarge          it does not fit into the adapter memory
   x AdapterUnavailable       its load failed; the message says why
+  x RouteUnknown             no route of that name
+  x RouteUnavailable         its arm, or the route itself, cannot be served; the message says why
+  x Changed                  somebody else changed it since it was read
+  x NameTaken                a route and an adapter cannot have one name
   x NonFiniteLogits          the weights that were asked for give no numbers to choose by
   x Overloaded               the queue or a budget is full; try again later
   x Cancelled                the client went away
@@ -81,6 +85,22 @@ class AdapterTooLarge(RequestError):
 
 class AdapterUnavailable(RequestError):
     """Its load failed; the message says why."""
+
+
+class RouteUnknown(RequestError):
+    """No route of that name."""
+
+
+class RouteUnavailable(RequestError):
+    """Its arm, or the route itself, cannot be served; the message says why."""
+
+
+class Changed(RequestError):
+    """Somebody else changed it since it was read."""
+
+
+class NameTaken(RequestError):
+    """A route and an adapter cannot have one name."""
 
 
 class NonFiniteLogits(RequestError):

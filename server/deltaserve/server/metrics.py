@@ -18,6 +18,7 @@ from deltaserve.server.engine.core import FinishReason, Timings, Usage
 from deltaserve.server.recent import Recent
 
 MAX_ADAPTERS = 200
+MAX_ARMS = 500
 BASE, MIXED, COMBINED, OTHER = "_base", "_mixed", "_combined", "_other"
 _SPECIAL = (BASE, MIXED, COMBINED, OTHER)
 
@@ -89,6 +90,13 @@ class Metrics:
             "quarantined_adapters", "Adapters of --state that could not be brought back"
         )
         self._shed = self._counter("shed_requests", "Requests turned away", "reason")
+        self._routes = self._counter(
+            "route_requests", "Requests of routes ended", "route", "arm", "ended"
+        )
+        self._route_seconds = self._histogram(
+            "route_request_seconds", "Of the answered ones", _WAIT_SECONDS, "route", "arm"
+        )
+        self._arms: set[tuple[str, str]] = set()
         self._rpcs = self._counter("rpcs", "Calls ended", "method", "code")
         self._http = self._counter("http_requests", "HTTP requests ended", "path", "status")
 
@@ -189,6 +197,25 @@ class Metrics:
         """path: the template of one of our own, such as ``/v1/models/{name}``; status: of HTTP, 499
         if the client went away before there was one."""
         self._http.labels(path, str(status)).inc()
+
+    def on_route(self, route: str, arm: str, ended: str, seconds: float) -> None:
+        """A request of a route ended, as `Ended` says; on the event loop. Beyond `MAX_ARMS` pairs
+        of route and arm the rest are counted as ``_other``."""
+        pair = route, arm
+        if pair not in self._arms and len(self._arms - {(OTHER, OTHER)}) >= MAX_ARMS:
+            pair = OTHER, OTHER
+        self._arms.add(pair)
+        self._routes.labels(*pair, ended).inc()
+        if ended == "answered":
+            self._route_seconds.labels(*pair).observe(seconds)
+
+    def on_route_gone(self, route: str) -> None:
+        """Forget everything under its name."""
+        for pair in [pair for pair in self._arms if pair[0] == route]:
+            self._arms.discard(pair)
+            for ended in ("answered", "error", "refused", "cancelled"):
+                _remove(self._routes, (*pair, ended))
+            _remove(self._route_seconds, pair)
 
     def _label(self, adapter: str) -> str:
         if not adapter:

@@ -123,7 +123,7 @@ async def _serve(
 ) -> int:
     store = None if state is None else await _restore(engine, state, metrics)
     identity = await _identity(config, store)
-    services = Services(engine, text, config.rpc, metrics.recent, store, identity)
+    services = Services(engine, text, config.rpc, metrics, store, identity)
     doorman = Doorman(identity.book, identity.refresh)
     given = (services, doorman, config.rpc, metrics, config.engine.max_queue)
     opened: list[Door] = [RpcDoor(*given, tgis.served(services))]

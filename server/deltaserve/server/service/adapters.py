@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from deltaserve.server.engine.core import AdapterInfo
 from deltaserve.server.errors import ShuttingDown
+from deltaserve.server.routes.book import RouteBook
 from deltaserve.server.service import answer, convert
 from deltaserve.server.service.call import Call
 from deltaserve.server.service.kept import Kept
@@ -57,9 +58,11 @@ class Watcher:
 
 
 class AdapterService:
-    """A call that goes away does not undo what it began. store: keeps what it changes."""
+    """A call that goes away does not undo what it began. book: of the routes, whose names and
+    adapters are theirs. store: keeps what it changes."""
 
-    def __init__(self, engine: Engine, store: Store | None = None) -> None:
+    def __init__(self, engine: Engine, book: RouteBook, store: Store | None = None) -> None:
+        self._book = book
         self._adapters = engine.adapters
         self._kept = Kept(engine.adapters, store)
         self._base = engine.info().base
@@ -74,6 +77,7 @@ class AdapterService:
         self, request: pb.LoadAdapterRequest, call: Call
     ) -> pb.LoadAdapterResponse:
         name = convert.adapter_name(request.name, self._base)
+        self._book.check_adapter_name(name)
         info = await self._kept.load(
             call.caller.name,
             name,
@@ -88,6 +92,7 @@ class AdapterService:
     async def UnloadAdapter(
         self, request: pb.UnloadAdapterRequest, call: Call
     ) -> pb.UnloadAdapterResponse:
+        self._book.check_unused(request.name)
         freed = await self._kept.unload(call.caller.name, request.name)
         return pb.UnloadAdapterResponse(freed_bytes=freed)
 

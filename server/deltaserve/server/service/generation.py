@@ -6,7 +6,7 @@ import logging
 import uuid
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,8 +16,10 @@ from deltaserve.server.service import answer, combined, convert
 from deltaserve.server.service.asked import Asked, extras
 from deltaserve.server.service.call import Call
 from deltaserve.server.service.constrain import Constrainer
-from deltaserve.server.service.encode import Encoders
+from deltaserve.server.service.encode import Encoder, Encoders
 from deltaserve.server.service.outbox import LoopOutbox, Stream
+from deltaserve.server.service.routed import Routed
+from deltaserve.server.service.routing import Routing
 from deltaserve.v1 import generation_pb2 as pb
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class GenerationService:
         encoders: Encoders,
         constrainer: Constrainer,
         outbox: LoopOutbox,
+        routing: Routing,
         max_seconds: float,
     ) -> None:
         self._engine = engine
@@ -44,24 +47,33 @@ class GenerationService:
         self._encoders = encoders
         self._constrainer = constrainer
         self._outbox = outbox
+        self._routing = routing
         self._max_seconds = max_seconds
 
     async def Generate(self, request: pb.GenerateRequest, call: Call) -> pb.GenerateResponse:
-        asked = await self._asked(request, call)
+        routed = self._routing.of(request, call)
+        with routed.running():
+            return await self._generate(routed, call)
+
+    async def _generate(
+        self, routed: Routed[pb.GenerateRequest], call: Call
+    ) -> pb.GenerateResponse:
+        asked = await self._asked(routed.request, call)
         outputs: dict[str, list[Output]] = {r.request_id: [] for r in asked.requests}
         async with self._submitted(asked.requests) as stream:
             while not stream.done:
-                for output in asked.heard(_checked(await stream.take())):
+                for output in routed.heard(asked.heard(_checked(await stream.take()))):
                     outputs[output.request_id].append(output)
         each = list(outputs.values())
         lasts = [found[-1] for found in each]
         name = _name(asked.requests[0])
-        _log(name, lasts)
-        shown = [asked.shown(found) for found in asked.best(each)]
+        _log(name, lasts, routed.shown)
+        best = asked.best(each)
+        routed.answered_by(found[-1].request_id for found in best)
         return pb.GenerateResponse(
             request_id=name,
-            choices=[answer.choice(i, found) for i, found in enumerate(shown)],
-            served_by=answer.served_by(lasts[0], self._info),
+            choices=[answer.choice(i, asked.shown(found)) for i, found in enumerate(best)],
+            served_by=routed.mark(answer.served_by(lasts[0], self._info)),
             usage=answer.usage((o.usage for o in lasts if o.usage), one_prompt=True),
             timings=answer.timings(o.timings for o in lasts if o.timings),
             prompt_logprobs=map(answer.logprob, asked.prompt_logprobs),
@@ -70,24 +82,41 @@ class GenerationService:
     async def GenerateStream(
         self, request: pb.GenerateStreamRequest, call: Call
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
-        asked = await self._asked(request, call)
+        routed = self._routing.of(request, call)
+        with routed.running():
+            async with aclosing(self._pieces(routed, call)) as messages:
+                async for message in messages:
+                    yield message
+
+    async def _pieces(
+        self, routed: Routed[pb.GenerateStreamRequest], call: Call
+    ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        asked = await self._asked(routed.request, call)
         indices = {r.request_id: i for i, r in enumerate(asked.requests)}
         name = _name(asked.requests[0])
         started = False
         async with self._submitted(asked.requests) as stream:
             while not stream.done:
-                outputs = asked.shown(asked.heard(_checked(await stream.take())))
+                heard = routed.heard(asked.heard(_checked(await stream.take())))
+                outputs = asked.shown(heard)
                 message = _message(outputs, indices)
                 if not started and outputs[0].served_by is not None:
                     started = True
                     message.start.request_id = name
-                    message.start.served_by.CopyFrom(answer.served_by(outputs[0], self._info))
+                    served = answer.served_by(outputs[0], self._info)
+                    message.start.served_by.CopyFrom(routed.mark(served))
                     prompt = map(answer.logprob, asked.prompt_logprobs)
                     message.start.prompt_logprobs.extend(prompt)
                 yield message
-                _log(name, [o for o in outputs if o.finish_reason is not None])
+                _log(name, [o for o in outputs if o.finish_reason is not None], routed.shown)
 
     async def Score(self, request: pb.ScoreRequest, call: Call) -> pb.ScoreResponse:
+        routed = self._routing.of(request, call)
+        with routed.running():
+            return await self._score(routed, call)
+
+    async def _score(self, routed: Routed[pb.ScoreRequest], call: Call) -> pb.ScoreResponse:
+        request = routed.request
         convert.check_labels(request)
         name = request.request_id or uuid.uuid4().hex
         adapters = convert.adapters(request, self._info.base)
@@ -112,14 +141,14 @@ class GenerationService:
         lasts: dict[str, Output] = {}
         async with self._submitted(requests) as stream:
             while not stream.done:
-                for output in _checked(await stream.take()):
+                for output in routed.heard(_checked(await stream.take())):
                     lasts[output.request_id] = output
         ordered = [lasts[r.request_id] for r in requests]
-        _log(name, ordered)
+        _log(name, ordered, routed.shown)
         return pb.ScoreResponse(
             request_id=name,
             scores=[answer.score(o) for o in ordered],
-            served_by=answer.served_by(ordered[0], self._info),
+            served_by=routed.mark(answer.served_by(ordered[0], self._info)),
             usage=answer.usage(o.usage for o in ordered if o.usage),
         )
 
@@ -141,18 +170,32 @@ class GenerationService:
         return pb.SetWeightsResponse()
 
     async def Tokenize(self, request: pb.TokenizeRequest, call: Call) -> pb.TokenizeResponse:
-        encoder = await self._encoders.of(self._model(request), known=True)
+        encoder = await self._encoder(request.model)
         ids = await encoder.prompt(request)
         return pb.TokenizeResponse(token_ids=ids, max_length=self._info.max_length)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, call: Call) -> pb.DetokenizeResponse:
-        encoder = await self._encoders.of(self._model(request), known=True)
+        encoder = await self._encoder(request.model)
         return pb.DetokenizeResponse(text=await encoder.detokenize(list(request.token_ids)))
 
-    def _model(self, request: pb.TokenizeRequest | pb.DetokenizeRequest) -> list[str]:
-        """The adapter that it names, if it does."""
-        name = convert.label("model", request.model)
-        return [name] if name and name != self._info.base else []
+    async def _encoder(self, model: str) -> Encoder:
+        """Of the adapter that it names, if it does; of a route, the one that its arms share."""
+        name = convert.label("model", model)
+        route = self._routing.route(name)
+        if route is None:
+            names = [name] if name and name != self._info.base else []
+            return await self._encoders.of(names, known=True)
+        found = {}
+        for arm in route.arms.values():
+            names = [arm.model] if arm.model else [a.name for a in arm.adapters]
+            found[arm.name] = await self._encoders.of(names, known=True)
+        control = found[route.control]
+        for arm_name, encoder in found.items():
+            if encoder.tokenizer is not control.tokenizer:
+                what = f"route {name!r}, whose arms {route.control!r} and {arm_name!r} bring "
+                right = "a route whose arms share a tokenizer, or an adapter"
+                convert.refuse("model", what + "different tokenizers,", right)
+        return control
 
     async def _asked(self, request: convert.GenerateRequest, call: Call) -> Asked:
         """One request for each choice."""
@@ -250,12 +293,14 @@ def _name_of(engine_id: str) -> str:
     return engine_id.rsplit("#", 2)[0]
 
 
-def _log(name: str, lasts: list[Output]) -> None:
+def _log(name: str, lasts: list[Output], route: str) -> None:
     for last in lasts:
         used = last.usage
         log.info(
-            "request=%s adapters=%s finish=%s prompt=%d completion=%d cached=%d seconds=%.3f",
+            "request=%s route=%s adapters=%s finish=%s prompt=%d completion=%d cached=%d "
+            "seconds=%.3f",
             name,
+            route,
             "|".join(map(_shown, [m.adapters for m in last.members] or [last.served_by or ()])),
             last.finish_reason,
             used.prompt_tokens if used else 0,

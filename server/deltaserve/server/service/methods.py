@@ -37,8 +37,11 @@ class Method:
 
 
 def methods(described: ServiceDescriptor, service: object) -> Iterable[Method]:
-    """service: has a coroutine of each method's name, an asynchronous generator if it streams."""
+    """service: has a coroutine of each method's name, an asynchronous generator if it streams. A
+    method that it does not have cannot be called."""
     for method in described.methods:
+        if not hasattr(service, method.name):
+            continue
         needed = NEEDED[f"{described.full_name}/{method.name}"]
         request = GetMessageClass(method.input_type)
         run = getattr(service, method.name)

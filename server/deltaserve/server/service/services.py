@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from deltaserve.server.config import RpcConfig
 from deltaserve.server.identity.book import Book
-from deltaserve.server.recent import Recent
+from deltaserve.server.metrics import Metrics
+from deltaserve.server.routes.book import RouteBook
 from deltaserve.server.service.adapters import AdapterService
 from deltaserve.server.service.constrain import Constrainer
 from deltaserve.server.service.encode import Encoders
@@ -16,26 +17,28 @@ from deltaserve.server.service.identity import Identity, IdentityService
 from deltaserve.server.service.info import ServerService
 from deltaserve.server.service.methods import Method, methods
 from deltaserve.server.service.outbox import LoopOutbox
+from deltaserve.server.service.routes import RouteService
+from deltaserve.server.service.routing import Routing
 from deltaserve.server.service.traffic import Traffic
-from deltaserve.v1 import adapter_pb2, generation_pb2, identity_pb2, server_pb2
+from deltaserve.v1 import adapter_pb2, generation_pb2, identity_pb2, route_pb2, server_pb2
 
 if TYPE_CHECKING:
     from deltaserve.server.engine.engine import Engine
     from deltaserve.server.engine.text import Text
+    from deltaserve.server.routes.shelf import Shelf
     from deltaserve.server.state.store import Store
 
 
 class Services:
-    """To be made inside the event loop that runs the doors. recent: as the engine's observer was
-    told. store: keeps what is changed.
-    identity: whom the server knows."""
+    """To be made inside the event loop that runs the doors. metrics: the engine's observer.
+    store: keeps what is changed. identity: whom the server knows."""
 
     def __init__(
         self,
         engine: Engine,
         text: Text,
         config: RpcConfig,
-        recent: Recent,
+        metrics: Metrics,
         store: Store | None = None,
         identity: Identity | None = None,
     ) -> None:
@@ -44,12 +47,24 @@ class Services:
         self._outbox = LoopOutbox(asyncio.get_running_loop())
         self.encoders = Encoders(text, info.max_length, engine.adapters.own_text)
         self._constrainer = Constrainer(text, info.vocab_size, info.eos_token_ids)
+        self._book = RouteBook(engine.adapters, info.base, _shelf(store))
+        self._routing = Routing(self._book, None, metrics)
         self.generation = GenerationService(
-            engine, self.encoders, self._constrainer, self._outbox, config.max_seconds
+            engine,
+            self.encoders,
+            self._constrainer,
+            self._outbox,
+            self._routing,
+            config.max_seconds,
         )
-        self.adapters = AdapterService(engine, store)
+        self.adapters = AdapterService(engine, self._book, store)
         self.identity = IdentityService(identity or Identity(Book()))
-        self.server = ServerService(engine, recent, chat=text.has_chat_template)
+        self.routes = RouteService(engine, self._book)
+        self.server = ServerService(engine, metrics.recent, chat=text.has_chat_template)
+
+    async def start(self) -> None:
+        """Bring back what the store has, before the first call. StateUnavailable."""
+        await self._book.restore()
 
     @property
     def in_flight(self) -> int:
@@ -62,6 +77,7 @@ class Services:
             generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]: self.generation,
             adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"]: self.adapters,
             identity_pb2.DESCRIPTOR.services_by_name["IdentityService"]: self.identity,
+            route_pb2.DESCRIPTOR.services_by_name["RouteService"]: self.routes,
             server_pb2.DESCRIPTOR.services_by_name["ServerService"]: self.server,
         }
         return {d.full_name: list(methods(d, service)) for d, service in described.items()}
@@ -77,6 +93,7 @@ class Services:
         try:
             async with asyncio.timeout(seconds):
                 await self.traffic.idle()
+                await self._routing.drain()
         except TimeoutError:
             return False
         return True
@@ -85,3 +102,12 @@ class Services:
         """End the threads."""
         self.encoders.close()
         self._constrainer.close()
+        self._routing.close()
+
+
+def _shelf(store: Store | None) -> Shelf | None:
+    if store is None:
+        return None
+    from deltaserve.server.routes.shelf import Shelf  # SQLAlchemy: not without --state
+
+    return Shelf(store)

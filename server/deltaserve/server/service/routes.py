@@ -1,0 +1,98 @@
+"""RouteService: routes, feedback on their answers, and reports."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from deltaserve.server.engine import validate
+from deltaserve.server.engine.core import Request
+from deltaserve.server.errors import InvalidRequest
+from deltaserve.server.routes.book import RouteBook
+from deltaserve.server.routes.route import Standing, State
+from deltaserve.server.service import convert
+from deltaserve.server.service.call import Call
+from deltaserve.v1 import generation_pb2
+from deltaserve.v1 import route_pb2 as pb
+
+if TYPE_CHECKING:
+    from deltaserve.server.engine.engine import Engine
+
+
+STATES: dict[State, Any] = {
+    state: pb.RouteState.Value(f"ROUTE_STATE_{state.name}") for state in State
+}
+
+
+class RouteService:
+    """book: of the routes."""
+
+    def __init__(self, engine: Engine, book: RouteBook) -> None:
+        info = engine.info()
+        self._limits = validate.Limits(info.vocab_size, info.max_length, 1 << 31)
+        self._book = book
+
+    async def PutRoute(self, request: pb.PutRouteRequest, call: Call) -> pb.PutRouteResponse:
+        for i, arm in enumerate(request.route.arms):
+            self._check_overrides(f"route.arms[{i}].", arm)
+        standing = await self._book.put(call.caller.name, request.route)
+        return pb.PutRouteResponse(route=shown(standing))
+
+    async def GetRoute(self, request: pb.GetRouteRequest, call: Call) -> pb.GetRouteResponse:
+        if request.name in self._book.failed:
+            return pb.GetRouteResponse(route=_failed(request.name, self._book))
+        return pb.GetRouteResponse(route=shown(self._book.get(request.name)))
+
+    async def ListRoutes(self, request: pb.ListRoutesRequest, call: Call) -> pb.ListRoutesResponse:
+        found = [shown(standing) for standing in self._book.all()]
+        found += [_failed(name, self._book) for name in self._book.failed]
+        found.sort(key=lambda route: route.name)
+        return pb.ListRoutesResponse(routes=found)
+
+    async def DeleteRoute(
+        self, request: pb.DeleteRouteRequest, call: Call
+    ) -> pb.DeleteRouteResponse:
+        await self._book.delete(call.caller.name, request.name)
+        return pb.DeleteRouteResponse()
+
+    async def RollBackRoute(
+        self, request: pb.RollBackRouteRequest, call: Call
+    ) -> pb.RollBackRouteResponse:
+        reason = convert.label("reason", request.reason)
+        who = call.caller.name
+        standing = await self._book.roll_back(who, request.name, reason or f"asked for by {who}")
+        return pb.RollBackRouteResponse(route=shown(standing))
+
+    def _check_overrides(self, path: str, arm: pb.Arm) -> None:
+        """What would be refused of every request."""
+        given = generation_pb2.GenerateRequest(sampling=arm.sampling, stop=arm.stop)
+        try:
+            convert.bad_words(given)
+            sampling = convert.sampling(given)
+            validate.check(Request("route", (0,), sampling), self._limits)
+        except InvalidRequest as error:
+            field = convert.in_request(error).field
+            raise InvalidRequest(f"{path}{field}: {error}", field=path + field) from None
+
+
+def shown(standing: Standing) -> pb.Route:
+    """The message."""
+    route = pb.Route()
+    route.CopyFrom(standing.route.given)
+    route.etag = standing.etag
+    route.state = STATES[standing.state]
+    route.reason = standing.reason
+    route.weights.update(standing.shares(time.time()))
+    route.start_time.CopyFrom(_timestamp(standing.epoch / 1000))
+    route.update_time.CopyFrom(_timestamp(standing.changed))
+    return route
+
+
+def _failed(name: str, book: RouteBook) -> pb.Route:
+    return pb.Route(name=name, state=STATES[State.FAILED], reason=book.failed[name])
+
+
+def _timestamp(seconds: float) -> Timestamp:
+    return Timestamp(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))

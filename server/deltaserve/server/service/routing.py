@@ -1,0 +1,92 @@
+"""Routing: requests that name a route get an arm, and their trials go to the ledger."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from deltaserve.server.ledger.tally import Ledger
+from deltaserve.server.ledger.trial import Trial
+from deltaserve.server.metrics import Metrics
+from deltaserve.server.routes.assign import Placement, place
+from deltaserve.server.routes.book import RouteBook
+from deltaserve.server.routes.refusals import refuses
+from deltaserve.server.routes.route import Metric, Route
+from deltaserve.server.service import convert
+from deltaserve.server.service.call import Call
+from deltaserve.server.service.routed import Asked, Routed, as_arm
+
+log = logging.getLogger(__name__)
+
+
+class Routing:
+    """Belongs to one event loop. ledger, metrics: None where nobody counts."""
+
+    def __init__(
+        self, book: RouteBook, ledger: Ledger | None = None, metrics: Metrics | None = None
+    ) -> None:
+        self._book = book
+        self._ledger = ledger
+        self._metrics = metrics
+        self._judges = ThreadPoolExecutor(1, thread_name_prefix="deltaserve-refusals")
+        self._judging: set[asyncio.Future[bool]] = set()
+
+    def of(self, request: Asked, call: Call) -> Routed[Asked]:
+        """The request as its arm is to answer it; the request itself if it names no route."""
+        self._check_parts(request)
+        standing = self._book.find(request.model) if request.model else None
+        if standing is None or request.adapters or request.HasField("combination"):
+            return Routed(request)
+        convert.check_labels(request)
+        tenant = call.caller.tenant
+        placement = place(standing, tenant, request.user, time.time())
+        return Routed(as_arm(request, placement.arm), placement, tenant, self._finish)
+
+    def route(self, name: str) -> Route | None:
+        """The route of that name."""
+        standing = self._book.find(name) if name else None
+        return None if standing is None else standing.route
+
+    async def drain(self) -> None:
+        """Wait until every trial is with the ledger."""
+        while self._judging:
+            await asyncio.wait(self._judging)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._judges.shutdown(wait=False, cancel_futures=True)
+
+    def _check_parts(self, request: Asked) -> None:
+        """A route stands alone, in `model`."""
+        fields = [("adapters.name", a.name) for a in request.adapters]
+        for i, member in enumerate(request.combination.members):
+            path = f"combination.members[{i}]."
+            fields += [(f"{path}model", member.model)]
+            fields += [(f"{path}adapters.name", a.name) for a in member.adapters]
+        for field, name in fields:
+            if name and self._book.find(name) is not None:
+                convert.refuse(field, f"route {name!r}", "an adapter; a route is a `model` alone")
+
+    def _finish(self, placement: Placement, trial: Trial, openings: list[str]) -> None:
+        """Off the path of the tokens: patterns may take their time on a thread of their own."""
+        if self._metrics is not None:
+            self._metrics.on_route(trial.route, trial.arm, trial.ended, trial.seconds)
+        if self._ledger is None:
+            return
+        rail = placement.standing.route.guardrails.get(Metric.REFUSAL)
+        patterns = () if rail is None else rail.refusals
+        loop = asyncio.get_running_loop()
+        future = loop.run_in_executor(
+            self._judges, lambda: any(refuses(text, patterns) for text in openings)
+        )
+        self._judging.add(future)
+        future.add_done_callback(lambda done: self._record(trial, done))
+
+    def _record(self, trial: Trial, judged: asyncio.Future[bool]) -> None:
+        self._judging.discard(judged)
+        assert self._ledger is not None
+        refusal = not judged.cancelled() and judged.exception() is None and judged.result()
+        self._ledger.record(replace(trial, refusal=refusal))
