@@ -10,6 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from deltaserve.server.engine import validate
 from deltaserve.server.engine.core import Request
 from deltaserve.server.errors import InvalidRequest
+from deltaserve.server.metrics import Metrics
 from deltaserve.server.routes.book import RouteBook
 from deltaserve.server.routes.route import Standing, State
 from deltaserve.server.service import convert
@@ -27,12 +28,13 @@ STATES: dict[State, Any] = {
 
 
 class RouteService:
-    """book: of the routes."""
+    """book: of the routes. metrics: count by them."""
 
-    def __init__(self, engine: Engine, book: RouteBook) -> None:
+    def __init__(self, engine: Engine, book: RouteBook, metrics: Metrics) -> None:
         info = engine.info()
         self._limits = validate.Limits(info.vocab_size, info.max_length, 1 << 31)
         self._book = book
+        self._metrics = metrics
 
     async def PutRoute(self, request: pb.PutRouteRequest, call: Call) -> pb.PutRouteResponse:
         for i, arm in enumerate(request.route.arms):
@@ -55,6 +57,7 @@ class RouteService:
         self, request: pb.DeleteRouteRequest, call: Call
     ) -> pb.DeleteRouteResponse:
         await self._book.delete(call.caller.name, request.name)
+        self._metrics.on_route_gone(request.name)
         return pb.DeleteRouteResponse()
 
     async def RollBackRoute(

@@ -23,11 +23,9 @@ log = logging.getLogger(__name__)
 
 
 class Routing:
-    """Belongs to one event loop. ledger, metrics: None where nobody counts."""
+    """Belongs to one event loop. ledger: None keeps no trials."""
 
-    def __init__(
-        self, book: RouteBook, ledger: Ledger | None = None, metrics: Metrics | None = None
-    ) -> None:
+    def __init__(self, book: RouteBook, metrics: Metrics, ledger: Ledger | None = None) -> None:
         self._book = book
         self._ledger = ledger
         self._metrics = metrics
@@ -72,8 +70,7 @@ class Routing:
 
     def _finish(self, placement: Placement, trial: Trial, openings: list[str]) -> None:
         """Off the path of the tokens: patterns may take their time on a thread of their own."""
-        if self._metrics is not None:
-            self._metrics.on_route(trial.route, trial.arm, trial.ended, trial.seconds)
+        self._metrics.on_route(trial.route, trial.arm, trial.ended, trial.seconds)
         if self._ledger is None:
             return
         rail = placement.standing.route.guardrails.get(Metric.REFUSAL)

@@ -47,8 +47,8 @@ class Services:
         self._outbox = LoopOutbox(asyncio.get_running_loop())
         self.encoders = Encoders(text, info.max_length, engine.adapters.own_text)
         self._constrainer = Constrainer(text, info.vocab_size, info.eos_token_ids)
-        self._book = RouteBook(engine.adapters, info.base, _shelf(store))
-        self._routing = Routing(self._book, None, metrics)
+        self._routes = RouteBook(engine.adapters, info.base, _shelf(store))
+        self._routing = Routing(self._routes, metrics)
         self.generation = GenerationService(
             engine,
             self.encoders,
@@ -57,14 +57,14 @@ class Services:
             self._routing,
             config.max_seconds,
         )
-        self.adapters = AdapterService(engine, self._book, store)
+        self.adapters = AdapterService(engine, self._routes, store)
         self.identity = IdentityService(identity or Identity(Book()))
-        self.routes = RouteService(engine, self._book)
+        self.routes = RouteService(engine, self._routes, metrics)
         self.server = ServerService(engine, metrics.recent, chat=text.has_chat_template)
 
     async def start(self) -> None:
         """Bring back what the store has, before the first call. StateUnavailable."""
-        await self._book.restore()
+        await self._routes.restore()
 
     @property
     def in_flight(self) -> int:
