@@ -40,9 +40,10 @@ def ask(stub: Any, *texts: str, adapter_id: str = "", **params: Any) -> Any:
     return stub.Generate(request, timeout=60).responses
 
 
-@pytest.mark.parametrize("model", ["", "sort"])
+@pytest.mark.parametrize("model", ["", "base", "sort"])
 def test_the_text_is_that_of_our_own_service(served: Any, tokenizer: Any, model: str) -> None:
     serving, stub = served
+    model = serving.client.server_info().base if model == "base" else model
     shown = {
         "generated_tokens": True,
         "input_tokens": True,

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from deltaserve.server.service.call import Call
-from deltaserve.server.service.convert import prompt_text, refuse
+from deltaserve.server.service.convert import refuse
 from deltaserve.server.service.encode import Encoder, Encoders
 from deltaserve.server.service.generation import GenerationService
 from deltaserve.server.service.methods import Method, methods
@@ -69,15 +69,23 @@ class TgisService:
     ) -> tgis.BatchedTokenizeResponse:
         """The tokens that Generate would see."""
         if len(request.requests) > requests.MAX_BATCH:
-            found = f"{len(request.requests)} of them"
-            refuse("requests", found, f"at most {requests.MAX_BATCH}")
-        with requests.named_by_tgis("requests"):
-            encoder = await self._encoder(requests.adapter(request))
-        return tgis.BatchedTokenizeResponse(
-            responses=[
-                await self._tokenized(encoder, request, i) for i in range(len(request.requests))
-            ]
-        )
+            count = f"{len(request.requests)} of them"
+            refuse("requests", count, f"at most {requests.MAX_BATCH}")
+        model = requests.adapter(request)
+        encoder = await self._encoder(model)
+        found = tgis.BatchedTokenizeResponse()
+        for i, one in enumerate(request.requests):
+            with requests.named_by_tgis(f"requests[{i}].text"):
+                ids = await self._ids(one.text, model, call)
+            kept = _kept(ids, encoder, request.truncate_input_tokens)
+            answer = found.responses.add(token_count=len(kept))
+            if request.return_tokens:
+                answer.tokens.extend(encoder.tokenizer.tokens([ids[at] for at in kept]))
+            if request.return_offsets:
+                offsets = await encoder.offsets(one.text)
+                for start, end in (offsets[at] for at in kept):
+                    answer.offsets.add(start=start, end=end)
+        return found
 
     async def ModelInfo(self, request: tgis.ModelInfoRequest, call: Call) -> tgis.ModelInfoResponse:
         """An answer may be as long as the model takes, less one token of a prompt."""
@@ -102,7 +110,8 @@ class TgisService:
             asked = requests.wanted(params)
             ends = None if asked.seconds is None else now + asked.seconds
             encoder = await self._encoder(model)
-            ids, _ = await _truncated(encoder, text, field, params.truncate_input_tokens)
+            ids = await self._ids(text, model, call)
+            ids = [ids[at] for at in _kept(ids, encoder, params.truncate_input_tokens)]
             answer = Answer(asked, text, ids, encoder.tokenizer.tokens, self._info.eos_token_ids)
             message = requests.generate(params, asked, model, ids, request_id)
             started = False
@@ -119,21 +128,12 @@ class TgisService:
             yield answer.too_late()
 
     async def _encoder(self, model: str) -> Encoder:
-        return await self._encoders.of([model] if model else [], known=True)
+        """What tells of tokens; whether there is such a model, `_ids` says."""
+        return await self._encoders.of([model] if model else [])
 
-    async def _tokenized(
-        self, encoder: Encoder, request: tgis.BatchedTokenizeRequest, i: int
-    ) -> tgis.TokenizeResponse:
-        text, field = request.requests[i].text, f"requests[{i}].text"
-        ids, kept = await _truncated(encoder, text, field, request.truncate_input_tokens)
-        found = tgis.TokenizeResponse(token_count=len(ids))
-        if request.return_tokens:
-            found.tokens.extend(encoder.tokenizer.tokens(ids))
-        if request.return_offsets:
-            offsets = await encoder.offsets(text)
-            for start, end in (offsets[at] for at in kept):
-                found.offsets.add(start=start, end=end)
-        return found
+    async def _ids(self, text: str, model: str, call: Call) -> list[int]:
+        asked = pb.TokenizeRequest(text=text, model=model)
+        return [*(await self._generation.Tokenize(asked, call)).token_ids]
 
 
 def served(services: Services) -> dict[str, list[Method]]:
@@ -155,20 +155,15 @@ async def _next(
         return None
 
 
-async def _truncated(
-    encoder: Encoder, text: str, field: str, most: int
-) -> tuple[list[int], list[int]]:
-    """The token ids of a text, and where each was before. most: more are left out at the beginning,
-    behind the special tokens there; 0 for all."""
-    ids = await encoder.text(prompt_text(text, field))
+def _kept(ids: list[int], encoder: Encoder, most: int) -> list[int]:
+    """The places of the tokens to keep. most: of those of the text the first are left out; 0 for
+    all."""
     places = list(range(len(ids)))
-    if 0 < most < len(ids):
-        begin, end = encoder.specials(ids)
-        rest = most - begin - end
-        if rest < 1:
-            right = (
-                f"at least {begin + end + 1}: the tokenizer adds {begin + end} tokens of its own"
-            )
-            refuse("truncate_input_tokens", str(most), right)
-        places = [*places[:begin], *places[len(ids) - end - rest :]]
-    return [ids[at] for at in places], places
+    if not 0 < most < len(ids):
+        return places
+    begin, end = encoder.specials(ids)
+    rest, own = most - begin - end, begin + end
+    if rest < 1:
+        right = f"at least {own + 1}: the tokenizer adds {own} tokens of its own"
+        refuse("truncate_input_tokens", str(most), right)
+    return [*places[:begin], *places[len(ids) - end - rest :]]
