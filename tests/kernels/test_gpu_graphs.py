@@ -234,6 +234,23 @@ def test_plain_adapters_have_a_graph_of_their_own(
     assert capture.launched.count("inputs_kernel") == 4
 
 
+def test_only_what_a_step_uses_is_sent(
+    model: Model, captured: tuple[RecordedCapture, GraphTable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one copy: the plans while the device has others, of the blocks as many for each sequence
+    as the longest has; which are where the kernels look for them, after longer ones too."""
+    _, table = captured
+    graph = table._graphs[5, True].graph
+    send, sent = graph._memory.send, []
+    monkeypatch.setattr(graph._memory, "send", lambda *of: sent.append(of[1:]) or send(*of))
+    step = decode_step([((1, 1.0),), ((4, 1.0),), ()], [3, 9, 4])
+    others = [decode_step([()] * 3, positions) for positions in ([23, 2, 9], [1, 0, 2])]
+    for own in (step, *(replace(other, segments=step.segments) for other in others)):
+        assert check(model, table, own) is not None
+    ends = [graph._table + 5 * width for width in (3, 6, 1)]
+    assert sent == list(zip((0, graph._head, graph._head), ends, strict=True))
+
+
 def test_what_is_installed_changes_between_two_replays(
     model: Model, captured: tuple[RecordedCapture, GraphTable]
 ) -> None:

@@ -25,13 +25,14 @@ def _split_cells(
 
 @triton.jit(
     do_not_specialize=[
-        "sinks", "query_start", "lengths", "tables", "rows", "window", "width", "query_step",
-        "split_tiles", "padded", "key_block", "value_block",
+        "sinks", "query_start", "lengths", "tables", "rows", "window", "row_step", "table_step",
+        "query_step", "split_tiles", "padded", "key_block", "value_block",
     ]
 )  # fmt: skip
 def decode_kernel(
     out, sums, padded, planes, stats, query, keys, values, key_block, value_block, sinks,
-    query_start, lengths, tables, rows, inner, outer, window, width, query_step, split_tiles,
+    query_start, lengths, tables, rows, inner, outer, window, row_step, table_step, query_step,
+    split_tiles,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, KEY_STEP: tl.constexpr, VALUE_STEP: tl.constexpr,
     HEAD_TILE: tl.constexpr, UNIT: tl.constexpr,
@@ -69,12 +70,12 @@ def decode_kernel(
     acc = tl.zeros((BM, BV), tl.float32)
     keys += kv_head * KEY_DIM
     values += kv_head * VALUE_DIM
-    tables += row.to(tl.int64) * width
+    tables += row.to(tl.int64) * row_step
     position = tl.where(live, length - 1, -1)
     peak, total, acc = attend(
-        peak, total, acc, q, keys, values, key_block, value_block, tables, begin, end, position,
-        inner, outer, window, KV_HEADS, KEY_DIM, VALUE_DIM, BLOCK_SIZE, KEY_STEP, VALUE_STEP,
-        BN, BK, BV, True, WINDOW, SOFTCAP,
+        peak, total, acc, q, keys, values, key_block, value_block, tables, table_step, begin,
+        end, position, inner, outer, window, KV_HEADS, KEY_DIM, VALUE_DIM, BLOCK_SIZE, KEY_STEP,
+        VALUE_STEP, BN, BK, BV, True, WINDOW, SOFTCAP,
     )  # fmt: skip
     if SPLIT:
         wanted = live[:, None] & (dv < VALUE_DIM)[None, :]

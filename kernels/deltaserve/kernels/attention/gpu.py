@@ -69,7 +69,7 @@ def paged_attention(
     sequences = (steps.query_start, steps.lengths, steps.tables, steps.rows)
     distances = (block_step(keys), block_step(values))
     read = (query, keys, values, *distances, sinks, *sequences)
-    how = (*logit_factors(scale, softcap), window or 0, steps.tables.stride(0), step)
+    how = (*logit_factors(scale, softcap), window or 0, *steps.tables.stride(), step)
     forms = {"WINDOW": window is not None, "SOFTCAP": softcap is not None, "SUM": 0}
     padded = 0
     if sums is not None:

@@ -28,8 +28,8 @@ def tile_heads(BM: tl.constexpr, HEAD_TILE: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def attend(
-    peak, total, acc, q, keys, values, key_block, value_block, table, begin, end, position,
-    inner, outer, window,
+    peak, total, acc, q, keys, values, key_block, value_block, table, table_step, begin, end,
+    position, inner, outer, window,
     KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, KEY_STEP: tl.constexpr, VALUE_STEP: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -39,7 +39,8 @@ def attend(
 
     peak, total [BM]: the largest logit so far, in base 2, and the sum of powers relative to it.
     acc [BM, BV]: the weighted sum of values, relative to it too. keys, values: of one KV head.
-    key_block, value_block: from block to block, in KEY_STEP and VALUE_STEP elements.
+    key_block, value_block: from block to block, in KEY_STEP and VALUE_STEP elements. table: the
+    sequence's blocks, table_step numbers from one to the next.
     position [BM]: where each query stands in its sequence; one that is negative sees nothing.
     Without MASKED every query sees every cell, and end - begin is a multiple of BN. inner and
     outer: see `logit_factors`.
@@ -54,9 +55,9 @@ def attend(
             owned = at < end
             k_mask = k_mask & owned[:, None]
             v_mask = v_mask & owned[:, None]
-            block = tl.load(table + at // BLOCK_SIZE, mask=owned, other=0)
+            block = tl.load(table + at // BLOCK_SIZE * table_step, mask=owned, other=0)
         else:
-            block = tl.load(table + at // BLOCK_SIZE)
+            block = tl.load(table + at // BLOCK_SIZE * table_step)
         block, row = block.to(tl.int64), at % BLOCK_SIZE
         key = block * (key_block * KEY_STEP) + row * (KV_HEADS * KEY_DIM)
         value = block * (value_block * VALUE_STEP) + row * (KV_HEADS * VALUE_DIM)

@@ -25,13 +25,13 @@ def _row_of_tile(tile, query_start, rows, TOKENS: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "sinks", "query_start", "lengths", "tables", "rows", "window", "width", "query_step",
-        "padded", "key_block", "value_block",
+        "sinks", "query_start", "lengths", "tables", "rows", "window", "row_step", "table_step",
+        "query_step", "padded", "key_block", "value_block",
     ]
 )  # fmt: skip
 def prefill_kernel(
     out, sums, padded, query, keys, values, key_block, value_block, sinks,
-    query_start, lengths, tables, rows, inner, outer, window, width, query_step,
+    query_start, lengths, tables, rows, inner, outer, window, row_step, table_step, query_step,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, KEY_STEP: tl.constexpr, VALUE_STEP: tl.constexpr,
     HEAD_TILE: tl.constexpr, UNIT: tl.constexpr,
@@ -63,22 +63,22 @@ def prefill_kernel(
     acc = tl.zeros((BM, BV), tl.float32)
     keys += kv_head * KEY_DIM
     values += kv_head * VALUE_DIM
-    tables += row.to(tl.int64) * width
+    tables += row.to(tl.int64) * row_step
     position = tl.where(live, past + tokens, -1)
     if WINDOW:
         begin = tl.maximum(past + token + 1 - window, 0)
     else:  # the cells that every query of the tile sees need no masks
         begin = (past + token + 1) // BN * BN
         peak, total, acc = attend(
-            peak, total, acc, q, keys, values, key_block, value_block, tables, 0, begin, position,
-            inner, outer, window, KV_HEADS, KEY_DIM, VALUE_DIM, BLOCK_SIZE, KEY_STEP, VALUE_STEP,
-            BN, BK, BV, False, False, SOFTCAP,
+            peak, total, acc, q, keys, values, key_block, value_block, tables, table_step, 0, begin,
+            position, inner, outer, window, KV_HEADS, KEY_DIM, VALUE_DIM, BLOCK_SIZE, KEY_STEP,
+            VALUE_STEP, BN, BK, BV, False, False, SOFTCAP,
         )  # fmt: skip
     end = past + tl.minimum(token + TOKENS, queries)
     peak, total, acc = attend(
-        peak, total, acc, q, keys, values, key_block, value_block, tables, begin, end, position,
-        inner, outer, window, KV_HEADS, KEY_DIM, VALUE_DIM, BLOCK_SIZE, KEY_STEP, VALUE_STEP,
-        BN, BK, BV, True, WINDOW, SOFTCAP,
+        peak, total, acc, q, keys, values, key_block, value_block, tables, table_step, begin, end,
+        position, inner, outer, window, KV_HEADS, KEY_DIM, VALUE_DIM, BLOCK_SIZE, KEY_STEP,
+        VALUE_STEP, BN, BK, BV, True, WINDOW, SOFTCAP,
     )  # fmt: skip
     acc = finish(peak, total, acc, sinks, head, live)
     write_out(out, sums, padded, acc, start + tokens, head, live, HEADS, VALUE_DIM, BV, SUM)

@@ -16,10 +16,10 @@ class AttentionTables:
 
     Tensors are int32, on one device. rows [1]: how many sequences there are. query_start
     [max_rows + 1]: tokens of sequence i are rows query_start[i]..query_start[i + 1] of the step.
-    lengths [max_rows]: its cells, those of the step's tokens included. tables [max_rows, width]:
-    the blocks that hold them, in order. What lies past the rows or the blocks in use may hold
-    anything. The bounds are of every step that the tables will hold: max_queries tokens and
-    max_length cells of one sequence.
+    lengths [max_rows]: its cells, those of the step's tokens included. tables [max_rows, width], of
+    any strides: the blocks that hold them, in order. What lies past the rows or the blocks in use
+    may hold anything. The bounds are of every step that the tables will hold: max_queries tokens
+    and max_length cells of one sequence.
     """
 
     rows: Tensor

@@ -40,9 +40,9 @@ class StaticStep:
 class _Side:
     """What the host writes of one step. longs: int64 [3, tokens], ids, positions and cells. words:
     int32, how many sequences there are, where their tokens start, and their lengths; table:
-    [tokens, width], their blocks. plans: by the family's name. planned: what these were made of
+    [width, tokens], their blocks. plans: by the family's name. planned: what these were made of
     (None: of nothing that is known), plain: whether they use nothing beside x; held: the blocks
-    that are in each row of the table."""
+    that the table has of each sequence."""
 
     longs: npt.NDArray[np.int64]
     words: npt.NDArray[np.int32]
@@ -71,25 +71,26 @@ class Graph:
         self._families = families
         self._size = block_size
         width = -(-max_length // block_size)
-        sizes = (3 * 2 * tokens, 2 + tokens * (2 + width))
-        head = sum(n + -n % 4 for n in sizes)
-        room = head
+        sizes = (3 * 2 * tokens, 2 + 2 * tokens + width * tokens)
+        room = sum(n + -n % 4 for n in sizes)
         for family in families.values():  # made twice: only then is their size known
             count = reserve(family, None).buffer.numel()
             room += count + -count % 4
         self._memory = StaticMemory(room, device, SIDES)
-        (long, long_out), (word, word_out) = (self._memory.take(n) for n in sizes)
-        ids, positions, cells = long_out.view(torch.int64).view(3, tokens)
-        parts = torch.split(word_out, [1, tokens + 1, tokens, tokens * width])
-        attention = AttentionTables(
-            parts[0], parts[1], parts[2], parts[3].view(tokens, width), block_size, 1, max_length
-        )
+        # The plans come first, and last the sequences' blocks, the first of each and so on: what is
+        # in use is one piece, with the plans or without.
         plans = {name: reserve(family, self._memory) for name, family in families.items()}
+        (long, long_out), (word, word_out) = map(self._memory.take, sizes)
+        ids, positions, cells = long_out.view(torch.int64).view(3, tokens)
+        parts = torch.split(word_out, [1, tokens + 1, tokens, width * tokens])
+        attention = AttentionTables(
+            parts[0], parts[1], parts[2], parts[3].view(width, tokens).T, block_size, 1, max_length
+        )
         layers = {name: plan.layers for name, plan in plans.items()}
         self.step = StaticStep(tokens, ids, positions, cells, attention, layers)
         alone = {name: [replace(p, uses=PLAIN) for p in own] for name, own in layers.items()}
         self.plain = replace(self.step, plans=alone)
-        self._head = head
+        self._head, self._table = int(long.storage_offset()), int(parts[3].storage_offset())
         self._sides = [self._side(i, long, word, plans, width) for i in range(SIDES)]
         self._next = 0
         self._sent: Any = None
@@ -101,11 +102,14 @@ class Graph:
         return self._memory.nbytes
 
     def send(self, step: DecodeStep, state: object) -> bool:
-        """One copy to the device; of the plans only if those that are there are not the step's.
-        Whether `plain` computes it as well as `step`. state: of what is installed; as long as it is
-        the same, equal segments have equal plans. Raises StepTooLarge before anything is sent."""
+        """One copy to the device: the plans only if those that are there are not the step's, as
+        many blocks of each sequence as the longest has. -> whether `plain` computes the step.
+        state: of what is installed; as long as it is the same, equal segments have equal plans.
+        Raises StepTooLarge before anything is sent."""
         side = self._lay_out(step, state)
-        self._memory.send(self._next, self._head if side.planned == self._sent else None)
+        start = self._head if side.planned == self._sent else 0
+        used = max(step.positions, default=-1) // self._size + 1
+        self._memory.send(self._next, start, self._table + used * self.tokens)
         self._sent = side.planned
         self._next = (self._next + 1) % SIDES
         return side.plain
@@ -132,9 +136,9 @@ class Graph:
             if known == given:
                 continue
             same = len(known) if known == given[: len(known)] else 0
-            table[i, same : len(given)] = given[same:]
+            table[same : len(given), i] = given[same:]
             side.held[i] = given
-        last = table[np.arange(count), used - 1].astype(np.int64)
+        last = table[used - 1, np.arange(count)].astype(np.int64)
         longs[2, :count] = last * size + positions % size
         return side
 
@@ -165,7 +169,7 @@ class Graph:
         return _Side(
             self._memory.on(i, long).view(torch.int64).view(3, self.tokens).numpy(),
             words[:start],
-            words[start:].reshape(self.tokens, width),
+            words[start:].reshape(width, self.tokens),
             {name: _on(plan, self._memory, i) for name, plan in plans.items()},
             held=[[] for _ in range(self.tokens)],
         )

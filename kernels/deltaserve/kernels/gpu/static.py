@@ -40,8 +40,8 @@ class StaticMemory:
         start = piece.storage_offset()
         return self._sides[side][start : start + piece.numel()]
 
-    def send(self, side: int = 0, count: int | None = None) -> None:
-        """One copy of the first `count` numbers, all of them if it is not given, in the order of
-        the current stream. What was sent before from this side must have arrived before its pieces
-        in host memory are changed."""
-        self._buffer[:count].copy_(self._sides[side][:count], non_blocking=True)
+    def send(self, side: int = 0, start: int = 0, end: int | None = None) -> None:
+        """One copy of the numbers from `start` to `end`, all of them if neither is given, in the
+        order of the current stream. What was sent before from this side must have arrived before
+        its pieces in host memory are changed."""
+        self._buffer[start:end].copy_(self._sides[side][start:end], non_blocking=True)
