@@ -11,6 +11,8 @@ import pytest
 from fake_engine import FakeEngine, FakeText, token_id
 from served import Served, served
 
+from deltaserve.server.errors import EngineFailure
+
 
 @asynccontextmanager
 async def asked(
@@ -173,8 +175,6 @@ async def test_errors_are_openais() -> None:
 async def test_a_failure_inside_a_stream_ends_it() -> None:
     engine = FakeEngine()
     async with asked(engine) as (_, client):
-        from deltaserve.server.errors import EngineFailure
-
         engine.break_with = EngineFailure("it broke")
         stream = await client.completions.create(model="", prompt="x", max_tokens=4, stream=True)
         with pytest.raises(openai.APIError, match="it broke"):
@@ -225,3 +225,20 @@ async def test_models_come_and_go() -> None:
         await client.post("/unload_lora_adapter", body={"lora_name": "team/poet"}, cast_to=str)
         with pytest.raises(openai.NotFoundError):
             await client.models.retrieve("team/poet")
+
+
+async def test_the_usage_so_far_is_told_with_every_piece() -> None:
+    async with asked() as (_, client):
+        stream = await client.completions.create(
+            model="",
+            prompt=["hello", "you"],
+            max_tokens=4,
+            n=2,
+            stream=True,
+            stream_options={"include_usage": True, "continuous_usage_stats": True},  # type: ignore[typeddict-unknown-key]
+        )
+        told = [chunk.usage async for chunk in stream]
+        counts = [usage.completion_tokens for usage in told if usage is not None]
+        assert len(counts) == len(told) and counts == sorted(counts)
+        assert counts[0] < 16 and counts[-2:] == [16, 16]
+        assert told[-1] is not None and told[-1].prompt_tokens == 6 + 4

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf import json_format
 
 from deltaserve.server.http import logprobs
 from deltaserve.server.http.logprobs import Shown
+from deltaserve.server.http.tools import Demanded
 from deltaserve.v1 import generation_pb2 as pb
 
 REASONS = {
@@ -59,24 +61,35 @@ def usage(entries: Iterable[pb.Usage]) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Stops:
+    """What the request gave to stop at."""
+
+    strings: frozenset[str]
+    tokens: frozenset[int]
+
+    def end(self, ended: pb.Choice | pb.StreamFinish) -> dict[str, Any]:
+        """finish_reason, and vLLM's stop_reason: the string or the token, null for the end of
+        sequence."""
+        why: str | int | None = ended.stop_reason or None
+        if ended.stop_reason not in self.strings and ended.stop_reason.isdecimal():
+            why = int(ended.stop_reason) if int(ended.stop_reason) in self.tokens else None
+        return {"finish_reason": REASONS.get(ended.finish_reason, "error"), "stop_reason": why}
+
+
 def completion(
-    id: str, model: str, responses: Sequence[pb.GenerateResponse], shown: Shown
+    id: str, model: str, responses: Sequence[pb.GenerateResponse], stops: Stops, shown: Shown
 ) -> dict[str, Any]:
     """One response for each prompt; their choices are numbered one after the other."""
     choices: list[dict[str, Any]] = []
     for response in responses:
         for choice in response.choices:
-            made: dict[str, Any] = {
-                "index": len(choices),
-                "text": choice.text,
-                "logprobs": None,
-                **_end(choice),
-            }
+            made = {"index": len(choices), "text": choice.text, "logprobs": None}
             if choice.logprobs:
                 made["logprobs"] = logprobs.legacy(choice.logprobs, shown, 0)
             if response.prompt_logprobs:
                 made["prompt_logprobs"] = logprobs.prompt(response.prompt_logprobs, shown)
-            choices.append(made | _extras(choice))
+            choices.append(made | stops.end(choice) | extras(choice))
     return {
         **head("text_completion", id, model),
         "choices": choices,
@@ -85,19 +98,28 @@ def completion(
     }
 
 
-def chat(id: str, model: str, response: pb.GenerateResponse, shown: Shown) -> dict[str, Any]:
+def chat(
+    id: str,
+    model: str,
+    response: pb.GenerateResponse,
+    stops: Stops,
+    shown: Shown,
+    demanded: Demanded | None,
+) -> dict[str, Any]:
     """Of a chat."""
     choices = []
     for choice in response.choices:
-        made: dict[str, Any] = {
-            "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
-            "logprobs": None,
-            **_end(choice),
-        }
+        end = stops.end(choice)
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+        calls = demanded.calls(choice.text) if demanded is not None else None
+        if demanded is not None and calls is not None:
+            message |= {"content": None, "tool_calls": calls}
+            if end["finish_reason"] == "stop":
+                end["finish_reason"] = demanded.finish_reason
+        made = {"index": choice.index, "message": message, "logprobs": None}
         if choice.logprobs:
             made["logprobs"] = logprobs.chat(choice.logprobs, shown)
-        choices.append(made | _extras(choice))
+        choices.append(made | end | extras(choice))
     answer = {
         **head("chat.completion", id, model),
         "choices": choices,
@@ -109,20 +131,7 @@ def chat(id: str, model: str, response: pb.GenerateResponse, shown: Shown) -> di
     return answer
 
 
-def _end(choice: pb.Choice | pb.StreamFinish) -> dict[str, Any]:
-    """finish_reason, and vLLM's stop_reason: the stop string or token that ended it."""
-    return {
-        "finish_reason": REASONS.get(choice.finish_reason, "error"),
-        "stop_reason": choice.stop_reason or None,
-    }
-
-
-def end(finish: pb.StreamFinish) -> dict[str, Any]:
-    """Likewise of a stream's choice."""
-    return _end(finish)
-
-
-def _extras(piece: pb.Choice | pb.StreamDelta) -> dict[str, Any]:
+def extras(piece: pb.Choice | pb.StreamDelta) -> dict[str, Any]:
     """Of combinations."""
     found: dict[str, Any] = {}
     for field in ("disagreements", "weight_changes"):
@@ -137,8 +146,3 @@ def _extras(piece: pb.Choice | pb.StreamDelta) -> dict[str, Any]:
                 for entry in entries
             ]
     return found
-
-
-def extras(piece: pb.StreamDelta) -> dict[str, Any]:
-    """Likewise of a stream's piece."""
-    return _extras(piece)

@@ -11,10 +11,12 @@ from google.protobuf.message import Message
 
 from deltaserve.server.engine.stats import EngineInfo
 from deltaserve.server.errors import InvalidRequest
-from deltaserve.server.http import constraints, conversation, refused
+from deltaserve.server.http import constraints, conversation, refused, tools
+from deltaserve.server.http.answers import Stops
 from deltaserve.server.http.body import shown
 from deltaserve.server.http.fields import ChatFields, CompletionFields, Sampled
 from deltaserve.server.http.refused import refuse
+from deltaserve.server.http.tools import Demanded
 from deltaserve.v1 import generation_pb2 as pb
 
 GenerateMessage: TypeAlias = pb.GenerateRequest | pb.GenerateStreamRequest
@@ -30,12 +32,21 @@ _SAMPLING = ("top_p", "min_p", "repetition_penalty", "presence_penalty", "freque
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """messages: one for each prompt. id: of the answer. names: what the client calls fields."""
+    """messages: one for each prompt. id: of the answer. names: what the client calls fields.
+    demanded: the tools that must be called. The rest is as the client gave it, or its default."""
 
     messages: Sequence[GenerateMessage]
     id: str
+    model: str
     names: Mapping[str, str]
-    n: int
+    stops: Stops
+    demanded: Demanded | None = None
+
+    @property
+    def n(self) -> int:
+        """Choices of each prompt."""
+        first = self.messages[0]
+        return first.n if first.HasField("n") else 1
 
 
 def completion(given: CompletionFields, id: str, info: EngineInfo) -> Asked:
@@ -55,7 +66,7 @@ def completion(given: CompletionFields, id: str, info: EngineInfo) -> Asked:
         _set(message, "logprobs", given.logprobs)
         message.echo = bool(given.echo)
         made.append(message)
-    return Asked(made, id, names, made[0].n if made[0].HasField("n") else 1)
+    return Asked(made, id, given.model or info.base, names, _stops(given))
 
 
 def chat(given: ChatFields, id: str, info: EngineInfo) -> Asked:
@@ -74,7 +85,18 @@ def chat(given: ChatFields, id: str, info: EngineInfo) -> Asked:
         message.logprobs = given.top_logprobs or 0
     elif given.top_logprobs:
         refuse("top_logprobs", f"{given.top_logprobs} without logprobs", "with logprobs: true")
-    return Asked([message], id, names, message.n if message.HasField("n") else 1)
+    demanded = tools.demanded(given, given.parallel_tool_calls)
+    if demanded is not None:
+        if message.HasField("constraint"):
+            refuse("tool_choice", "one beside a constraint of the answer", "'auto' or 'none'")
+        message.constraint.json_schema = conversation.to_json("tools", demanded.schema)
+        names["constraint.json_schema"] = "tools"
+    return Asked([message], id, given.model or info.base, names, _stops(given), demanded)
+
+
+def _stops(given: Sampled) -> Stops:
+    strings = [given.stop] if isinstance(given.stop, str) else given.stop or ()
+    return Stops(frozenset(strings), frozenset(given.stop_token_ids or ()))
 
 
 def _prompts(given: Any) -> Sequence[str | Sequence[int]]:

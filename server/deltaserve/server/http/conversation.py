@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from deltaserve.server.http import tools
 from deltaserve.server.http.body import shown
 from deltaserve.server.http.fields import Conversation
 from deltaserve.server.http.refused import refuse
@@ -23,9 +24,10 @@ def to_message(given: Conversation) -> pb.ChatPrompt:
         variables.setdefault("documents", given.documents)
     if given.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", given.reasoning_effort)
+    offered = tools.template_tools(given)
     made = pb.ChatPrompt(
         messages=[_turn(f"messages.{i}", turn) for i, turn in enumerate(given.messages or ())],
-        tools_json=to_json("tools", given.tools) if given.tools else "",
+        tools_json=to_json("tools", offered) if offered else "",
         variables_json=to_json("chat_template_kwargs", variables) if variables else "",
     )
     if given.add_generation_prompt is not None:

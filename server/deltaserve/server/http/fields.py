@@ -96,6 +96,7 @@ class Conversation(Given):
 class ChatFields(Conversation, Sampled):
     """Of /v1/chat/completions."""
 
+    parallel_tool_calls: bool | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Count | None = None

@@ -17,11 +17,11 @@ from deltaserve.server.engine.stats import EngineInfo
 from deltaserve.server.http import answers, asked, body, errors
 from deltaserve.server.http.asked import Asked
 from deltaserve.server.http.events import DONE, EventStream, event, merged
-from deltaserve.server.http.fields import ChatFields, CompletionFields, Sampled
+from deltaserve.server.http.fields import ChatFields, CompletionFields, Sampled, StreamOptions
 from deltaserve.server.http.gate import Gate, unless_gone
 from deltaserve.server.http.logprobs import Shown
 from deltaserve.server.http.names import in_client_names
-from deltaserve.server.http.pieces import Pieces
+from deltaserve.server.http.pieces import ChatPieces, Pieces, Told
 from deltaserve.server.http.words import Numbers, Vocabularies
 from deltaserve.server.service.call import Call
 from deltaserve.server.service.methods import Method
@@ -71,11 +71,11 @@ class Generate:
                 [self._whole.run(message, call) for message in wanted.messages]
             )
         shown = await self._shown(given, responses[0].served_by)
-        model = given.model or self._info.base
+        told = wanted.id, wanted.model
         if isinstance(given, ChatFields):
-            made = answers.chat(wanted.id, model, responses[0], shown)
+            made = answers.chat(*told, responses[0], wanted.stops, shown, wanted.demanded)
         else:
-            made = answers.completion(wanted.id, model, responses, shown)
+            made = answers.completion(*told, responses, wanted.stops, shown)
         return JSONResponse(made)
 
     async def _streamed(
@@ -100,14 +100,10 @@ class Generate:
         first: tuple[int, pb.GenerateStreamResponse],
         messages: AsyncGenerator[tuple[int, pb.GenerateStreamResponse], None],
     ) -> AsyncGenerator[str, None]:
-        options = given.stream_options
-        pieces = Pieces(
-            wanted.id,
-            given.model or self._info.base,
-            wanted.n,
-            chat=isinstance(given, ChatFields),
-            usage=bool(options and options.include_usage),
-        )
+        options = given.stream_options or StreamOptions()
+        form = ChatPieces if isinstance(given, ChatFields) else Pieces
+        usage = Told.ALWAYS if options.continuous_usage_stats else Told.AT_END
+        pieces = form(wanted, usage if options.include_usage else Told.NEVER)
         async with aclosing(messages):
             try:
                 shown = await self._shown(given, first[1].start.served_by)
@@ -122,8 +118,8 @@ class Generate:
                 _, described, _ = errors.describe(error)
                 yield event(described)
                 return
-        if (usage := pieces.last()) is not None:
-            yield event(usage)
+        if (last := pieces.last()) is not None:
+            yield event(last)
         yield DONE
 
     async def _shown(self, given: Sampled, served: pb.ServedBy) -> Shown:

@@ -111,6 +111,14 @@ class Asked:
         )
 
     @property
+    def prompt_tokens(self) -> int:
+        """As the engine counts them: of every member of a combination."""
+        first = self.requests[0]
+        if first.combination is None:
+            return len(first.prompt_ids)
+        return sum(len(m.prompt_ids or first.prompt_ids) for m in first.combination.members)
+
+    @property
     def prompt_logprobs(self) -> tuple[TokenLogprob, ...]:
         """One for each token of the prompt, once the first outputs were heard; none if they were
         not asked for."""

@@ -107,6 +107,7 @@ class GenerationService:
                     message.start.served_by.CopyFrom(routed.mark(served))
                     prompt = map(answer.logprob, asked.prompt_logprobs)
                     message.start.prompt_logprobs.extend(prompt)
+                    message.start.prompt_tokens = asked.prompt_tokens
                 yield message
                 _log(name, [o for o in outputs if o.finish_reason is not None], routed.shown)
 
