@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 
 from deltaserve.server.config import RpcConfig
 from deltaserve.server.http import errors
+from deltaserve.server.http.connect import Connect
 from deltaserve.server.http.gate import Counted, Gate
 from deltaserve.server.http.generate import Generate
 from deltaserve.server.http.models import Models
@@ -33,6 +34,7 @@ def application(
         Models(services, gate, config),
         Tokens(services, gate, config),
         Probes(gate, metrics),
+        Connect(services, gate, config, metrics),
     ):
         app.include_router(part.router)
     app.add_exception_handler(HTTPException, _no_such_thing)

@@ -27,10 +27,11 @@ async def fields(request: Request, kind: type[Fields], most: int) -> Fields:
         # also keeps web pages of other origins out, which may send other types without asking
         text = f"content-type: {given[:_SHOWN]!r} is not possible; it must be application/json"
         raise HttpError(415, text, code="unsupported_media_type", close=True)
-    return parsed(await _read(request, most), kind)
+    return parsed(await read(request, most), kind)
 
 
-async def _read(request: Request, most: int) -> bytes:
+async def read(request: Request, most: int) -> bytes:
+    """The whole body. most: bytes of it. Raises HttpError, Cancelled."""
     data = bytearray()
     announced = request.headers.get("content-length", "")
     try:

@@ -1,4 +1,5 @@
-"""Streams of server-sent events, and the merging of several streams into one."""
+"""Answers that are streams, of server-sent events or other pieces, and the merging of several
+streams into one."""
 
 from __future__ import annotations
 
@@ -28,17 +29,19 @@ def event(data: dict[str, Any]) -> str:
 class EventStream(StreamingResponse):
     """Sends events until there are no more, the client goes away, or does not read for so many
     seconds; then its connection is cut. In any case the generators are closed: that of the events,
-    and their source, for a generator that has not begun closes nothing."""
+    and their source, for a generator that has not begun closes nothing. media_type: of events that
+    are not server-sent ones."""
 
     def __init__(
         self,
         request: Request,
-        events: AsyncGenerator[str, None],
+        events: AsyncGenerator[str | bytes, None],
         source: AsyncGenerator[Any, None],
         write_seconds: float,
+        media_type: str = "text/event-stream",
     ) -> None:
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
+        super().__init__(events, media_type=media_type, headers=headers)
         self._request = request
         self._events = events
         self._source = source
@@ -56,7 +59,7 @@ class EventStream(StreamingResponse):
         }
         await self._write(send, head)
         async for data in self._events:
-            body = data.encode("utf-8", "replace")
+            body = data if isinstance(data, bytes) else data.encode("utf-8", "replace")
             await self._write(send, {"type": "http.response.body", "body": body, "more_body": True})
         await self._write(send, {"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -99,7 +99,7 @@ class Generate:
         wanted: Asked,
         first: tuple[int, pb.GenerateStreamResponse],
         messages: AsyncGenerator[tuple[int, pb.GenerateStreamResponse], None],
-    ) -> AsyncGenerator[str, None]:
+    ) -> AsyncGenerator[str | bytes, None]:
         options = given.stream_options or StreamOptions()
         form = ChatPieces if isinstance(given, ChatFields) else Pieces
         usage = Told.ALWAYS if options.continuous_usage_stats else Told.AT_END

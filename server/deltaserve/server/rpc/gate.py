@@ -26,8 +26,6 @@ from deltaserve.server.service.traffic import Traffic
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
-ENDLESS = frozenset({"deltaserve.v1.AdapterService/WatchAdapters"})
-"""Calls that a shutdown does not wait for."""
 BEARER = "bearer "
 CERTIFICATE = {
     "x509_subject": "subject",
@@ -70,7 +68,7 @@ class Gate:
 
     def _guarded(self, method: Method) -> Any:
         run = self._stream if method.streaming else self._answer
-        endless = method.path in ENDLESS
+        endless = method.endless
 
         async def call(request: Any, context: Context) -> Any:
             code = grpc.StatusCode.CANCELLED

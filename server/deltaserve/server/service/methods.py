@@ -14,6 +14,8 @@ from deltaserve.server.identity.caller import Role
 from deltaserve.server.service.access import NEEDED
 from deltaserve.server.service.call import Call
 
+ENDLESS = frozenset({"deltaserve.v1.AdapterService/WatchAdapters"})
+
 Unary = Callable[[Any, Call], Awaitable[Message]]
 Streaming = Callable[[Any, Call], AsyncGenerator[Message, None]]
 
@@ -34,6 +36,11 @@ class Method:
     def path(self) -> str:
         """As gRPC has it: ``deltaserve.v1.AdapterService/LoadAdapter``."""
         return f"{self.service}/{self.name}"
+
+    @property
+    def endless(self) -> bool:
+        """A shutdown does not wait for it."""
+        return self.path in ENDLESS
 
 
 def methods(described: ServiceDescriptor, service: object) -> Iterable[Method]:
