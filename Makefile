@@ -13,7 +13,7 @@ PROTO := $(sort $(wildcard proto/deltaserve/*/*.proto))
 STUBS ?= proto
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test aot check fix stubs zoo bench
+.PHONY: help install demo serve test aot check fix stubs console zoo bench
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -57,6 +57,10 @@ fix: install  ## lint and format, in place
 stubs:  ## regenerate the stubs of proto/deltaserve (into STUBS)
 	$(PYTHON) -m grpc_tools.protoc -Iproto --python_out=$(STUBS) --pyi_out=$(STUBS) \
 	    --grpc_python_out=$(STUBS) --mypy_grpc_out=$(STUBS) $(PROTO)
+
+console:  ## build the console's page from clients/console, with node 20 or later
+	npm --prefix clients/console ci
+	npm --prefix clients/console run build
 
 zoo: install  ## train the zoo anew (about ten minutes on two cores)
 	$(PYTHON) demo/build.py

@@ -255,7 +255,7 @@ class RpcConfig:
     life of a request. write_seconds: how long a client may not read before its stream is ended.
     grace_seconds: how long running requests may go on after SIGTERM. max_message_bytes: of a
     request.
-    tls_certificate, tls_key: PEM files, both or none.
+    tls_certificate, tls_key: PEM files, both or none. console: /console is served over HTTP.
     """
 
     host: str = "127.0.0.1"
@@ -269,6 +269,7 @@ class RpcConfig:
     max_message_bytes: int = 16 << 20
     tls_certificate: Path | None = None
     tls_key: Path | None = None
+    console: bool = True
 
     def __post_init__(self) -> None:
         _port("--port", self.port)

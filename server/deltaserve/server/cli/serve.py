@@ -91,6 +91,7 @@ def serve(
             help=f"Of OpenAI's API; if left out {c.HTTP_PORT}, if that is free. 0 picks one.",
         ),
     ] = None,
+    console: Annotated[bool, typer.Option(help="Serve /console on the HTTP port.")] = True,
     metrics_port: Annotated[
         int | None, typer.Option(help="HTTP port of /metrics; off if left out, 0 picks one.")
     ] = None,
@@ -217,6 +218,7 @@ def serve(
                 port=port,
                 http_port=http,
                 http_required=http_required,
+                console=console,
                 metrics_port=metrics_port,
                 max_seconds=max_seconds,
                 write_seconds=write_seconds,

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 from deltaserve.server.config import RpcConfig
 from deltaserve.server.http import errors
 from deltaserve.server.http.connect import Connect
+from deltaserve.server.http.console import Console
 from deltaserve.server.http.gate import Counted, Gate
 from deltaserve.server.http.generate import Generate
 from deltaserve.server.http.models import Models
@@ -37,6 +38,8 @@ def application(
         Connect(services, gate, config, metrics),
     ):
         app.include_router(part.router)
+    if config.console:
+        app.include_router(Console().router)
     app.add_exception_handler(HTTPException, _no_such_thing)
     app.add_middleware(Counted, traffic=services.traffic, metrics=metrics)
     return app

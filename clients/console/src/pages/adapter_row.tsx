@@ -1,0 +1,64 @@
+import type { Adapter } from "../api/messages";
+import { bytes, count, NONE, word } from "../format";
+
+interface Props {
+  adapter: Adapter;
+  onPin: () => void;
+  onUnload: () => void;
+}
+
+/** One adapter; what there is to say of it in words goes under its name. */
+export function AdapterRow({ adapter: a, onPin, onUnload }: Props) {
+  const state = word(a.state, "ADAPTER_STATE_");
+  const facts = [a.error, ...a.notes].filter(Boolean);
+  return (
+    <tr data-adapter={a.name}>
+      <th scope="row">
+        {a.name}
+        {a.patch && <span class="tag">patch</span>}
+        {a.parent && <span class="hint"> on {a.parent}</span>}
+        <details>
+          <summary class="hint">{facts.length ? `${a.uri}, ${facts.length} notes` : a.uri}</summary>
+          <ul>
+            {facts.map((fact) => (
+              <li key={fact}>{fact}</li>
+            ))}
+            <li>loaded in {a.loadDuration ?? NONE}</li>
+          </ul>
+        </details>
+      </th>
+      <td>
+        <span class={`state ${state}`}>{state}</span>
+      </td>
+      <td>{word(a.tier, "ADAPTER_TIER_")}</td>
+      <td class="n">{bytes(a.residentBytes)}</td>
+      <td class="n">{bytes(a.sourceBytes)}</td>
+      <td class="n">{count(a.inFlight)}</td>
+      <td class="n">{count(a.loads)}</td>
+      <td>
+        {a.format}
+        <br />
+        <span class="hint">{a.primitives.join(", ")}</span>
+      </td>
+      <td>
+        <code title={a.digest}>{a.digest.slice(0, 12)}</code>
+      </td>
+      <td>
+        <button
+          type="button"
+          aria-pressed={a.pinned}
+          aria-label={`pin ${a.name}`}
+          disabled={a.patch}
+          onClick={onPin}
+        >
+          {a.pinned ? "pinned" : "pin"}
+        </button>
+      </td>
+      <td>
+        <button type="button" aria-label={`unload ${a.name}`} disabled={a.patch} onClick={onUnload}>
+          unload
+        </button>
+      </td>
+    </tr>
+  );
+}
