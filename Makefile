@@ -54,9 +54,10 @@ fix: install  ## lint and format, in place
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-stubs:  ## regenerate the stubs of proto/deltaserve (into STUBS)
+stubs:  ## regenerate the stubs of proto/deltaserve (into STUBS), and docs/api.md
 	$(PYTHON) -m grpc_tools.protoc -Iproto --python_out=$(STUBS) --pyi_out=$(STUBS) \
 	    --grpc_python_out=$(STUBS) --mypy_grpc_out=$(STUBS) $(PROTO)
+	if [ "$(STUBS)" = proto ]; then $(PYTHON) docs/api_reference.py; fi
 
 console:  ## build the console's page from clients/console, with node 20 or later
 	npm --prefix clients/console ci

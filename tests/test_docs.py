@@ -15,11 +15,31 @@ def test_every_architecture_is_listed() -> None:
     assert f"one of these {len(TESTED)}" in text
 
 
+PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
+
+
+def links(page: Path) -> list[str]:
+    return re.findall(r"\]\(([^):]+)\)", page.read_text())
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub names them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def test_links_lead_somewhere() -> None:
-    root = DOCS.parent
-    for page in [root / "README.md", *DOCS.glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    for page in PAGES:
+        for link in links(page):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+
+
+def test_the_api_is_written_down() -> None:
+    page = runpy.run_path(str(DOCS / "api_reference.py"))["page"]()
+    assert (DOCS / "api.md").read_text() == page, "run make stubs"
 
 
 def test_the_fields_of_peft_configs_are_written_down() -> None:
