@@ -24,6 +24,8 @@
   x SlowReader               the client does not read its stream
   x ShuttingDown             the server drains
   x StateUnavailable         what was asked for cannot be kept: the database does not take it
+  x AnswerUnknown            no route gave an answer of that id that is still known
+  x UserNotExposed           the route has answered none of the user's requests
   x EngineFailure            a bug or an exhausted machine; the details are in the log
 """
 
@@ -140,6 +142,14 @@ class ShuttingDown(RequestError):
 
 class StateUnavailable(RequestError):
     """What was asked for cannot be kept: the database does not take it."""
+
+
+class AnswerUnknown(RequestError):
+    """No route gave an answer of that id, to this tenant, that is still known."""
+
+
+class UserNotExposed(RequestError):
+    """The route has answered none of the user's requests."""
 
 
 class EngineFailure(RequestError):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import replace
-from itertools import count
 
 import numpy as np
 import pytest
 from scipy import stats
+from trials import HALVES, trial
 
 from deltaserve.server.experiments import srm
 from deltaserve.server.experiments.assignment import assign
@@ -20,15 +20,6 @@ from deltaserve.server.ledger.histogram import Histogram
 from deltaserve.server.ledger.ledger import Ledger
 from deltaserve.server.ledger.looks import Look, Looks
 from deltaserve.server.ledger.trial import Ended, Trial
-
-HALVES = {"a": 0.5, "b": 0.5}
-IDS = count()
-
-
-def trial(user: str, arm: str, **fields: object) -> Trial:
-    given = {"weights": HALVES, "seconds": 1.0, "first_token": 0.1, "ended": Ended.ANSWERED}
-    given = {"request_id": f"r{next(IDS)}", "at": 1000.0, "shadow": False, **given, **fields}
-    return Trial(route="r", epoch=1, arm=arm, tenant="t", user=user, **given)  # type: ignore[arg-type]
 
 
 async def test_random_traffic_is_counted_as_the_raw_records_are() -> None:
@@ -49,7 +40,7 @@ async def test_random_traffic_is_counted_as_the_raw_records_are() -> None:
                 seconds=seconds,
                 first_token=seconds / 10,
                 completion_tokens=tokens,
-                weights={} if shadow else HALVES,
+                weights=HALVES,
                 **said,
             )
         )

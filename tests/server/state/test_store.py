@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from postgres import open_to_all, running_postgres
 
 from deltaserve.adapters.options import DEFAULT, LoadOptions
 from deltaserve.server.config import ConfigError
@@ -31,35 +30,10 @@ ENTRY = Entry("me", "LoadAdapter", "a")
 RECORD = AdapterRecord("a", "/a", dump(DEFAULT), "d1", True, False, "me")
 
 
-def open_to_all(folder: Path) -> None:
-    """Other users may enter it, and those of pytest's own that it is in."""
-    for part in (folder, *folder.parents):
-        if Path(tempfile.gettempdir()) in part.parents:
-            part.chmod(0o755)
-
-
 @pytest.fixture(scope="module")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of an empty database of a server of our own."""
-    control = shutil.which("pg_ctl") or ""
-    pytest.importorskip("asyncpg")
-    if not control:
-        pytest.skip("no PostgreSQL here")
-    user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
-    folder = tmp_path_factory.mktemp("pg")
-    open_to_all(folder)
-    if user:
-        shutil.chown(folder, "postgres")
-    data = str(folder / "data")
-    options = f"-k {folder} -c listen_addresses="
-    start = [control, "-D", data, "-o", options, "-w", "-l", f"{folder}/log", "start"]
-    for command in ([control, "initdb", "-D", data, "-o", "-A trust -U postgres"], start):
-        subprocess.run([*user, *command], check=True, stdout=subprocess.DEVNULL, cwd=folder)
-    try:
-        yield f"postgresql://postgres@/postgres?host={folder}"
-    finally:
-        stop = [*user, control, "-D", data, "-m", "immediate", "stop"]
-        subprocess.run(stop, check=True, stdout=subprocess.DEVNULL, cwd=folder)
+    with running_postgres(tmp_path_factory) as url:
+        yield url
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -72,16 +72,18 @@ class Book:
     more than one arm had a weight; until there was one, for the arm of its first request. A request
     that another arm answers later is counted in that arm's totals, and for no user.
 
-    past: rewards before the epoch, by user: their sum and number."""
+    id: in the database. past: rewards before the epoch, by user: their sum and number; those of
+    users who are here are in their rows instead."""
 
     def __init__(
         self,
         route: str,
         epoch: int,
         start: float,
+        id: int = 0,
         past: Mapping[int, tuple[float, int]] | None = None,
     ) -> None:
-        self.route, self.epoch, self.start = route, epoch, start
+        self.route, self.epoch, self.start, self.id = route, epoch, start, id
         self.past = dict(past or {})
         self.arms: list[str] = []
         self.totals: list[Totals] = []
@@ -92,7 +94,8 @@ class Book:
         """Trials of users that there was no room for."""
         self.moved = False
         """Whether users were assigned at random by different weights."""
-        self._weights: Mapping[str, float] = {}
+        self.weights: Mapping[str, float] = {}
+        """By which the last one was."""
 
     def arm(self, name: str) -> int:
         """Its index."""
@@ -141,25 +144,50 @@ class Book:
             row[name] = 0
         row["arm"], row["first"], row["met"] = arm, trial.at, Met.RANDOMIZED
         self.balance.add(trial.arm, trial.weights)
-        if self._weights and self._weights != trial.weights:
+        if self.weights and self.weights != trial.weights:
             self.moved = True
-        self._weights = dict(trial.weights)
+        self.weights = dict(trial.weights)
 
-    def counts_for(self, i: int) -> Counts:
-        """What feedback on the user of index i, rather than on an answer, counts for."""
-        return Counts.EXPERIMENT if self.users.row(i)["met"] & Met.RANDOMIZED else Counts.BEFORE
+    def counts_for(self, user: int) -> Counts:
+        """What feedback that is given now on a user who is here counts for."""
+        row = self.users.row(self.users.index[user])
+        return Counts.EXPERIMENT if row["met"] & Met.RANDOMIZED else Counts.BEFORE
 
-    def reward(self, i: int, counts: Counts, reward: float, times: int, at: float) -> None:
-        """Add a reward to the user of index i, or take it back with times = -1. One of an answer
-        from before, of a user that is in the experiment by now, counts for nothing: the experiment
-        may have touched it."""
-        if counts is Counts.NOTHING or counts is not self.counts_for(i):
-            return
-        row = self.users.row(i)
-        row["sum"] = row["sum"] + times * reward if row["n"] + times else 0.0
-        row["n"] += times
-        row["negative"] += times * (reward < 0)
-        self.looks.look(at, self.samples)
+    def reward(self, user: int, counts: Counts, reward: float, times: int, at: float) -> None:
+        """Give a reward to a user who is here, or take it back with times = -1."""
+        row = self.users.row(self.users.index[user])
+        before = counts is Counts.BEFORE and row["met"] & Met.RANDOMIZED
+        total, n = ("before_sum", "before_n") if before else ("sum", "n")
+        row[n] += times
+        row[total] = row[total] + times * reward if row[n] else 0.0
+        if not before:
+            row["negative"] += times * (reward < 0)
+            self.looks.look(at, self.samples)
+
+    def remember(self, past: Mapping[int, tuple[float, int]]) -> None:
+        """Rewards from before the epoch, as in `past`, of users who may be here."""
+        for user, (total, n) in past.items():
+            i = self.users.index.get(user, -1)
+            if i < 0:
+                known, times = self.past.get(user, (0.0, 0))
+                self.past[user] = (known + total, times + n)
+            else:
+                row = self.users.row(i)
+                row["before_n"] += n
+                row["before_sum"] = row["before_sum"] + total if row["before_n"] else 0.0
+
+    def before_next(self) -> dict[int, tuple[float, int]]:
+        """The rewards that were given before users were assigned at random: `past` of the route's
+        next book."""
+        rows = self.users.rows
+        alone = (rows["met"] & Met.RANDOMIZED) == 0
+        total = rows["before_sum"] + np.where(alone, rows["sum"], 0.0)
+        n = rows["before_n"] + np.where(alone, rows["n"], 0)
+        some = n > 0
+        users = rows["user"][some].tolist()
+        found = zip(total[some].tolist(), n[some].tolist(), strict=True)
+        rest = {user: past for user, past in self.past.items() if past[1]}
+        return {**rest, **dict(zip(users, found, strict=True))}
 
     def of(self, arm: str, *, randomized: bool | None = None) -> Rows:
         """The arm's users. randomized: only those that were, or were not, assigned at random."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from dataclasses import astuple
+from typing import Any, NamedTuple
 
 from deltaserve.server.experiments.samples import Sample
 
@@ -23,15 +24,33 @@ class Looks:
     def __init__(self) -> None:
         self.kept: list[Look] = []
         self.seconds = SECONDS
+        self.fresh = False
+        """Whether there is one that the database does not have."""
 
     def look(self, at: float, samples: Callable[[], Mapping[str, Sample]]) -> None:
         """Keep one if it is time; the first is due at once."""
         if self.kept and at < self.kept[-1].at + self.seconds:
             return
         self.kept.append(Look(at, samples()))
+        self.fresh = True
         if len(self.kept) > MOST:
             self.kept = self.kept[1::2]
             self.seconds *= 2
+
+    def dump(self) -> dict[str, Any]:
+        """For JSON."""
+        kept = [[look.at, {a: astuple(s) for a, s in look.arms.items()}] for look in self.kept]
+        return {"seconds": self.seconds, "kept": kept}
+
+    @classmethod
+    def load(cls, dumped: Mapping[str, Any]) -> Looks:
+        """`dump` back."""
+        looks = cls()
+        looks.seconds = dumped["seconds"]
+        looks.kept = [
+            Look(at, {a: Sample(*s) for a, s in arms.items()}) for at, arms in dumped["kept"]
+        ]
+        return looks
 
     def chosen(self, points: int, now: Look) -> list[Look]:
         """So many, evenly among those that there are, of which `now` is the last."""

@@ -49,6 +49,8 @@ TABLE: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
     requests.DeadlineExceeded: (Code.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     requests.ShuttingDown: (Code.UNAVAILABLE, "SHUTTING_DOWN"),
     requests.StateUnavailable: (Code.UNAVAILABLE, "STATE_UNAVAILABLE"),
+    requests.AnswerUnknown: (Code.NOT_FOUND, "ANSWER_UNKNOWN"),
+    requests.UserNotExposed: (Code.FAILED_PRECONDITION, "USER_NOT_EXPOSED"),
     requests.EngineFailure: (Code.INTERNAL, "ENGINE_FAILURE"),
     requests.SlowReader: (Code.ABORTED, "SLOW_READER"),
     adapters.AdapterNotFound: (Code.NOT_FOUND, "ADAPTER_NOT_FOUND"),
