@@ -54,7 +54,7 @@ class Doors:
     async def stop(self, grace: float = LAST_WORDS_SECONDS) -> None:
         """Close them; calls that still run are cancelled after the grace."""
         await asyncio.gather(*(door.stop(grace) for door in self._doors))
-        self.services.close()
+        await self.services.close()
 
 
 async def serve_until_signal(doors: Doors, ready: Callable[[list[str]], None]) -> int:

@@ -36,8 +36,8 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with running_postgres(tmp_path_factory) as url:
+def postgres() -> Iterator[str]:
+    with running_postgres() as url:
         yield url
 
 
@@ -218,18 +218,18 @@ async def test_a_database_that_goes_away(tmp_path: Path) -> None:
     """Requests are counted, feedback is refused; all of it is kept once the database is back."""
     path, away = tmp_path / "s.db", tmp_path / "away.db"
     async with kept(path) as ledger:
-        t = trial("u", "a")
+        t = trial("secret user", "a", request_id="secret id")
         ledger.record(t)
         await ledger.feedback(on(t, 1.0))
         path.rename(away)
-        later = trial("u", "a", ended=Ended.ERROR)
+        later = trial("secret user", "a", ended=Ended.ERROR)
         ledger.record(later)
         with pytest.raises(StateUnavailable, match="unable to open"):
             await ledger.feedback(on(later, 0.0))
         found = (await ledger.tallies("r", 1)).arms["a"]
         assert (found.met["error"], found.rewards.mean) == (1, 1.0)
         away.rename(path)
-        many = [ledger.feedback(on(later, 0.0)), ledger.feedback(of("u", 2.0))]
+        many = [ledger.feedback(on(later, 0.0)), ledger.feedback(of("secret user", 2.0))]
         await asyncio.gather(*many)
         assert (await rewards(ledger))["a"] == (1, 1.0, 0)
     async with kept(path) as ledger:
@@ -237,8 +237,7 @@ async def test_a_database_that_goes_away(tmp_path: Path) -> None:
         assert (found.met["error"], found.rewards.mean) == (1, 1.0)
     with sqlite3.connect(path) as file:
         assert file.execute("SELECT count(*) FROM trials").fetchone() == (2,)
-        text = b"".join(p.read_bytes() for p in tmp_path.glob("s.db*"))
-        assert t.request_id.encode() + b"\0" not in text and b"tenant" not in text
+    assert all(b"secret" not in p.read_bytes() for p in tmp_path.glob("s.db*"))
 
 
 async def test_old_requests_are_forgotten(tmp_path: Path) -> None:

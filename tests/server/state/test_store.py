@@ -31,8 +31,8 @@ RECORD = AdapterRecord("a", "/a", dump(DEFAULT), "d1", True, False, "me")
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with running_postgres(tmp_path_factory) as url:
+def postgres() -> Iterator[str]:
+    with running_postgres() as url:
         yield url
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from deltaserve.server.config import RpcConfig
 from deltaserve.server.identity.book import Book
+from deltaserve.server.ledger.ledger import Ledger
 from deltaserve.server.metrics import Metrics
 from deltaserve.server.routes.book import RouteBook
 from deltaserve.server.service.adapters import AdapterService
@@ -25,6 +26,7 @@ from deltaserve.v1 import adapter_pb2, generation_pb2, identity_pb2, route_pb2, 
 if TYPE_CHECKING:
     from deltaserve.server.engine.engine import Engine
     from deltaserve.server.engine.text import Text
+    from deltaserve.server.ledger.keep import Keeper
     from deltaserve.server.routes.shelf import Shelf
     from deltaserve.server.state.store import Store
 
@@ -48,7 +50,8 @@ class Services:
         self.encoders = Encoders(text, info.max_length, engine.adapters.own_text)
         self._constrainer = Constrainer(text, info.vocab_size, info.eos_token_ids)
         self._routes = RouteBook(engine.adapters, info.base, _shelf(store))
-        self._routing = Routing(self._routes, metrics)
+        self.ledger = Ledger(_keeper(store))
+        self._routing = Routing(self._routes, metrics, self.ledger)
         self.generation = GenerationService(
             engine,
             self.encoders,
@@ -65,6 +68,7 @@ class Services:
     async def start(self) -> None:
         """Bring back what the store has, before the first call. StateUnavailable."""
         await self._routes.restore()
+        await self.ledger.open()
 
     @property
     def in_flight(self) -> int:
@@ -98,8 +102,9 @@ class Services:
             return False
         return True
 
-    def close(self) -> None:
-        """End the threads."""
+    async def close(self) -> None:
+        """Write down what is left, end the threads."""
+        await self.ledger.close()
         self.encoders.close()
         self._constrainer.close()
         self._routing.close()
@@ -111,3 +116,11 @@ def _shelf(store: Store | None) -> Shelf | None:
     from deltaserve.server.routes.shelf import Shelf  # SQLAlchemy: not without --state
 
     return Shelf(store)
+
+
+def _keeper(store: Store | None) -> Keeper | None:
+    if store is None:
+        return None
+    from deltaserve.server.ledger.keep import Keeper  # likewise
+
+    return Keeper(store)
