@@ -127,6 +127,9 @@ class FakeAdapters:
         future: Future[AdapterInfo] = Future()
         kind, _, _ = uri.partition(":")
         with self._lock:
+            if options.parent and options.parent not in self._infos:
+                text = f"no adapter named {options.parent!r} is registered"
+                raise AdapterUnknown(text, field="options.parent")
             known = self._infos.get(name)
             if known is not None and known.digest != f"digest-of-{uri}":
                 raise AdapterConflict(f"{name!r} has other content", field="name")
@@ -253,7 +256,8 @@ class FakeEngine:
         if self.fail is not None:
             raise self.fail
         check(request, LIMITS)
-        for ref in request.adapters:
+        members = request.combination.members if request.combination is not None else ()
+        for ref in (*request.adapters, *(ref for m in members for ref in m.adapters)):
             name, _, digest = ref.name.partition("@")
             known = self.adapters.get(name)
             if known.state is AdapterState.UNLOADING:

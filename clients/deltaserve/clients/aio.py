@@ -203,12 +203,14 @@ class AsyncClient(AsyncRouteCalls):
         *,
         wait: bool = True,
         register_only: bool = False,
+        shared: bool = False,
         timeout: float | None = None,
         **options: Unpack[LoadOptions],
     ) -> types.Adapter:
         """Register and load a folder of the server. wait: until it is in memory. register_only:
-        it is read and checked, and loaded when a request first asks for it."""
-        request = requests.load(name, uri, pinned, wait, register_only, options)
+        it is read and checked, and loaded when a request first asks for it. shared: every tenant
+        may use it."""
+        request = requests.load(name, uri, pinned, wait, register_only, shared, options)
         with _typed():
             response = await self._adapters.LoadAdapter(request, timeout=timeout or self._timeout)
         return answers.adapter(response.adapter)

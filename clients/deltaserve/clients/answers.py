@@ -184,6 +184,8 @@ def adapter(m: adapter_pb2.Adapter) -> types.Adapter:
         parent=m.parent,
         patch=m.patch,
         own_tokenizer=m.own_tokenizer,
+        tenant=m.tenant,
+        shared=m.shared,
     )
 
 

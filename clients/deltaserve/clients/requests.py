@@ -244,7 +244,13 @@ def _check_keys(field: str, given: Mapping[str, Any], kind: Any) -> None:
 
 
 def load(
-    name: str, uri: str, pinned: bool, wait: bool, register_only: bool, options: LoadOptions
+    name: str,
+    uri: str,
+    pinned: bool,
+    wait: bool,
+    register_only: bool,
+    shared: bool,
+    options: LoadOptions,
 ) -> adapter_pb2.LoadAdapterRequest:
     """A LoadAdapterRequest."""
     unknown = set(options) - set(LoadOptions.__annotations__)
@@ -259,6 +265,7 @@ def load(
             pinned=pinned,
             return_early=not wait,
             register_only=register_only,
+            shared=shared,
             options=adapter_pb2.LoadOptions(**options),
         )
 

@@ -167,6 +167,7 @@ class Adapter:
     """A variant of the base that the server knows. state: ``registered``, ``loading``, ``ready``,
     ``unloading``, ``failed`` or ``unloaded``. tier: ``none``, ``disk``, ``host`` or ``device``.
     parent: the adapter that its files are relative to. patch: it is part of every request.
+    tenant: whose it is, empty for the operator's; shared: every tenant may use it.
     own_tokenizer: it brings a tokenizer or chat template, which requests that name it use. Times
     are 0 for never."""
 
@@ -190,6 +191,8 @@ class Adapter:
     parent: str = ""
     patch: bool = False
     own_tokenizer: bool = False
+    tenant: str = ""
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)

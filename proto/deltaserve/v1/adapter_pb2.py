@@ -26,45 +26,45 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64\x65ltaserve/v1/adapter.proto\x12\rdeltaserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x99\x01\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03uri\x18\x02 \x01(\t\x12\x0e\n\x06pinned\x18\x03 \x01(\x08\x12\x14\n\x0creturn_early\x18\x04 \x01(\x08\x12+\n\x07options\x18\x05 \x01(\x0b\x32\x1a.deltaserve.v1.LoadOptions\x12\x15\n\rregister_only\x18\x06 \x01(\x08\"o\n\x0bLoadOptions\x12\x1b\n\x13\x61llow_base_mismatch\x18\x01 \x01(\x08\x12\x14\n\x07task_id\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x11\n\tmax_error\x18\x03 \x01(\x01\x12\x0e\n\x06parent\x18\x04 \x01(\tB\n\n\x08_task_id\">\n\x13LoadAdapterResponse\x12\'\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x16.deltaserve.v1.Adapter\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\",\n\x15UnloadAdapterResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x12GetAdapterResponse\x12\'\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x16.deltaserve.v1.Adapter\"<\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x14ListAdaptersResponse\x12(\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x16.deltaserve.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x16\n\x14WatchAdaptersRequest\"S\n\x15WatchAdaptersResponse\x12\x10\n\x08snapshot\x18\x01 \x01(\x08\x12(\n\x08\x61\x64\x61pters\x18\x02 \x03(\x0b\x32\x16.deltaserve.v1.Adapter\"1\n\x11PinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\"=\n\x12PinAdapterResponse\x12\'\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x16.deltaserve.v1.Adapter\"\xf9\x03\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0b\n\x03uri\x18\x03 \x01(\t\x12*\n\x05state\x18\x04 \x01(\x0e\x32\x1b.deltaserve.v1.AdapterState\x12(\n\x04tier\x18\x05 \x01(\x0e\x32\x1a.deltaserve.v1.AdapterTier\x12\x0e\n\x06\x66ormat\x18\x06 \x01(\t\x12\x12\n\nprimitives\x18\x07 \x03(\t\x12\x16\n\x0eresident_bytes\x18\x08 \x01(\x04\x12\x14\n\x0csource_bytes\x18\t \x01(\x04\x12\x0e\n\x06pinned\x18\n \x01(\x08\x12\x11\n\tin_flight\x18\x0b \x01(\r\x12\r\n\x05loads\x18\x0c \x01(\r\x12\x32\n\x0elast_used_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bloaded_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\rload_duration\x18\x0f \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x65rror\x18\x10 \x01(\t\x12\r\n\x05notes\x18\x11 \x03(\t\x12\x0e\n\x06parent\x18\x12 \x01(\t\x12\r\n\x05patch\x18\x13 \x01(\x08\x12\x15\n\rown_tokenizer\x18\x14 \x01(\x08*\xd2\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41\x44\x41PTER_STATE_REGISTERED\x10\x01\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x02\x12\x17\n\x13\x41\x44\x41PTER_STATE_READY\x10\x03\x12\x1b\n\x17\x41\x44\x41PTER_STATE_UNLOADING\x10\x04\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x05\x12\x1a\n\x16\x41\x44\x41PTER_STATE_UNLOADED\x10\x06*\xa1\x01\n\x0b\x41\x64\x61pterTier\x12\x1c\n\x18\x41\x44\x41PTER_TIER_UNSPECIFIED\x10\x00\x12\x15\n\x11\x41\x44\x41PTER_TIER_NONE\x10\x01\x12\x15\n\x11\x41\x44\x41PTER_TIER_DISK\x10\x02\x12\x15\n\x11\x41\x44\x41PTER_TIER_HOST\x10\x03\x12\x17\n\x13\x41\x44\x41PTER_TIER_DEVICE\x10\x04\x12\x16\n\x12\x41\x44\x41PTER_TIER_CACHE\x10\x05\x32\x9f\x04\n\x0e\x41\x64\x61pterService\x12T\n\x0bLoadAdapter\x12!.deltaserve.v1.LoadAdapterRequest\x1a\".deltaserve.v1.LoadAdapterResponse\x12Z\n\rUnloadAdapter\x12#.deltaserve.v1.UnloadAdapterRequest\x1a$.deltaserve.v1.UnloadAdapterResponse\x12Q\n\nGetAdapter\x12 .deltaserve.v1.GetAdapterRequest\x1a!.deltaserve.v1.GetAdapterResponse\x12W\n\x0cListAdapters\x12\".deltaserve.v1.ListAdaptersRequest\x1a#.deltaserve.v1.ListAdaptersResponse\x12\\\n\rWatchAdapters\x12#.deltaserve.v1.WatchAdaptersRequest\x1a$.deltaserve.v1.WatchAdaptersResponse0\x01\x12Q\n\nPinAdapter\x12 .deltaserve.v1.PinAdapterRequest\x1a!.deltaserve.v1.PinAdapterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64\x65ltaserve/v1/adapter.proto\x12\rdeltaserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa9\x01\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03uri\x18\x02 \x01(\t\x12\x0e\n\x06pinned\x18\x03 \x01(\x08\x12\x14\n\x0creturn_early\x18\x04 \x01(\x08\x12+\n\x07options\x18\x05 \x01(\x0b\x32\x1a.deltaserve.v1.LoadOptions\x12\x15\n\rregister_only\x18\x06 \x01(\x08\x12\x0e\n\x06shared\x18\x07 \x01(\x08\"o\n\x0bLoadOptions\x12\x1b\n\x13\x61llow_base_mismatch\x18\x01 \x01(\x08\x12\x14\n\x07task_id\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x11\n\tmax_error\x18\x03 \x01(\x01\x12\x0e\n\x06parent\x18\x04 \x01(\tB\n\n\x08_task_id\">\n\x13LoadAdapterResponse\x12\'\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x16.deltaserve.v1.Adapter\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\",\n\x15UnloadAdapterResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x12GetAdapterResponse\x12\'\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x16.deltaserve.v1.Adapter\"<\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x14ListAdaptersResponse\x12(\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x16.deltaserve.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x16\n\x14WatchAdaptersRequest\"S\n\x15WatchAdaptersResponse\x12\x10\n\x08snapshot\x18\x01 \x01(\x08\x12(\n\x08\x61\x64\x61pters\x18\x02 \x03(\x0b\x32\x16.deltaserve.v1.Adapter\"1\n\x11PinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\"=\n\x12PinAdapterResponse\x12\'\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x16.deltaserve.v1.Adapter\"\x99\x04\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0b\n\x03uri\x18\x03 \x01(\t\x12*\n\x05state\x18\x04 \x01(\x0e\x32\x1b.deltaserve.v1.AdapterState\x12(\n\x04tier\x18\x05 \x01(\x0e\x32\x1a.deltaserve.v1.AdapterTier\x12\x0e\n\x06\x66ormat\x18\x06 \x01(\t\x12\x12\n\nprimitives\x18\x07 \x03(\t\x12\x16\n\x0eresident_bytes\x18\x08 \x01(\x04\x12\x14\n\x0csource_bytes\x18\t \x01(\x04\x12\x0e\n\x06pinned\x18\n \x01(\x08\x12\x11\n\tin_flight\x18\x0b \x01(\r\x12\r\n\x05loads\x18\x0c \x01(\r\x12\x32\n\x0elast_used_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bloaded_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\rload_duration\x18\x0f \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x65rror\x18\x10 \x01(\t\x12\r\n\x05notes\x18\x11 \x03(\t\x12\x0e\n\x06parent\x18\x12 \x01(\t\x12\r\n\x05patch\x18\x13 \x01(\x08\x12\x15\n\rown_tokenizer\x18\x14 \x01(\x08\x12\x0e\n\x06tenant\x18\x15 \x01(\t\x12\x0e\n\x06shared\x18\x16 \x01(\x08*\xd2\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41\x44\x41PTER_STATE_REGISTERED\x10\x01\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x02\x12\x17\n\x13\x41\x44\x41PTER_STATE_READY\x10\x03\x12\x1b\n\x17\x41\x44\x41PTER_STATE_UNLOADING\x10\x04\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x05\x12\x1a\n\x16\x41\x44\x41PTER_STATE_UNLOADED\x10\x06*\xa1\x01\n\x0b\x41\x64\x61pterTier\x12\x1c\n\x18\x41\x44\x41PTER_TIER_UNSPECIFIED\x10\x00\x12\x15\n\x11\x41\x44\x41PTER_TIER_NONE\x10\x01\x12\x15\n\x11\x41\x44\x41PTER_TIER_DISK\x10\x02\x12\x15\n\x11\x41\x44\x41PTER_TIER_HOST\x10\x03\x12\x17\n\x13\x41\x44\x41PTER_TIER_DEVICE\x10\x04\x12\x16\n\x12\x41\x44\x41PTER_TIER_CACHE\x10\x05\x32\x9f\x04\n\x0e\x41\x64\x61pterService\x12T\n\x0bLoadAdapter\x12!.deltaserve.v1.LoadAdapterRequest\x1a\".deltaserve.v1.LoadAdapterResponse\x12Z\n\rUnloadAdapter\x12#.deltaserve.v1.UnloadAdapterRequest\x1a$.deltaserve.v1.UnloadAdapterResponse\x12Q\n\nGetAdapter\x12 .deltaserve.v1.GetAdapterRequest\x1a!.deltaserve.v1.GetAdapterResponse\x12W\n\x0cListAdapters\x12\".deltaserve.v1.ListAdaptersRequest\x1a#.deltaserve.v1.ListAdaptersResponse\x12\\\n\rWatchAdapters\x12#.deltaserve.v1.WatchAdaptersRequest\x1a$.deltaserve.v1.WatchAdaptersResponse0\x01\x12Q\n\nPinAdapter\x12 .deltaserve.v1.PinAdapterRequest\x1a!.deltaserve.v1.PinAdapterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'deltaserve.v1.adapter_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ADAPTERSTATE']._serialized_start=1511
-  _globals['_ADAPTERSTATE']._serialized_end=1721
-  _globals['_ADAPTERTIER']._serialized_start=1724
-  _globals['_ADAPTERTIER']._serialized_end=1885
+  _globals['_ADAPTERSTATE']._serialized_start=1559
+  _globals['_ADAPTERSTATE']._serialized_end=1769
+  _globals['_ADAPTERTIER']._serialized_start=1772
+  _globals['_ADAPTERTIER']._serialized_end=1933
   _globals['_LOADADAPTERREQUEST']._serialized_start=112
-  _globals['_LOADADAPTERREQUEST']._serialized_end=265
-  _globals['_LOADOPTIONS']._serialized_start=267
-  _globals['_LOADOPTIONS']._serialized_end=378
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=380
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=442
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=444
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=480
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=482
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=526
-  _globals['_GETADAPTERREQUEST']._serialized_start=528
-  _globals['_GETADAPTERREQUEST']._serialized_end=561
-  _globals['_GETADAPTERRESPONSE']._serialized_start=563
-  _globals['_GETADAPTERRESPONSE']._serialized_end=624
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=626
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=686
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=688
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=777
-  _globals['_WATCHADAPTERSREQUEST']._serialized_start=779
-  _globals['_WATCHADAPTERSREQUEST']._serialized_end=801
-  _globals['_WATCHADAPTERSRESPONSE']._serialized_start=803
-  _globals['_WATCHADAPTERSRESPONSE']._serialized_end=886
-  _globals['_PINADAPTERREQUEST']._serialized_start=888
-  _globals['_PINADAPTERREQUEST']._serialized_end=937
-  _globals['_PINADAPTERRESPONSE']._serialized_start=939
-  _globals['_PINADAPTERRESPONSE']._serialized_end=1000
-  _globals['_ADAPTER']._serialized_start=1003
-  _globals['_ADAPTER']._serialized_end=1508
-  _globals['_ADAPTERSERVICE']._serialized_start=1888
-  _globals['_ADAPTERSERVICE']._serialized_end=2431
+  _globals['_LOADADAPTERREQUEST']._serialized_end=281
+  _globals['_LOADOPTIONS']._serialized_start=283
+  _globals['_LOADOPTIONS']._serialized_end=394
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=396
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=458
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=460
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=496
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=498
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=542
+  _globals['_GETADAPTERREQUEST']._serialized_start=544
+  _globals['_GETADAPTERREQUEST']._serialized_end=577
+  _globals['_GETADAPTERRESPONSE']._serialized_start=579
+  _globals['_GETADAPTERRESPONSE']._serialized_end=640
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=642
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=702
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=704
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=793
+  _globals['_WATCHADAPTERSREQUEST']._serialized_start=795
+  _globals['_WATCHADAPTERSREQUEST']._serialized_end=817
+  _globals['_WATCHADAPTERSRESPONSE']._serialized_start=819
+  _globals['_WATCHADAPTERSRESPONSE']._serialized_end=902
+  _globals['_PINADAPTERREQUEST']._serialized_start=904
+  _globals['_PINADAPTERREQUEST']._serialized_end=953
+  _globals['_PINADAPTERRESPONSE']._serialized_start=955
+  _globals['_PINADAPTERRESPONSE']._serialized_end=1016
+  _globals['_ADAPTER']._serialized_start=1019
+  _globals['_ADAPTER']._serialized_end=1556
+  _globals['_ADAPTERSERVICE']._serialized_start=1936
+  _globals['_ADAPTERSERVICE']._serialized_end=2479
 # @@protoc_insertion_point(module_scope)

@@ -44,20 +44,22 @@ ADAPTER_TIER_DEVICE: AdapterTier
 ADAPTER_TIER_CACHE: AdapterTier
 
 class LoadAdapterRequest(_message.Message):
-    __slots__ = ("name", "uri", "pinned", "return_early", "options", "register_only")
+    __slots__ = ("name", "uri", "pinned", "return_early", "options", "register_only", "shared")
     NAME_FIELD_NUMBER: _ClassVar[int]
     URI_FIELD_NUMBER: _ClassVar[int]
     PINNED_FIELD_NUMBER: _ClassVar[int]
     RETURN_EARLY_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     REGISTER_ONLY_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
     name: str
     uri: str
     pinned: bool
     return_early: bool
     options: LoadOptions
     register_only: bool
-    def __init__(self, name: _Optional[str] = ..., uri: _Optional[str] = ..., pinned: _Optional[bool] = ..., return_early: _Optional[bool] = ..., options: _Optional[_Union[LoadOptions, _Mapping]] = ..., register_only: _Optional[bool] = ...) -> None: ...
+    shared: bool
+    def __init__(self, name: _Optional[str] = ..., uri: _Optional[str] = ..., pinned: _Optional[bool] = ..., return_early: _Optional[bool] = ..., options: _Optional[_Union[LoadOptions, _Mapping]] = ..., register_only: _Optional[bool] = ..., shared: _Optional[bool] = ...) -> None: ...
 
 class LoadOptions(_message.Message):
     __slots__ = ("allow_base_mismatch", "task_id", "max_error", "parent")
@@ -144,7 +146,7 @@ class PinAdapterResponse(_message.Message):
     def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ...) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "digest", "uri", "state", "tier", "format", "primitives", "resident_bytes", "source_bytes", "pinned", "in_flight", "loads", "last_used_time", "loaded_time", "load_duration", "error", "notes", "parent", "patch", "own_tokenizer")
+    __slots__ = ("name", "digest", "uri", "state", "tier", "format", "primitives", "resident_bytes", "source_bytes", "pinned", "in_flight", "loads", "last_used_time", "loaded_time", "load_duration", "error", "notes", "parent", "patch", "own_tokenizer", "tenant", "shared")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     URI_FIELD_NUMBER: _ClassVar[int]
@@ -165,6 +167,8 @@ class Adapter(_message.Message):
     PARENT_FIELD_NUMBER: _ClassVar[int]
     PATCH_FIELD_NUMBER: _ClassVar[int]
     OWN_TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     uri: str
@@ -185,4 +189,6 @@ class Adapter(_message.Message):
     parent: str
     patch: bool
     own_tokenizer: bool
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., uri: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., tier: _Optional[_Union[AdapterTier, str]] = ..., format: _Optional[str] = ..., primitives: _Optional[_Iterable[str]] = ..., resident_bytes: _Optional[int] = ..., source_bytes: _Optional[int] = ..., pinned: _Optional[bool] = ..., in_flight: _Optional[int] = ..., loads: _Optional[int] = ..., last_used_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., loaded_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., error: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ..., parent: _Optional[str] = ..., patch: _Optional[bool] = ..., own_tokenizer: _Optional[bool] = ...) -> None: ...
+    tenant: str
+    shared: bool
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., uri: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., tier: _Optional[_Union[AdapterTier, str]] = ..., format: _Optional[str] = ..., primitives: _Optional[_Iterable[str]] = ..., resident_bytes: _Optional[int] = ..., source_bytes: _Optional[int] = ..., pinned: _Optional[bool] = ..., in_flight: _Optional[int] = ..., loads: _Optional[int] = ..., last_used_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., loaded_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., error: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ..., parent: _Optional[str] = ..., patch: _Optional[bool] = ..., own_tokenizer: _Optional[bool] = ..., tenant: _Optional[str] = ..., shared: _Optional[bool] = ...) -> None: ...

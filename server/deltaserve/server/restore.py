@@ -13,6 +13,7 @@ from deltaserve.server.config import ADAPTER_NAME, NAME_RULE
 from deltaserve.server.engine.adapter_cache import AdapterCache
 from deltaserve.server.engine.core import AdapterInfo
 from deltaserve.server.errors import AdapterConflict, RequestError, StateUnavailable
+from deltaserve.server.identity.sight import Owner, Sight
 from deltaserve.server.metrics import Metrics
 from deltaserve.server.state.records import AdapterRecord, Entry, parse
 from deltaserve.server.state.store import Store
@@ -20,11 +21,16 @@ from deltaserve.server.state.store import Store
 log = logging.getLogger(__name__)
 
 
-async def restore(cache: AdapterCache, store: Store, metrics: Metrics) -> None:
+async def restore(cache: AdapterCache, store: Store, metrics: Metrics) -> Sight:
     """Load each, or register it, as it was; parents before their children. One that is not what it
     was is listed as failed, with the reason, and tried again at the next start. StateUnavailable if
-    they cannot be read."""
+    they cannot be read. -> whose they are: the command line's are the operator's, whatever the
+    state has under their names."""
+    own, sight = {info.name for info in cache.list()}, Sight()
     left = {record.name: record for record in await store.adapters()}
+    for record in left.values():
+        if record.name not in own:
+            sight.put(record.name, Owner(record.tenant, record.shared))
     options: dict[str, LoadOptions] = {}
     served = 0
     for record in list(left.values()):
@@ -55,6 +61,7 @@ async def restore(cache: AdapterCache, store: Store, metrics: Metrics) -> None:
                 served += 1
                 await _served(store, record, info)
     log.info("brought back %d adapters", served)
+    return sight
 
 
 def _start(cache: AdapterCache, record: AdapterRecord, options: LoadOptions) -> Future[AdapterInfo]:

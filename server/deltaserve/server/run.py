@@ -39,6 +39,7 @@ from deltaserve.server.tgis import service as tgis
 if TYPE_CHECKING:
     from sqlalchemy import URL
 
+    from deltaserve.server.identity.sight import Sight
     from deltaserve.server.state.store import Store
 
 log = logging.getLogger(__name__)
@@ -121,8 +122,8 @@ def _expose(metrics: Metrics, engine: Engine, config: Config) -> None:
 async def _serve(
     engine: Engine, text: Text, config: Config, metrics: Metrics, state: URL | None
 ) -> int:
-    store = None if state is None else await _restore(engine, state, metrics)
-    identity = await _identity(config, store)
+    store, sight = (None, None) if state is None else await _restore(engine, state, metrics)
+    identity = await _identity(config, store, sight)
     services = Services(engine, text, config.rpc, metrics, store, identity)
     doorman = Doorman(identity.book, identity.refresh)
     given = (services, doorman, config.rpc, metrics, config.engine.max_queue)
@@ -133,9 +134,9 @@ async def _serve(
     return await serve_until_signal(doors, lambda a: print(f"listening on {a[0]}", flush=True))
 
 
-async def _identity(config: Config, store: Store | None) -> Identity:
+async def _identity(config: Config, store: Store | None, sight: Sight | None) -> Identity:
     try:
-        identity = await Identity.open(store, config.keys)
+        identity = await Identity.open(store, config.keys, sight)
     except StateUnavailable as error:
         raise StartError(f"--state: {error}") from error
     rpc = config.rpc
@@ -157,17 +158,16 @@ def _state(given: str) -> URL | None:
     return parse(given)
 
 
-async def _restore(engine: Engine, state: URL, metrics: Metrics) -> Store:
+async def _restore(engine: Engine, state: URL, metrics: Metrics) -> tuple[Store, Sight]:
     from deltaserve.server.restore import restore
     from deltaserve.server.state.store import StateError, Store
 
     try:
         store = await Store.open(state)
-        await restore(engine.adapters, store, metrics)
+        return store, await restore(engine.adapters, store, metrics)
     except (StateError, StateUnavailable) as error:
         shown = state.render_as_string(hide_password=True)
         raise StartError(f"--state {shown}: {error}") from error
-    return store
 
 
 def _run_loop(serving: Coroutine[Any, Any, int]) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from issue import issue
 from served import served
 
 from deltaserve.clients import AsyncClient, Client, errors
@@ -26,14 +27,6 @@ from deltaserve.server.identity.key_file import KeyFile, parse, section
 from deltaserve.server.identity.records import Key
 from deltaserve.server.service.access import NEEDED
 from deltaserve.server.service.identity import Identity
-
-
-def issue(book: Book, *roles: Role, tenant: str = "acme", **fields: Any) -> tuple[Key, str]:
-    """A new key in the book, and its token."""
-    name, shown = token.make()
-    key = Key(name, tenant, frozenset(roles), token.digest(shown), **fields)
-    book.put(key)
-    return key, shown
 
 
 def test_without_keys_everybody_may_everything() -> None:

@@ -81,7 +81,7 @@ class Backlog:
 
     def leave(self, sequence: Sequence) -> None:
         """It begins, or is over."""
-        flow = self._flows.get((sequence.request.tenant, sequence.label))
+        flow = self._flows.get((sequence.request.tenant, sequence.flow))
         level = sequence.request.priority
         if flow is None or sequence not in flow.waiting.get(level, ()):
             return
@@ -102,11 +102,11 @@ class Backlog:
                     higher = _sum(higher, flow.work(other))
             by_tenant.setdefault(flow.tenant, []).append((flow.label, flow.work(level)))
         own = by_tenant.get(tenant, [])
-        mine = dict(own).get(sequence.label, Ahead(0, 0))
+        mine = dict(own).get(sequence.flow, Ahead(0, 0))
         turn = _sum(mine, Ahead(len(sequence.members), sequence.prompt_tokens))
         among = mine
         for label, work in own:
-            if label != sequence.label:
+            if label != sequence.flow:
                 among = _sum(among, _least(work, turn))
         turn = _sum(among, Ahead(len(sequence.members), sequence.prompt_tokens))
         for name, flows in by_tenant.items():
@@ -129,7 +129,7 @@ class Backlog:
             of_flow[key] = len(flow)
             of_tenant[key[0]] = of_tenant.get(key[0], 0) + len(flow)
         if level == newcomer.request.priority:
-            mine = (newcomer.request.tenant, newcomer.label)
+            mine = (newcomer.request.tenant, newcomer.flow)
             of_flow[mine] = of_flow.get(mine, 0) + 1
             of_tenant[mine[0]] = of_tenant.get(mine[0], 0) + 1
             largest = max(of_flow, key=lambda k: (of_tenant[k[0]], of_flow[k], k == mine))
@@ -140,7 +140,7 @@ class Backlog:
         return next(reversed(self._flows[chosen].waiting[level]))
 
     def _flow(self, sequence: Sequence) -> _Flow:
-        key = (sequence.request.tenant, sequence.label)
+        key = (sequence.request.tenant, sequence.flow)
         return self._flows.setdefault(key, _Flow(*key))
 
     def _tidy(self, flow: _Flow) -> None:

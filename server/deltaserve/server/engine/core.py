@@ -118,7 +118,8 @@ class Request:
     this request alone. sibling: id of a request with the same prompt, adapters and salt, submitted
     before: this one waits until that one's prompt is computed, and takes up its blocks. tenant:
     on whose behalf; tenants share the machine equally. max_wait: most seconds until the first
-    token. tokenizer: of its adapters, in place of the engine's."""
+    token. tokenizer: of its adapters, in place of the engine's. user: of the tenant; a tenant's
+    users share its part equally."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -134,6 +135,7 @@ class Request:
     tenant: str = ""
     max_wait: float | None = None
     tokenizer: Tokenizer | None = None
+    user: str = ""
 
 
 @dataclass(frozen=True, slots=True)

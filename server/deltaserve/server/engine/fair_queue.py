@@ -1,8 +1,9 @@
 """FairQueue: whose turn it is.
 
-A flow is what one tenant asks of one adapter. Tenants share the machine's time equally, and each
-tenant's flows share its part. As in the virtual token counter (Sheng et al. 2024, "Fairness in
-Serving Large Language Models") a flow has a virtual time, the seconds that it has been served;
+A flow is what one tenant, or one user of a tenant with several, asks of one adapter. Tenants share
+the machine's time equally, and each tenant's flows share its part. As in the virtual token counter
+(Sheng et al. 2024, "Fairness in Serving Large Language Models") a flow has a virtual time, the
+seconds that it has been served;
 the turn is that of the tenant, then of the flow, with the smallest. A tenant or flow that comes
 back is lifted to the smallest among those that wait (start-time fair queueing, Goyal et al. 1996),
 so being idle saves nothing up; of equal ones, the turn is that of who has had none for longer.
@@ -160,7 +161,7 @@ class FairQueue:
             raise AssertionError("a flow counts wrongly")
 
     def _flow(self, sequence: Sequence) -> Flow:
-        name, label = sequence.request.tenant, sequence.label
+        name, label = sequence.request.tenant, sequence.flow
         if self._flows >= self._most:
             self._forget()
             self._most = max(MAX_FLOWS, 2 * self._flows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -64,10 +63,7 @@ class Registry:
         """AdapterUnknown if there is none of that name."""
         residency = self._by_name.get(name)
         if residency is None:
-            names = ", ".join(heapq.nsmallest(8, self._by_name)) or "none"
-            raise AdapterUnknown(
-                f"no adapter named {name!r} is registered (registered: {names})", field=field
-            )
+            raise AdapterUnknown(f"no adapter named {name!r} is registered", field=field)
         return residency
 
     def resolve(self, called: str, field: str = "model") -> Residency:

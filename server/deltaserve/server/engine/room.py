@@ -121,7 +121,7 @@ def _tenant(sequence: Sequence) -> Key:
 
 
 def _flow(sequence: Sequence) -> Key:
-    return (sequence.request.tenant, sequence.label)
+    return (sequence.request.tenant, sequence.flow)
 
 
 def _holdings(running: Iterable[Sequence], measure: Callable[[Sequence], int]) -> Counter[Key]:

@@ -132,6 +132,12 @@ class Sequence:
         return "|".join("+".join(a.name for a in m.adapters if not a.patch) for m in self.members)
 
     @property
+    def flow(self) -> str:
+        """What it is a part of, in its tenant: the user's requests for the same adapters."""
+        user = self.request.user
+        return f"{user}\0{self.label}" if user else self.label
+
+    @property
     def resident(self) -> bool:
         """Whether all adapters of its request are in memory."""
         return all(a.ready for m in self.members for a in m.adapters)

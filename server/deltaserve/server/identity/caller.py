@@ -40,6 +40,15 @@ class Caller:
     roles: frozenset[Role] = EVERY_ROLE
     key: str = ""
 
+    def salted(self, salt: str) -> str:
+        """Of the prefix cache: tenants share nothing, whatever they say. Neither a tenant nor a
+        client's salt has control characters."""
+        return f"{self.tenant}\0{salt}" if self.tenant else salt
+
+    def behalf(self, user: str) -> tuple[str, str]:
+        """(who shares the machine with others equally, which part of it)."""
+        return (self.tenant, user) if self.tenant else (user, "")
+
     @property
     def operator(self) -> bool:
         """What others have is its as well."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from deltaserve.server.engine.core import AdapterInfo
 from deltaserve.server.errors import ShuttingDown
+from deltaserve.server.identity.sight import Sight
 from deltaserve.server.routes.book import RouteBook
 from deltaserve.server.service import answer, convert
 from deltaserve.server.service.call import Call
@@ -22,17 +24,27 @@ MAX_PAGE = 1000
 
 
 class Watcher:
-    """The latest state of each adapter that a client has not been told of."""
+    """The latest state of each adapter that a client has not been told of. sees: whether it may
+    know of it."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, sees: Callable[[str], bool]) -> None:
         self._loop = loop
+        self._sees = sees
         self._changed: dict[str, AdapterInfo] = {}
         self._news = asyncio.Event()
         self._closed = False
 
     def tell(self, info: AdapterInfo) -> None:
         """From any thread."""
-        self._call(lambda: self._changed.update({info.name: info}))
+
+        def change() -> None:
+            """Asked in the loop, in the order of the changes: what goes is still its owner's."""
+            if self._sees(info.name):
+                self._changed[info.name] = info
+                self._news.set()
+
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(change)
 
     def close(self) -> None:
         """The server shuts down."""
@@ -48,23 +60,16 @@ class Watcher:
         changed, self._changed = self._changed, {}
         return list(changed.values())
 
-    def _call(self, change: Callable[[], None]) -> None:
-        def apply() -> None:
-            change()
-            self._news.set()
-
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(apply)
-
 
 class AdapterService:
     """A call that goes away does not undo what it began. book: of the routes, whose names and
-    adapters are theirs. store: keeps what it changes."""
+    adapters are theirs. store: keeps what it changes. sight: who may see what."""
 
-    def __init__(self, engine: Engine, book: RouteBook, store: Store | None = None) -> None:
+    def __init__(self, engine: Engine, book: RouteBook, store: Store | None, sight: Sight) -> None:
         self._book = book
         self._adapters = engine.adapters
-        self._kept = Kept(engine.adapters, store)
+        self._sight = sight
+        self._kept = Kept(engine.adapters, store, sight)
         self._base = engine.info().base
         self._watchers: set[Watcher] = set()
 
@@ -78,26 +83,33 @@ class AdapterService:
     ) -> pb.LoadAdapterResponse:
         name = convert.adapter_name(request.name, self._base)
         self._book.check_adapter_name(name)
+        options = convert.load_options(request.options)
+        if options.parent:
+            self._sight.check(call.caller, options.parent, "options.parent")
         info = await self._kept.load(
-            call.caller.name,
+            call.caller,
             name,
             convert.uri(request.uri),
             pinned=request.pinned,
-            options=convert.load_options(request.options),
+            options=options,
             register_only=request.register_only,
             return_early=request.return_early,
+            shared=request.shared,
         )
-        return pb.LoadAdapterResponse(adapter=answer.adapter(info))
+        return pb.LoadAdapterResponse(adapter=self._shown(info, call))
 
     async def UnloadAdapter(
         self, request: pb.UnloadAdapterRequest, call: Call
     ) -> pb.UnloadAdapterResponse:
-        self._book.check_unused(request.name)
-        freed = await self._kept.unload(call.caller.name, request.name)
+        if self._sight.owns(call.caller, request.name):
+            self._book.check_unused(request.name)
+        freed = await self._kept.unload(call.caller, request.name)
         return pb.UnloadAdapterResponse(freed_bytes=freed)
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, call: Call) -> pb.GetAdapterResponse:
-        return pb.GetAdapterResponse(adapter=answer.adapter(self._adapters.get(request.name)))
+        self._sight.check(call.caller, request.name)
+        info = self._adapters.get(request.name)
+        return pb.GetAdapterResponse(adapter=self._shown(info, call))
 
     async def ListAdapters(
         self, request: pb.ListAdaptersRequest, call: Call
@@ -105,24 +117,25 @@ class AdapterService:
         if request.page_size > MAX_PAGE:
             convert.refuse("page_size", str(request.page_size), f"at most {MAX_PAGE}")
         after = request.page_token
-        found = [a for a in self._adapters.list() if a.name > after]
+        found = [a for a in self._seen(call) if a.name > after]
         size = request.page_size or MAX_PAGE
         page = found[:size]
         return pb.ListAdaptersResponse(
-            adapters=[answer.adapter(a) for a in page],
+            adapters=[self._shown(a, call) for a in page],
             next_page_token=page[-1].name if len(found) > size else "",
         )
 
     async def WatchAdapters(
         self, request: pb.WatchAdaptersRequest, call: Call
     ) -> AsyncGenerator[pb.WatchAdaptersResponse, None]:
-        watcher = Watcher(asyncio.get_running_loop())
+        sees = partial(self._sight.sees, call.caller)
+        watcher = Watcher(asyncio.get_running_loop(), sees)
         self._watchers.add(watcher)
         unsubscribe = self._adapters.subscribe(watcher.tell)
         try:
-            adapters, snapshot = self._adapters.list(), True
+            adapters, snapshot = self._seen(call), True
             while True:
-                shown = [answer.adapter(a) for a in adapters]
+                shown = [self._shown(a, call) for a in adapters]
                 yield pb.WatchAdaptersResponse(snapshot=snapshot, adapters=shown)
                 adapters, snapshot = await watcher.take(), False
         finally:
@@ -130,5 +143,16 @@ class AdapterService:
             self._watchers.discard(watcher)
 
     async def PinAdapter(self, request: pb.PinAdapterRequest, call: Call) -> pb.PinAdapterResponse:
-        info = await self._kept.pin(call.caller.name, request.name, request.pinned)
-        return pb.PinAdapterResponse(adapter=answer.adapter(info))
+        info = await self._kept.pin(call.caller, request.name, request.pinned)
+        return pb.PinAdapterResponse(adapter=self._shown(info, call))
+
+    def _seen(self, call: Call) -> list[AdapterInfo]:
+        return [a for a in self._adapters.list() if self._sight.sees(call.caller, a.name)]
+
+    def _shown(self, info: AdapterInfo, call: Call) -> pb.Adapter:
+        """A parent that the caller may not see is not named."""
+        shown, owner = answer.adapter(info), self._sight.owner(info.name)
+        shown.tenant, shown.shared = owner.tenant, owner.shared
+        if not self._sight.sees(call.caller, info.parent):
+            shown.parent = ""
+        return shown

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from deltaserve.server.engine.core import Output, Request, SamplingParams, ServedAdapter
 from deltaserve.server.errors import InvalidRequest, RequestUnknown
+from deltaserve.server.identity.sight import Sight
 from deltaserve.server.service import answer, combined, convert
 from deltaserve.server.service.asked import Asked, extras
 from deltaserve.server.service.call import Call
@@ -40,6 +41,7 @@ class GenerationService:
         constrainer: Constrainer,
         outbox: LoopOutbox,
         routing: Routing,
+        sight: Sight,
         max_seconds: float,
     ) -> None:
         self._engine = engine
@@ -48,6 +50,8 @@ class GenerationService:
         self._constrainer = constrainer
         self._outbox = outbox
         self._routing = routing
+        self._sight = sight
+        self._tenants: dict[str, str] = {}  # of the requests in flight, by their engine's ids
         self._max_seconds = max_seconds
 
     async def Generate(self, request: pb.GenerateRequest, call: Call) -> pb.GenerateResponse:
@@ -60,7 +64,7 @@ class GenerationService:
     ) -> pb.GenerateResponse:
         asked = await self._asked(routed.request, call)
         outputs: dict[str, list[Output]] = {r.request_id: [] for r in asked.requests}
-        async with self._submitted(asked.requests) as stream:
+        async with self._submitted(asked.requests, call) as stream:
             while not stream.done:
                 for output in routed.heard(asked.heard(_checked(await stream.take()))):
                     outputs[output.request_id].append(output)
@@ -95,7 +99,7 @@ class GenerationService:
         indices = {r.request_id: i for i, r in enumerate(asked.requests)}
         name = _name(asked.requests[0])
         started = False
-        async with self._submitted(asked.requests) as stream:
+        async with self._submitted(asked.requests, call) as stream:
             while not stream.done:
                 heard = routed.heard(asked.heard(_checked(await stream.take())))
                 outputs = asked.shown(heard)
@@ -120,10 +124,12 @@ class GenerationService:
         request = routed.request
         convert.check_labels(request)
         name = request.request_id or uuid.uuid4().hex
-        adapters = convert.adapters(request, self._info.base)
+        base = self._info.base
+        adapters = convert.adapters(request, base)
         deadline = call.deadline(self._max_seconds)
-        encoder = await self._encoders.of(convert.named(request, self._info.base))
-        asked = await combined.to_score(request, self._info.base, encoder)
+        tenant, user = call.caller.behalf(request.user)
+        encoder = await self._encoders.of(self._seen(convert.named(request, base), call))
+        asked = await combined.to_score(request, base, encoder)
         requests = [
             Request(
                 request_id=_engine_id(name, i),
@@ -131,16 +137,17 @@ class GenerationService:
                 sampling=SamplingParams(max_tokens=0, score_from=start, prompt_logprobs=1),
                 adapters=adapters,
                 priority=request.priority,
-                tenant=request.user,
+                tenant=tenant,
+                user=user,
                 max_wait=convert.max_wait(request),
                 deadline=deadline,
-                salt=request.cache_salt,
+                salt=call.caller.salted(request.cache_salt),
                 combination=combination,
             )
             for i, (ids, start, combination) in enumerate(asked)
         ]
         lasts: dict[str, Output] = {}
-        async with self._submitted(requests) as stream:
+        async with self._submitted(requests, call) as stream:
             while not stream.done:
                 for output in routed.heard(_checked(await stream.take())):
                     lasts[output.request_id] = output
@@ -154,7 +161,8 @@ class GenerationService:
         )
 
     async def SetWeights(self, request: pb.SetWeightsRequest, call: Call) -> pb.SetWeightsResponse:
-        called = [i for i in self._outbox.ids() if _name_of(i) == request.request_id]
+        own = (i for i, tenant in self._tenants.items() if tenant == call.caller.tenant)
+        called = [i for i in own if _name_of(i) == request.request_id]
         if len({i.rpartition("#")[0] for i in called}) < len(called):  # choices of one are numbered
             found = f"{request.request_id!r}, as several requests in flight are called,"
             convert.refuse("request_id", found, "the name of one alone")
@@ -171,25 +179,25 @@ class GenerationService:
         return pb.SetWeightsResponse()
 
     async def Tokenize(self, request: pb.TokenizeRequest, call: Call) -> pb.TokenizeResponse:
-        encoder = await self._encoder(request.model)
+        encoder = await self._encoder(request.model, call)
         ids = await encoder.prompt(request)
         return pb.TokenizeResponse(token_ids=ids, max_length=self._info.max_length)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, call: Call) -> pb.DetokenizeResponse:
-        encoder = await self._encoder(request.model)
+        encoder = await self._encoder(request.model, call)
         return pb.DetokenizeResponse(text=await encoder.detokenize(list(request.token_ids)))
 
-    async def _encoder(self, model: str) -> Encoder:
+    async def _encoder(self, model: str, call: Call) -> Encoder:
         """Of the adapter that it names, if it does; of a route, the one that its arms share."""
         name = convert.label("model", model)
         route = self._routing.route(name)
         if route is None:
             names = [name] if name and name != self._info.base else []
-            return await self._encoders.of(names, known=True)
+            return await self._encoders.of(self._seen(names, call), known=True)
         found = {}
         for arm in route.arms.values():
             names = [arm.model] if arm.model else [a.name for a in arm.adapters]
-            found[arm.name] = await self._encoders.of(names, known=True)
+            found[arm.name] = await self._encoders.of(self._seen(names, call), known=True)
         control = found[route.control]
         for arm_name, encoder in found.items():
             if encoder.tokenizer is not control.tokenizer:
@@ -197,6 +205,12 @@ class GenerationService:
                 right = "a route whose arms share a tokenizer, or an adapter"
                 convert.refuse("model", what + "different tokenizers,", right)
         return control
+
+    def _seen(self, names: list[str], call: Call) -> list[str]:
+        """The same; AdapterUnknown for one that the caller may not see."""
+        for name in names:
+            self._sight.check(call.caller, name)
+        return names
 
     async def _asked(self, request: convert.GenerateRequest, call: Call) -> Asked:
         """One request for each choice."""
@@ -206,7 +220,7 @@ class GenerationService:
         wanted = extras(request)
         samplings = [convert.sampling(request, i) for i in range(wanted.choices)]
         speculation = convert.speculation(request)
-        encoder = await self._encoders.of(convert.named(request, base))
+        encoder = await self._encoders.of(self._seen(convert.named(request, base), call))
         prompt, combination = await combined.to_generate(request, base, encoder)
         if words := convert.bad_words(request):
             bad = await encoder.bad_tokens(words)
@@ -217,6 +231,7 @@ class GenerationService:
         matchers = await self._constrainer.matchers(constraint, len(samplings), encoder.tokenizer)
         name = request.request_id or uuid.uuid4().hex
         deadline = call.deadline(self._max_seconds)
+        tenant, user = call.caller.behalf(request.user)
         ids = [_engine_id(name, i) for i in range(wanted.choices)]
         requests = [
             Request(
@@ -225,10 +240,11 @@ class GenerationService:
                 sampling=sampling,
                 adapters=adapters,
                 priority=request.priority,
-                tenant=request.user,
+                tenant=tenant,
+                user=user,
                 max_wait=convert.max_wait(request),
                 deadline=deadline,
-                salt=request.cache_salt,
+                salt=call.caller.salted(request.cache_salt),
                 speculation=speculation,
                 combination=combination,
                 matcher=matcher,
@@ -245,8 +261,9 @@ class GenerationService:
         return Asked(requests, wanted, shown)
 
     @asynccontextmanager
-    async def _submitted(self, requests: Sequence[Request]) -> AsyncIterator[Stream]:
+    async def _submitted(self, requests: Sequence[Request], call: Call) -> AsyncIterator[Stream]:
         stream = self._outbox.open([r.request_id for r in requests])
+        self._tenants.update(dict.fromkeys(stream.ids, call.caller.tenant))
         try:
             for request in requests:
                 self._engine.submit(request, self._outbox)
@@ -257,6 +274,8 @@ class GenerationService:
             for request_id in stream.unfinished:
                 self._engine.cancel(request_id)
             self._outbox.close(stream)
+            for request_id in stream.ids:
+                del self._tenants[request_id]
 
 
 def _checked(outputs: list[Output]) -> list[Output]:

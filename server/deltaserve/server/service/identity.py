@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -25,6 +25,7 @@ from deltaserve.server.identity.records import (
     Key,
     Tenant,
 )
+from deltaserve.server.identity.sight import Sight
 from deltaserve.server.service import convert
 from deltaserve.server.service.call import Call
 from deltaserve.server.service.status import reason
@@ -46,14 +47,18 @@ _FROM_WIRE = {number: role for role, number in _TO_WIRE.items()}
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What the server knows of its callers. keys: None without a state. file: of --keys."""
+    """What the server knows of its callers. keys: None without a state. file: of --keys.
+    sight: whose adapters are."""
 
     book: Book
     keys: KeyStore | None = None
     file: KeyFile | None = None
+    sight: Sight = field(default_factory=Sight)
 
     @classmethod
-    async def open(cls, store: Store | None, path: Path | None) -> Identity:
+    async def open(
+        cls, store: Store | None, path: Path | None, sight: Sight | None = None
+    ) -> Identity:
         """With what the state and the file have. ConfigError, StateUnavailable."""
         keys, book = None, Book()
         if store is not None:
@@ -64,7 +69,7 @@ class Identity:
         file = KeyFile(path) if path is not None else None
         if file is not None:
             file.load(book)
-        return cls(book, keys, file)
+        return cls(book, keys, file, sight or Sight())
 
     def refresh(self) -> None:
         """Look whether the file has changed."""
@@ -174,6 +179,12 @@ class IdentityService:
                     "first",
                     field="name",
                 )
+            if owned := self._identity.sight.of(name):
+                raise IdentityConflict(
+                    f"name: the tenant {name!r} has the adapters {', '.join(owned[:8])}: unload "
+                    "them first",
+                    field="name",
+                )
             await keys.delete_tenant(name, entry)
             self._book.forget_tenant(name)
 
@@ -272,13 +283,13 @@ def _shown(key: Key) -> pb.Key:
         subject=key.subject,
         label=key.label,
     )
-    for field, when in (
+    for time_of, when in (
         (shown.create_time, key.created),
         (shown.expire_time, key.expires),
         (shown.revoke_time, key.revoked),
     ):
         if when:
-            field.CopyFrom(Timestamp(seconds=int(when), nanos=int(when % 1 * 1e9)))
+            time_of.CopyFrom(Timestamp(seconds=int(when), nanos=int(when % 1 * 1e9)))
     return shown
 
 

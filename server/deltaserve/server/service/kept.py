@@ -6,11 +6,14 @@ import asyncio
 import logging
 from collections.abc import Coroutine
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from deltaserve.adapters.options import LoadOptions
 from deltaserve.server.engine.core import AdapterInfo, AdapterState
-from deltaserve.server.errors import AdapterUnknown, ShuttingDown, StateUnavailable
+from deltaserve.server.errors import AdapterBusy, AdapterUnknown, ShuttingDown, StateUnavailable
+from deltaserve.server.identity.caller import Caller
+from deltaserve.server.identity.sight import Sight
 from deltaserve.server.service.status import reason
 from deltaserve.server.state.records import AdapterRecord, Entry, dump
 
@@ -25,16 +28,18 @@ T = TypeVar("T")
 class Kept:
     """A change is made in memory first, where it is refused if it is not possible, and then
     written. What cannot be written is served all the same, and the client told: StateUnavailable.
-    store: None keeps nothing. A client that goes away does not undo what it began."""
+    store: None keeps nothing. sight: whose they are. A client that goes away does not undo what it
+    began."""
 
-    def __init__(self, adapters: AdapterCache, store: Store | None) -> None:
+    def __init__(self, adapters: AdapterCache, store: Store | None, sight: Sight) -> None:
         self._adapters = adapters
+        self._sight = sight
         self._store = store
         self._running: set[asyncio.Task[Any]] = set()
 
     async def load(
         self,
-        who: str,
+        caller: Caller,
         name: str,
         uri: str,
         *,
@@ -42,12 +47,17 @@ class Kept:
         options: LoadOptions,
         register_only: bool,
         return_early: bool,
+        shared: bool = False,
     ) -> AdapterInfo:
         """`AdapterCache.load`. return_early: do not wait until it is done."""
+        who = caller.name
         record = AdapterRecord(name, uri, dump(options), "", pinned, register_only, who)
         entry = Entry(who, "LoadAdapter", name)
 
         async def load() -> AdapterInfo:
+            owner = self._sight.claim(caller, name, shared=shared, taken=self._registered(name))
+            nonlocal record
+            record = replace(record, tenant=owner.tenant, shared=owner.shared)
             future = self._adapters.load(
                 name, uri, pinned=pinned, options=options, register_only=register_only
             )
@@ -62,34 +72,56 @@ class Kept:
 
         return await self._whole(entry, load())
 
-    async def unload(self, who: str, name: str) -> int:
+    async def unload(self, caller: Caller, name: str) -> int:
         """`AdapterCache.unload`; also of one that only the state knows, 0 bytes."""
-        entry = Entry(who, "UnloadAdapter", name)
+        entry = Entry(caller.name, "UnloadAdapter", name)
 
         async def unload() -> int:
+            self._sight.check_owner(caller, name, taken=self._registered(name))
+            self._check_children(caller, name)
             try:
                 future = self._adapters.unload(name)
             except AdapterUnknown:
                 if self._store is None or not await self._store.remove(name, entry):
                     raise
+                self._sight.forget(name)
                 return 0
             if self._store is not None and not await _written(self._store.remove(name, entry)):
                 await _written(self._store.note(entry))
-            return await result(future)
+            freed = await result(future)
+            if not self._registered(name):  # it may have been loaded anew
+                self._sight.forget(name)
+            return freed
 
         return await self._whole(entry, unload())
 
-    async def pin(self, who: str, name: str, pinned: bool) -> AdapterInfo:
+    async def pin(self, caller: Caller, name: str, pinned: bool) -> AdapterInfo:
         """`AdapterCache.pin`."""
-        entry = Entry(who, "PinAdapter" if pinned else "UnpinAdapter", name)
+        entry = Entry(caller.name, "PinAdapter" if pinned else "UnpinAdapter", name)
 
         async def pin() -> AdapterInfo:
+            self._sight.check_owner(caller, name, taken=self._registered(name))
             info = self._adapters.pin(name, pinned)
             if self._store is not None:
                 await _written(self._store.pin(name, pinned, entry))
             return info
 
         return await self._whole(entry, pin())
+
+    def _check_children(self, caller: Caller, name: str) -> None:
+        """The cache names those that must be unloaded first; not to everybody."""
+        for child in self._adapters.list():
+            if child.parent == name and not self._sight.sees(caller, child.name):
+                raise AdapterBusy(
+                    f"adapter {name!r} is the parent of adapters of other tenants", field="name"
+                )
+
+    def _registered(self, name: str) -> bool:
+        try:
+            self._adapters.get(name)
+        except AdapterUnknown:
+            return False
+        return True
 
     async def _settle(
         self, record: AdapterRecord, entry: Entry, future: Future[AdapterInfo]
@@ -112,6 +144,8 @@ class Kept:
                 now.pinned,
                 record.register_only,
                 record.owner,
+                tenant=record.tenant,
+                shared=record.shared,
             )
 
         if self._store is not None:

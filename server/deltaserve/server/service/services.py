@@ -45,6 +45,7 @@ class Services:
         identity: Identity | None = None,
     ) -> None:
         self.info = info = engine.info()
+        identity = identity or Identity(Book())
         self.traffic = Traffic()
         self._outbox = LoopOutbox(asyncio.get_running_loop())
         self.encoders = Encoders(text, info.max_length, engine.adapters.own_text)
@@ -58,10 +59,11 @@ class Services:
             self._constrainer,
             self._outbox,
             self._routing,
+            identity.sight,
             config.max_seconds,
         )
-        self.adapters = AdapterService(engine, self._routes, store)
-        self.identity = IdentityService(identity or Identity(Book()))
+        self.adapters = AdapterService(engine, self._routes, store, identity.sight)
+        self.identity = IdentityService(identity)
         self.routes = RouteService(engine, self._routes, metrics)
         self.server = ServerService(engine, metrics.recent, chat=text.has_chat_template)
 

@@ -91,7 +91,8 @@ class Store:
                 known = await _find(connection, record.name)
                 if known is not None and known.digest == record.digest and not known.error:
                     both = known.register_only and record.register_only
-                    record = replace(known, pinned=record.pinned, register_only=both)
+                    shared = known.shared or record.shared
+                    record = replace(known, pinned=record.pinned, register_only=both, shared=shared)
                 await _put(connection, record)
             await note(connection, entry)
 
