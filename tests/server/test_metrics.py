@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import dashboards
 from fake_engine import FakeEngine
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -80,6 +81,19 @@ def test_labels_are_those_documented() -> None:
         family = re.sub(r"_(bucket|count|sum)$", "", name)
         if family in documented:
             assert {k for k, _ in labels} - {"le"} == documented[family], name
+
+
+def test_dashboard_and_alerts_ask_for_labels_that_there_are() -> None:
+    known: dict[str, set[str]] = {"up": set()}
+    for (name, labels), _ in samples(full()).items():
+        known.setdefault(name, set()).update(k for k, _ in labels)
+    asked = dashboards.expressions()
+    assert len(asked) > 40
+    for expression in asked:
+        for name, label in dashboards.selected(expression):
+            assert label in known[name] | dashboards.ADDED, expression
+        found = set().union(*(known[name] for name in dashboards.names(expression)))
+        assert dashboards.grouped(expression) <= found | dashboards.ADDED, expression
 
 
 def test_what_is_counted() -> None:

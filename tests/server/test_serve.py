@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import dashboards
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -131,6 +133,11 @@ def test_metrics_over_http(server: tuple) -> None:  # type: ignore[type-arg]
         text = reply.read().decode()
     assert 'deltaserve_completion_tokens_total{adapter="first"} ' in text
     assert "vllm:lora_requests_info{" in text
+    types = dict(re.findall(r"^# TYPE (\S+) (\w+)$", text, re.M))
+    parts = {f"{name}_{part}" for name in types for part in ("bucket", "sum", "count")}
+    asked = set().union(*map(dashboards.names, dashboards.expressions()))
+    assert len(asked) > 30
+    assert asked <= types.keys() | parts, "the dashboard and the alerts name what is scraped"
 
 
 def test_sigterm_lets_a_stream_finish_and_exits_0(server: tuple) -> None:  # type: ignore[type-arg]
