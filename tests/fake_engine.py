@@ -234,7 +234,7 @@ def info(
 
 class FakeEngine:
     """One token per request and step. fail: raise this in submit; break_with: the error of the
-    last output. max_queue: as the real one."""
+    last output. waiting: that stats tell of. max_queue: as the real one."""
 
     def __init__(self, step_seconds: float = 0.001, max_queue: int = 100_000) -> None:
         self.adapters = FakeAdapters()
@@ -242,6 +242,7 @@ class FakeEngine:
         self.max_queue = max_queue
         self.fail: Exception | None = None
         self.break_with: RequestError | None = None
+        self.waiting = 0
         self.submitted: list[Request] = []
         self.cancelled: list[str] = []
         self._lock = threading.Lock()
@@ -279,6 +280,7 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         return EngineStats(
             running=len(self._running),
+            waiting=self.waiting,
             kv_blocks_total=10,
             kv_blocks_used=4,
             kv_block_size=16,

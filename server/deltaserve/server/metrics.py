@@ -199,8 +199,8 @@ class Metrics:
         self._http.labels(path, str(status)).inc()
 
     def on_route(self, route: str, arm: str, ended: str, seconds: float) -> None:
-        """A request of a route ended, as `Ended` says; on the event loop. Beyond `MAX_ARMS` pairs
-        of route and arm the rest are counted as ``_other``."""
+        """A request of a route ended, as `Ended` says, or ``shed`` for a shadow; on the event loop.
+        Beyond `MAX_ARMS` pairs of route and arm the rest are counted as ``_other``."""
         pair = route, arm
         if pair not in self._arms and len(self._arms - {(OTHER, OTHER)}) >= MAX_ARMS:
             pair = OTHER, OTHER
@@ -213,7 +213,7 @@ class Metrics:
         """Forget everything under its name."""
         for pair in [pair for pair in self._arms if pair[0] == route]:
             self._arms.discard(pair)
-            for ended in ("answered", "error", "refused", "cancelled"):
+            for ended in ("answered", "error", "refused", "cancelled", "shed"):
                 _remove(self._routes, (*pair, ended))
             _remove(self._route_seconds, pair)
 

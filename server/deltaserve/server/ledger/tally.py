@@ -39,5 +39,8 @@ class Ledger(Protocol):
     def record(self, trial: Trial) -> None:
         """A request has ended. At once: whatever takes long is done later."""
 
-    async def tallies(self, route: str, epoch: int) -> Tallies:
-        """What came of one epoch of a route so far."""
+    async def tallies(
+        self, route: str, epoch: int, limits: Mapping[str, float] | None = None
+    ) -> Tallies:
+        """What came of one epoch of a route so far. limits: of ``slow`` and ``slow_first_token`` in
+        seconds, of ``long`` in tokens."""

@@ -170,32 +170,37 @@ class RouteBook:
 
         await self._whole(entry, delete())
 
-    async def roll_back(self, who: str, name: str, reason: str) -> Standing:
-        """All requests to its control, from now on."""
+    async def roll_back(
+        self, who: str, name: str, reason: str, epoch: int | None = None
+    ) -> Standing:
+        """All requests to its control, from now on. epoch: only if it is still that."""
         entry = Entry(who, "RollBackRoute", name, detail=reason)
         reason = reason[:MAX_REASON]
 
         def change(standing: Standing) -> Standing:
-            if standing.state is State.ROLLED_BACK:
+            if standing.state is State.ROLLED_BACK or epoch not in (None, standing.epoch):
                 return standing
             return replace(standing, state=State.ROLLED_BACK, reason=reason)
 
         return await self._whole(entry, self._at_once(name, change, entry))
 
-    async def hold(self, who: str, name: str, reason: str) -> Standing:
-        """The weights of now, until it is put anew or `resume`d."""
+    async def hold(self, who: str, name: str, reason: str, epoch: int) -> Standing:
+        """The weights of now, until it is put anew or `resume`d. epoch: as of `roll_back`."""
         entry = Entry(who, "HoldRoute", name, detail=reason)
 
         def change(standing: Standing) -> Standing:
-            if standing.state is not State.ACTIVE:
+            if not (standing.state is State.ACTIVE or standing.waits) or epoch != standing.epoch:
                 return standing
             weights = standing.shares(self._clock())
-            return replace(standing, state=State.HELD, reason=reason, weights=weights)
+            began = _resumed(standing, self._clock()).began
+            return replace(
+                standing, state=State.HELD, reason=reason[:MAX_REASON], weights=weights, began=began
+            )
 
         return await self._whole(entry, self._at_once(name, change, entry))
 
-    async def resume(self, who: str, name: str) -> Standing:
-        """Its ramp goes on where it stood still."""
+    async def resume(self, who: str, name: str, epoch: int) -> Standing:
+        """Its ramp goes on where it stood still. epoch: as of `roll_back`."""
         entry = Entry(who, "ResumeRoute", name)
 
         def change(standing: Standing) -> Standing:

@@ -116,11 +116,9 @@ class Route:
             (a.name, a.model, *(_bytes(m) for m in (*a.adapters, a.sampling, a.stop)))
             for a in self.arms.values()
         ]
-        limits = [
-            (g.metric, g.seconds, g.tokens, tuple(p.pattern for p in g.refusals))
-            for g in self.guardrails.values()
-        ]
-        return self.salt, frozenset(arms), frozenset(limits)
+        refusal = self.guardrails.get(Metric.REFUSAL)
+        patterns = refusal.refusals if refusal is not None else ()
+        return self.salt, frozenset(arms), tuple(pattern.pattern for pattern in patterns)
 
 
 def _bytes(message: Message) -> bytes:

@@ -21,6 +21,7 @@ from deltaserve.server.service.encode import Encoder, Encoders
 from deltaserve.server.service.outbox import LoopOutbox, Stream
 from deltaserve.server.service.routed import Routed
 from deltaserve.server.service.routing import Routing
+from deltaserve.server.service.shadows import Shadows
 from deltaserve.v1 import generation_pb2 as pb
 
 if TYPE_CHECKING:
@@ -52,12 +53,15 @@ class GenerationService:
         self._routing = routing
         self._sight = sight
         self._tenants: dict[str, str] = {}  # of the requests in flight, by their engine's ids
+        self.shadows = Shadows(engine, routing, self._asked, self._submitted)
         self._max_seconds = max_seconds
 
     async def Generate(self, request: pb.GenerateRequest, call: Call) -> pb.GenerateResponse:
         routed = self._routing.of(request, call)
         with routed.running():
-            return await self._generate(routed, call)
+            response = await self._generate(routed, call)
+        self.shadows.cast(request, routed, call)
+        return response
 
     async def _generate(
         self, routed: Routed[pb.GenerateRequest], call: Call
@@ -91,6 +95,7 @@ class GenerationService:
             async with aclosing(self._pieces(routed, call)) as messages:
                 async for message in messages:
                     yield message
+        self.shadows.cast(request, routed, call)
 
     async def _pieces(
         self, routed: Routed[pb.GenerateStreamRequest], call: Call

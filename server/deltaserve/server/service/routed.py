@@ -177,18 +177,23 @@ class Routed(Generic[Asked]):
             text = f"route {route!r}, arm {arm!r}: {error}"
             raise RouteUnavailable(text, field="model") from error
         finally:
-            if self._finish is not None:
-                spoken = not isinstance(self.request, pb.ScoreRequest)
-                trial = self.measured.trial(
-                    self.request.request_id,
-                    self.placement,
-                    self._tenant,
-                    self.request.user,
-                    ended,
-                    spoken,
-                )
-                openings = [h.opening for h in self.measured.heard.values()]
-                self._finish(self.placement, trial, openings if spoken else [])
+            self.end(ended)
+
+    def end(self, ended: Ended) -> None:
+        """It is over: its trial goes to the ledger."""
+        if self.placement is None or self._finish is None:
+            return
+        spoken = not isinstance(self.request, pb.ScoreRequest)
+        trial = self.measured.trial(
+            self.request.request_id,
+            self.placement,
+            self._tenant,
+            self.request.user,
+            ended,
+            spoken,
+        )
+        openings = [h.opening for h in self.measured.heard.values()] if spoken else []
+        self._finish(self.placement, trial, openings)
 
 
 def as_arm(request: Asked, arm: Arm) -> Asked:

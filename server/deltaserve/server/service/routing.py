@@ -14,7 +14,7 @@ from deltaserve.server.metrics import Metrics
 from deltaserve.server.routes.assign import Placement, place
 from deltaserve.server.routes.book import RouteBook
 from deltaserve.server.routes.refusals import refuses
-from deltaserve.server.routes.route import Metric, Route
+from deltaserve.server.routes.route import Arm, Metric, Route
 from deltaserve.server.service import convert
 from deltaserve.server.service.call import Call
 from deltaserve.server.service.routed import Asked, Routed, as_arm
@@ -47,6 +47,18 @@ class Routing:
         """The route of that name."""
         standing = self._book.find(name) if name else None
         return None if standing is None else standing.route
+
+    def beside(self, request: Asked, routed: Routed[Asked], arm: Arm, call: Call) -> Routed[Asked]:
+        """The request as a shadow runs it, after it was answered as `routed`."""
+        assert routed.placement is not None
+        made = as_arm(request, arm)
+        made.request_id = routed.request.request_id
+        placement = replace(routed.placement, arm=arm, weights={})
+        return Routed(made, placement, call.caller.tenant, self._finish)
+
+    def shed(self, placement: Placement, arm: Arm) -> None:
+        """A shadow was given up."""
+        self._metrics.on_route(placement.standing.route.name, arm.name, "shed", 0.0)
 
     async def drain(self) -> None:
         """Wait until every trial is with the ledger."""

@@ -10,6 +10,7 @@ from deltaserve.server.identity.book import Book
 from deltaserve.server.ledger.ledger import Ledger
 from deltaserve.server.metrics import Metrics
 from deltaserve.server.routes.book import RouteBook
+from deltaserve.server.routes.watch import Watch
 from deltaserve.server.service.adapters import AdapterService
 from deltaserve.server.service.constrain import Constrainer
 from deltaserve.server.service.encode import Encoders
@@ -53,6 +54,8 @@ class Services:
         self._routes = RouteBook(engine.adapters, info.base, _shelf(store))
         self.ledger = Ledger(_keeper(store))
         self._routing = Routing(self._routes, metrics, self.ledger)
+        self._watch = Watch(self._routes, self.ledger)
+        self._watching: asyncio.Task[None] | None = None
         self.generation = GenerationService(
             engine,
             self.encoders,
@@ -71,6 +74,7 @@ class Services:
         """Bring back what the store has, before the first call. StateUnavailable."""
         await self._routes.restore()
         await self.ledger.open()
+        self._watching = asyncio.create_task(self._watch.run())
 
     @property
     def in_flight(self) -> int:
@@ -96,6 +100,7 @@ class Services:
         """Refuse what is new, wait for what runs. True if all of it ended in time."""
         self.traffic.drain()
         self.adapters.close()
+        self.generation.shadows.close()
         try:
             async with asyncio.timeout(seconds):
                 await self.traffic.idle()
@@ -106,6 +111,9 @@ class Services:
 
     async def close(self) -> None:
         """Write down what is left, end the threads."""
+        self.generation.shadows.close()
+        if self._watching is not None:
+            self._watching.cancel()
         await self.ledger.close()
         self.encoders.close()
         self._constrainer.close()
