@@ -26,6 +26,7 @@ from deltaserve.server.model import BaseModel
 class Serving:
     engine: Engine
     client: Client
+    http: str = ""
 
     @property
     def address(self) -> str:
@@ -39,20 +40,23 @@ class Serving:
 
 
 @contextmanager
-def serving(model: BaseModel, roots: Sequence[Path], **config: Any) -> Iterator[Serving]:
+def serving(
+    model: BaseModel, roots: Sequence[Path], *, http: bool = False, **config: Any
+) -> Iterator[Serving]:
     with running(model, roots, **config) as engine:
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=loop.run_forever, daemon=True)
         thread.start()
 
-        async def start() -> tuple[Doors, str]:
-            server = doors(engine, Text(model.folder), RpcConfig(port=0))
-            return server, (await server.start())[0]
+        async def start() -> tuple[Doors, list[str]]:
+            ports = RpcConfig(port=0, http_port=0 if http else None)
+            server = doors(engine, Text(model.folder), ports)
+            return server, await server.start()
 
-        server, address = asyncio.run_coroutine_threadsafe(start(), loop).result(30)
+        server, (address, *others) = asyncio.run_coroutine_threadsafe(start(), loop).result(30)
         try:
             with Client(address, timeout=60) as client:
-                yield Serving(engine, client)
+                yield Serving(engine, client, f"http://{others[0]}" if http else "")
         finally:
             asyncio.run_coroutine_threadsafe(server.stop(0), loop).result(30)
             loop.call_soon_threadsafe(loop.stop)

@@ -103,6 +103,6 @@ class HttpDoor:
         """Stop listening; calls that still run are cancelled after the grace, in seconds."""
         if self._serving is None:
             return
-        self._server.config.timeout_graceful_shutdown = grace  # type: ignore[assignment]
+        self._server.config.timeout_graceful_shutdown = max(grace, 0.1)  # type: ignore[assignment]
         self._server.should_exit = True
         await self._serving

@@ -44,8 +44,7 @@ def chat(entries: Iterable[pb.TokenLogprob], shown: Shown) -> dict[str, Any]:
 
 
 def prompt(entries: Sequence[pb.TokenLogprob], shown: Shown) -> list[dict[str, Any] | None]:
-    """vLLM's prompt_logprobs: by token id, the token that is there and the best ones. rank: null
-    for a token that is not among those."""
+    """vLLM's prompt_logprobs: by token id, the token that is there and the best ones."""
     found: list[dict[str, Any] | None] = []
     for entry in entries:
         if not entry.HasField("logprob"):
@@ -56,7 +55,7 @@ def prompt(entries: Sequence[pb.TokenLogprob], shown: Shown) -> list[dict[str, A
             for rank, top in enumerate(entry.top, 1)
         }
         own = str(entry.token_id)
-        place.setdefault(own, _ranked(entry.token_id, entry.logprob, None, shown))
+        place.setdefault(own, _ranked(entry.token_id, entry.logprob, entry.rank, shown))
         found.append(place)
     return found
 
@@ -77,7 +76,7 @@ def _place(token_id: int, logprob: float, shown: Shown) -> dict[str, Any]:
     return {"token": text, "logprob": _finite(logprob), "bytes": data}
 
 
-def _ranked(token_id: int, logprob: float, rank: int | None, shown: Shown) -> dict[str, Any]:
+def _ranked(token_id: int, logprob: float, rank: int, shown: Shown) -> dict[str, Any]:
     return {"logprob": _finite(logprob), "rank": rank, "decoded_token": shown(token_id)}
 
 
