@@ -8,10 +8,12 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
+from typing import NoReturn
 
 from deltaserve.adapters import errors as adapter_errors
 from deltaserve.adapters.options import DEFAULT, LoadOptions
 from deltaserve.server.engine.chat import Chat
+from deltaserve.server.engine.constraint import Constraint
 from deltaserve.server.engine.core import (
     AdapterInfo,
     AdapterRef,
@@ -35,6 +37,7 @@ from deltaserve.server.errors import (
     AdapterUnknown,
     Cancelled,
     DeadlineExceeded,
+    InvalidRequest,
     Overloaded,
     RequestError,
     ShuttingDown,
@@ -67,6 +70,10 @@ PLAN = MemoryPlan(
 
 class NoGrammars:
     def close(self) -> None: ...
+
+    def matchers(self, constraint: Constraint, count: int) -> NoReturn:
+        field = f"constraint.{constraint.kind}"
+        raise InvalidRequest(f"{field}: the fake text has no grammars", field=field)
 
 
 class FakeText:

@@ -26,7 +26,7 @@ async def fields(request: Request, kind: type[Fields], most: int) -> Fields:
     if media != "application/json":
         # also keeps web pages of other origins out, which may send other types without asking
         text = f"content-type: {given[:_SHOWN]!r} is not possible; it must be application/json"
-        raise HttpError(415, text, code="unsupported_media_type", close=True)
+        raise HttpError(415, text, code="unsupported_media_type")
     return parsed(await read(request, most), kind)
 
 
@@ -52,7 +52,7 @@ async def read(request: Request, most: int) -> bytes:
 
 def _too_large(most: int) -> HttpError:
     text = f"the body is larger than {most} bytes, the most that is taken"
-    return HttpError(413, text, code="request_too_large", close=True)
+    return HttpError(413, text, code="request_too_large")
 
 
 def parsed(data: bytes, kind: type[Fields]) -> Fields:

@@ -12,6 +12,9 @@ from deltaserve.server.identity.certificate import from_ssl
 HEADER_SECONDS = 20.0
 """From a connection, or the first byte of a request, to the end of its headers."""
 HEADER_BYTES = 64 << 10
+LEFT_BYTES = 64 << 20
+"""Of a body that was refused, so many are read and forgotten: a client that is cut off while it
+sends does not see why."""
 
 
 class Connection(HttpToolsProtocol):
@@ -19,6 +22,7 @@ class Connection(HttpToolsProtocol):
 
     _timer: asyncio.TimerHandle | None = None
     _head = 0
+    _left = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -37,11 +41,19 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope["state"]["connection"] = self
+        self._left = 0
         self._wait()
 
     def on_headers_complete(self) -> None:
         self._stop()
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        if self.cycle.response_complete:
+            self._left += len(body)
+            if self._left > LEFT_BYTES:
+                self.abort()
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
