@@ -173,10 +173,11 @@ async def test_errors_are_openais() -> None:
 
 
 async def test_a_failure_inside_a_stream_ends_it() -> None:
-    engine = FakeEngine()
+    engine = FakeEngine(step_seconds=0.01)
     async with asked(engine) as (_, client):
+        stream = await client.completions.create(model="", prompt="x", max_tokens=200, stream=True)
+        await anext(aiter(stream))
         engine.break_with = EngineFailure("it broke")
-        stream = await client.completions.create(model="", prompt="x", max_tokens=4, stream=True)
         with pytest.raises(openai.APIError, match="it broke"):
             async for _ in stream:
                 pass
