@@ -168,3 +168,29 @@ def test_tools_that_must_be_called_are(client: openai.OpenAI, stream: bool) -> N
     assert n in (1, 2) and end == "stop"
     n, end = call("required")
     assert n in (1, 2) and end == "tool_calls"
+
+
+def test_a_route_gives_users_the_arms_that_they_have_over_grpc(
+    served: Serving, client: openai.OpenAI
+) -> None:
+    arms = [{"name": "a", "model": "sort"}, {"name": "b", "model": "caesar"}]
+    served.client.put_route("split", arms=arms)
+    texts = {m: served.client.generate(TEXT, m, max_tokens=12).text for m in ("sort", "caesar")}
+    arms_of = {}
+    for user in map(str, range(12)):
+        expected = served.client.generate(TEXT, "split", user=user, max_tokens=1).served_by
+        answer = client.completions.create(
+            model="split", prompt=[TEXT, TEXT], user=user, temperature=0, max_tokens=12
+        )
+        told = answer.model_extra["served_by"]
+        assert (told["route"], told["arm"]) == ("split", expected.arm)
+        assert told["assignment"] == "ASSIGNMENT_STICKY"
+        name = told["adapters"][0]["name"]
+        assert [c.text for c in answer.choices] == [texts[name]] * 2
+        each = [c.model_extra for c in answer.choices]
+        assert [c["request_id"] for c in each] == [f"{answer.id}-0", f"{answer.id}-1"]
+        assert all(c["served_by"] == told for c in each)
+        arms_of[user] = told["arm"]
+    assert set(arms_of.values()) == {"a", "b"}
+    found = {m.id: m.model_extra["kind"] for m in client.models.list()}
+    assert found["split"] == "route" and found["sort"] == "adapter"

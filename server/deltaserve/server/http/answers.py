@@ -78,18 +78,28 @@ class Stops:
 
 
 def completion(
-    id: str, model: str, responses: Sequence[pb.GenerateResponse], stops: Stops, shown: Shown
+    id: str,
+    model: str,
+    responses: Sequence[pb.GenerateResponse],
+    stops: Stops,
+    words: Sequence[Shown],
 ) -> dict[str, Any]:
-    """One response for each prompt; their choices are numbered one after the other."""
+    """One response for each prompt; their choices are numbered one after the other, and tell of
+    several prompts which one they answer, as the prompts of a route may have several arms. words:
+    of each response."""
     choices: list[dict[str, Any]] = []
-    for response in responses:
+    for response, shown in zip(responses, words, strict=True):
+        own: dict[str, Any] = {}
+        if len(responses) > 1:
+            told = served_by(response.served_by)["served_by"]
+            own = {"request_id": response.request_id, "served_by": told}
         for choice in response.choices:
             made = {"index": len(choices), "text": choice.text, "logprobs": None}
             if choice.logprobs:
                 made["logprobs"] = logprobs.legacy(choice.logprobs, shown, 0)
             if response.prompt_logprobs:
                 made["prompt_logprobs"] = logprobs.prompt(response.prompt_logprobs, shown)
-            choices.append(made | stops.end(choice) | extras(choice))
+            choices.append(made | stops.end(choice) | extras(choice) | own)
     return {
         **head("text_completion", id, model),
         "choices": choices,

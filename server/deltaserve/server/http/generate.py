@@ -6,7 +6,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -29,6 +29,12 @@ from deltaserve.server.service.services import Services
 from deltaserve.v1 import generation_pb2 as pb
 
 REQUEST_ID = "x-request-id"
+LARGE = 64 << 10
+"""Bytes of responses, beyond which they are written on another thread."""
+
+
+Numbered: TypeAlias = tuple[int, pb.GenerateStreamResponse]
+"""With the number of the prompt that it continues."""
 
 
 class Generate:
@@ -70,13 +76,19 @@ class Generate:
             responses: list[pb.GenerateResponse] = await _together(
                 [self._whole.run(message, call) for message in wanted.messages]
             )
-        shown = await self._shown(given, responses[0].served_by)
-        told = wanted.id, wanted.model
-        if isinstance(given, ChatFields):
-            made = answers.chat(*told, responses[0], wanted.stops, shown, wanted.demanded)
-        else:
-            made = answers.completion(*told, responses, wanted.stops, shown)
-        return JSONResponse(made)
+        words = [await self._shown(given, response.served_by) for response in responses]
+
+        def made() -> Response:
+            told = wanted.id, wanted.model
+            if isinstance(given, ChatFields):
+                [whole], [shown] = responses, words
+                answer = answers.chat(*told, whole, wanted.stops, shown, wanted.demanded)
+            else:
+                answer = answers.completion(*told, responses, wanted.stops, words)
+            return JSONResponse(answer)
+
+        large = sum(response.ByteSize() for response in responses) > LARGE
+        return await asyncio.to_thread(made) if large else made()
 
     async def _streamed(
         self, request: Request, call: Call, given: Sampled, wanted: Asked
@@ -97,22 +109,23 @@ class Generate:
         call: Call,
         given: Sampled,
         wanted: Asked,
-        first: tuple[int, pb.GenerateStreamResponse],
-        messages: AsyncGenerator[tuple[int, pb.GenerateStreamResponse], None],
+        first: Numbered,
+        messages: AsyncGenerator[Numbered, None],
     ) -> AsyncGenerator[str | bytes, None]:
         options = given.stream_options or StreamOptions()
         form = ChatPieces if isinstance(given, ChatFields) else Pieces
         usage = Told.ALWAYS if options.continuous_usage_stats else Told.AT_END
         pieces = form(wanted, usage if options.include_usage else Told.NEVER)
+        words: dict[int, Shown] = {}
         async with aclosing(messages):
             try:
-                shown = await self._shown(given, first[1].start.served_by)
-                for chunk in pieces.of(*first, shown):
-                    yield event(chunk)
                 with in_client_names(wanted.names):
-                    async for number, message in messages:
+                    async for number, message in _with(first, messages):
                         self._gate.confirm(call)
-                        for chunk in pieces.of(number, message, shown):
+                        if number not in words:
+                            served = message.start.served_by
+                            words[number] = await self._shown(given, served)
+                        for chunk in pieces.of(number, message, words[number]):
                             yield event(chunk)
             except Exception as error:
                 _, described, _ = errors.describe(error)
@@ -137,6 +150,14 @@ async def _together(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _with(
+    first: Numbered, rest: AsyncGenerator[Numbered, None]
+) -> AsyncGenerator[Numbered, None]:
+    yield first
+    async for found in rest:
+        yield found
 
 
 def _id(kind: str, given: Sampled, request: Request) -> str:

@@ -20,6 +20,7 @@ from deltaserve.server.http.refused import refuse
 from deltaserve.server.service.call import Call
 from deltaserve.server.service.services import Services
 from deltaserve.v1 import adapter_pb2 as pb
+from deltaserve.v1 import route_pb2
 
 _SERVED = (
     pb.ADAPTER_STATE_REGISTERED,
@@ -36,6 +37,7 @@ class Models:
     def __init__(self, services: Services, gate: Gate, config: RpcConfig) -> None:
         methods = services.by_path()
         self._list = methods["deltaserve.v1.AdapterService/ListAdapters"]
+        self._routes = methods["deltaserve.v1.RouteService/ListRoutes"]
         self._load = methods["deltaserve.v1.AdapterService/LoadAdapter"]
         self._unload = methods["deltaserve.v1.AdapterService/UnloadAdapter"]
         self._info = services.info
@@ -86,7 +88,13 @@ class Models:
 
     async def _models(self, call: Call) -> list[dict[str, Any]]:
         base = self._info.base
-        found = [self._model(base, base, None, self._started)]
+        found = [self._model("base", base, base, None, self._started)]
+        routes: route_pb2.ListRoutesResponse = await self._routes.run(
+            route_pb2.ListRoutesRequest(), call
+        )
+        for route in routes.routes:
+            created = route.start_time.seconds or self._started
+            found.append(self._model("route", route.name, base, base, created))
         request = pb.ListAdaptersRequest()
         while True:
             page: pb.ListAdaptersResponse = await self._list.run(request, call)
@@ -94,15 +102,20 @@ class Models:
                 if adapter.state in _SERVED and not adapter.patch:
                     created = adapter.loaded_time.seconds or self._started
                     parent = adapter.parent or base
-                    found.append(self._model(adapter.name, adapter.uri, parent, created))
+                    made = self._model("adapter", adapter.name, adapter.uri, parent, created)
+                    found.append(made)
             if not page.next_page_token:
                 return found
             request.page_token = page.next_page_token
 
-    def _model(self, name: str, root: str, parent: str | None, created: int) -> dict[str, Any]:
+    def _model(
+        self, kind: str, name: str, root: str, parent: str | None, created: int
+    ) -> dict[str, Any]:
+        """kind: our own field."""
         return {
             "id": name,
             "object": "model",
+            "kind": kind,
             "created": created,
             "owned_by": OWNER,
             "root": root,
