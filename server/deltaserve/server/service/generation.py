@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from deltaserve.server.engine.core import Output, Request, SamplingParams, ServedAdapter
 from deltaserve.server.errors import InvalidRequest, RequestUnknown
+from deltaserve.server.identity.quotas import Quotas
 from deltaserve.server.identity.sight import Sight
 from deltaserve.server.service import answer, combined, convert
 from deltaserve.server.service.asked import Asked, extras
@@ -43,6 +44,7 @@ class GenerationService:
         outbox: LoopOutbox,
         routing: Routing,
         sight: Sight,
+        quotas: Quotas,
         max_seconds: float,
     ) -> None:
         self._engine = engine
@@ -52,6 +54,7 @@ class GenerationService:
         self._outbox = outbox
         self._routing = routing
         self._sight = sight
+        self._quotas = quotas
         self._tenants: dict[str, str] = {}  # of the requests in flight, by their engine's ids
         self.shadows = Shadows(engine, routing, self._asked, self._submitted)
         self._max_seconds = max_seconds
@@ -269,10 +272,17 @@ class GenerationService:
     async def _submitted(self, requests: Sequence[Request], call: Call) -> AsyncIterator[Stream]:
         stream = self._outbox.open([r.request_id for r in requests])
         self._tenants.update(dict.fromkeys(stream.ids, call.caller.tenant))
+        prompts = sum(_prompt_tokens(r) for r in requests if not r.sibling)
+        most = prompts + sum(r.sampling.max_tokens for r in requests)
         try:
-            for request in requests:
-                self._engine.submit(request, self._outbox)
-            yield stream
+            with self._quotas.admitted(call.caller.tenant, most) as charge:
+                for request in requests:
+                    self._engine.submit(request, self._outbox)
+                charge.used = prompts
+                try:
+                    yield stream
+                finally:
+                    charge.used += stream.tokens
         except InvalidRequest as error:
             raise convert.in_request(error) from None
         finally:
@@ -303,6 +313,13 @@ def _message(outputs: list[Output], indices: dict[str, int]) -> pb.GenerateStrea
             if found[-1].finish_reason is not None
         ],
     )
+
+
+def _prompt_tokens(request: Request) -> int:
+    """As in its usage."""
+    each = request.combination.members if request.combination is not None else ()
+    own = [request.prompt_ids if m.prompt_ids is None else m.prompt_ids for m in each]
+    return sum(map(len, own or [request.prompt_ids]))
 
 
 def _engine_id(name: str, index: int) -> str:

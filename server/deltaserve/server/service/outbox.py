@@ -29,6 +29,7 @@ class Stream:
     def __init__(self, ids: Sequence[str]) -> None:
         self.ids = tuple(ids)
         self.unfinished = set(ids)
+        self.tokens = 0  # generated so far
         self._pending: list[Output] = []
         self._ready = asyncio.Event()
         self._started = False
@@ -36,6 +37,7 @@ class Stream:
     def put(self, output: Output) -> bool:
         """Keep the output; True if the client should have it at once."""
         self._pending.append(output)
+        self.tokens += len(output.token_ids)
         urgent = not self._started or output.finish_reason is not None
         self._started = True
         if output.finish_reason is not None:

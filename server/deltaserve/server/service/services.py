@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from deltaserve.server.config import RpcConfig
 from deltaserve.server.identity.book import Book
+from deltaserve.server.identity.quotas import Quotas
 from deltaserve.server.ledger.ledger import Ledger
 from deltaserve.server.metrics import Metrics
 from deltaserve.server.routes.book import RouteBook
@@ -63,6 +64,7 @@ class Services:
             self._outbox,
             self._routing,
             identity.sight,
+            Quotas(identity.book),
             config.max_seconds,
         )
         self.adapters = AdapterService(engine, self._routes, store, identity.sight)
