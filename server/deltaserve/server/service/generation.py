@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from deltaserve.server.engine.core import Output, Request, SamplingParams, ServedAdapter
@@ -56,7 +57,8 @@ class GenerationService:
         self._sight = sight
         self._quotas = quotas
         self._tenants: dict[str, str] = {}  # of the requests in flight, by their engine's ids
-        self.shadows = Shadows(engine, routing, self._asked, self._submitted)
+        unpaid = partial(self._submitted, paid=False)
+        self.shadows = Shadows(engine, routing, self._asked, unpaid)
         self._max_seconds = max_seconds
 
     async def Generate(self, request: pb.GenerateRequest, call: Call) -> pb.GenerateResponse:
@@ -269,13 +271,16 @@ class GenerationService:
         return Asked(requests, wanted, shown)
 
     @asynccontextmanager
-    async def _submitted(self, requests: Sequence[Request], call: Call) -> AsyncIterator[Stream]:
+    async def _submitted(
+        self, requests: Sequence[Request], call: Call, *, paid: bool = True
+    ) -> AsyncIterator[Stream]:
+        """paid: out of the tenant's quotas."""
         stream = self._outbox.open([r.request_id for r in requests])
         self._tenants.update(dict.fromkeys(stream.ids, call.caller.tenant))
         prompts = sum(_prompt_tokens(r) for r in requests if not r.sibling)
         most = prompts + sum(r.sampling.max_tokens for r in requests)
         try:
-            with self._quotas.admitted(call.caller.tenant, most) as charge:
+            with self._quotas.admitted(call.caller.tenant if paid else "", most) as charge:
                 for request in requests:
                     self._engine.submit(request, self._outbox)
                 charge.used = prompts
