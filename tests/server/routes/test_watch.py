@@ -14,7 +14,7 @@ from deltaserve.server.errors import Changed
 from deltaserve.server.experiments.samples import Sample
 from deltaserve.server.ledger.tally import Tallies, Tally
 from deltaserve.server.ledger.trial import Trial
-from deltaserve.server.routes.book import RouteBook
+from deltaserve.server.routes.book import SERVER, RouteBook
 from deltaserve.server.routes.route import Standing, State
 from deltaserve.server.routes.watch import Watch
 
@@ -46,7 +46,7 @@ class Scene:
         return Tallies(self.told, self.mismatch) if epoch == known.epoch else Tallies()
 
     async def put(self, **options: Any) -> Standing:
-        return await self.book.put("me", route_messages.put("r", ARMS, options).route)
+        return await self.book.put(SERVER, route_messages.put("r", ARMS, options).route)
 
     async def after(self, seconds: float = 5.0) -> Standing:
         self.now += seconds
@@ -170,14 +170,14 @@ async def test_a_finding_about_another_epoch_changes_nothing() -> None:
     scene = Scene()
     first = await scene.put()
     scene.now += 1
-    await scene.book.roll_back("me", "r", "")
+    await scene.book.roll_back(SERVER, "r", "")
     second = await scene.put()
     for change in (
-        scene.book.roll_back("server", "r", "old", first.epoch),
-        scene.book.hold("server", "r", "old", first.epoch),
+        scene.book.roll_back(SERVER, "r", "old", first.epoch),
+        scene.book.hold("r", "old", first.epoch),
     ):
         assert (await change).state is State.ACTIVE
-    await scene.book.reweight("server", "r", first.epoch, {"base": 1.0, "tuned": 0.0})
+    await scene.book.reweight("r", first.epoch, {"base": 1.0, "tuned": 0.0})
     assert scene.book.get("r") == second
     with pytest.raises(Changed):
         await scene.put(etag=first.etag)

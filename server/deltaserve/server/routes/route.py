@@ -57,6 +57,11 @@ class Arm:
     shadow: float
     digests: tuple[str, ...]
 
+    @property
+    def called(self) -> list[str]:
+        """Its adapters, each as ``name@digest``."""
+        return [self.model] if self.model else [adapter.name for adapter in self.adapters]
+
 
 @dataclass(frozen=True, slots=True)
 class Guardrail:
@@ -126,11 +131,20 @@ def _bytes(message: Message) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
+class Lost:
+    """A route that could not be brought back, and why."""
+
+    tenant: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Standing:
     """A route and what has become of it. epoch: milliseconds of `time.time()` when counting began;
     never the same twice for one name. began: of its ramp, moved on by what it stood still; both
     times and `changed` are `time.time()`. weights: where they are not those that were put, the
-    bandit's or those that are held. bandit_at: when they were drawn last. owner: who put it."""
+    bandit's or those that are held. bandit_at: when they were drawn last. owner: who put it.
+    tenant: whose it is; one of none is everybody's to use."""
 
     route: Route
     epoch: int
@@ -138,6 +152,7 @@ class Standing:
     began: float
     changed: float
     owner: str = ""
+    tenant: str = ""
     state: State = State.ACTIVE
     reason: str = ""
     weights: Mapping[str, float] = field(default_factory=dict)

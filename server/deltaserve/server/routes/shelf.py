@@ -11,7 +11,7 @@ from google.protobuf import json_format
 
 from deltaserve.server.experiments.assignment import check_weights
 from deltaserve.server.routes.check import check
-from deltaserve.server.routes.route import Standing, State
+from deltaserve.server.routes.route import Lost, Standing, State
 from deltaserve.server.state import routes
 from deltaserve.server.state.records import Entry
 from deltaserve.server.state.routes import RouteRecord
@@ -38,14 +38,16 @@ class Shelf:
         async with self._store.transaction() as connection:
             await note(connection, entry)
 
-    async def all(self, base: str) -> tuple[list[Standing], dict[str, str]]:
+    async def all(self, base: str) -> tuple[list[Standing], dict[str, Lost]]:
         """Those that can be read, and why the others cannot, by name."""
-        found, failed = [], {}
+        found: list[Standing] = []
+        failed: dict[str, Lost] = {}
         for row in await routes.routes(self._store):
             try:
                 found.append(standing(row, base))
             except Exception as error:  # whatever a row may hold, the others are served
-                failed[row.name] = f"what is kept of it is no route: {error}"
+                why = f"what is kept of it is no route: {error}"
+                failed[row.name] = Lost(row.tenant, why)
         return found, failed
 
 
@@ -59,6 +61,7 @@ def record(of: Standing) -> RouteRecord:
         of.began,
         of.changed,
         of.owner,
+        of.tenant,
         of.state.value,
         of.reason,
         json.dumps(dict(of.weights), sort_keys=True),
@@ -94,6 +97,7 @@ def standing(row: RouteRecord, base: str) -> Standing:
         row.began,
         row.changed,
         row.owner,
+        row.tenant,
         state,
         row.reason,
         weights,

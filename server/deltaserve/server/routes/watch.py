@@ -12,7 +12,7 @@ from deltaserve.server.experiments.bandit import mean_shares, rate_shares
 from deltaserve.server.experiments.guardrails import Decision, Loss, Rate, judge
 from deltaserve.server.experiments.samples import Sample
 from deltaserve.server.ledger.tally import Ledger, Tallies, Tally
-from deltaserve.server.routes.book import RouteBook
+from deltaserve.server.routes.book import SERVER, RouteBook
 from deltaserve.server.routes.route import WAITS, Guardrail, Metric, Route, Standing, State
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,6 @@ LEVEL = 0.05
 """Most probability that a route without harm is ever rolled back by its guardrails in an epoch."""
 MISMATCH = 0.001
 """The customary p-value below which arms do not have the users that their weights say."""
-WHO = "server"
 _LIMITED: dict[Metric, Callable[[Guardrail], float]] = {
     Metric.SLOW: lambda rail: rail.seconds,
     Metric.SLOW_FIRST_TOKEN: lambda rail: rail.seconds,
@@ -70,28 +69,28 @@ class Watch:
         decision = await asyncio.to_thread(judged, route, tallies)
         if decision is not None and decision.verdict == "roll back":
             why = "; ".join(f"{f.name}: {f.why}" for f in decision.findings if f.verdict == "harm")
-            await self._book.roll_back(WHO, name, why, epoch)
+            await self._book.roll_back(SERVER, name, why, epoch)
         elif standing.state is State.HELD and not standing.waits:
             return
         elif moves and tallies.mismatch < MISMATCH:
             users = ", ".join(f"{arm} {tally.users}" for arm, tally in tallies.arms.items())
             why = f"arms do not have the users that their weights say (p {tallies.mismatch:.2g}): "
-            await self._book.hold(WHO, name, why + users, epoch)
+            await self._book.hold(name, why + users, epoch)
         elif route.ramp is not None and route.ramp.gated and decision is not None:
             await self._gate(standing, decision)
         elif standing.state is State.ACTIVE and self._due(standing):
             weights = await asyncio.to_thread(drawn, route, tallies, int(self._clock()))
             if weights:
-                await self._book.reweight(WHO, name, epoch, weights)
+                await self._book.reweight(name, epoch, weights)
 
     async def _gate(self, standing: Standing, decision: Decision) -> None:
         name, epoch = standing.route.name, standing.epoch
         if decision.verdict == "hold" and standing.state is State.ACTIVE:
             unknown = [f for f in decision.findings if f.verdict == "unknown"]
             why = "; ".join(f"{f.name}: {f.why}" for f in unknown)
-            await self._book.hold(WHO, name, WAITS + why, epoch)
+            await self._book.hold(name, WAITS + why, epoch)
         elif decision.verdict == "proceed" and standing.waits:
-            await self._book.resume(WHO, name, epoch)
+            await self._book.resume(name, epoch)
 
     def _due(self, standing: Standing) -> bool:
         bandit = standing.route.bandit

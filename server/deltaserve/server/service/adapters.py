@@ -102,7 +102,7 @@ class AdapterService:
         self, request: pb.UnloadAdapterRequest, call: Call
     ) -> pb.UnloadAdapterResponse:
         if self._sight.owns(call.caller, request.name):
-            self._book.check_unused(request.name)
+            self._book.check_unused(call.caller, request.name)
         freed = await self._kept.unload(call.caller, request.name)
         return pb.UnloadAdapterResponse(freed_bytes=freed)
 

@@ -200,14 +200,13 @@ class GenerationService:
     async def _encoder(self, model: str, call: Call) -> Encoder:
         """Of the adapter that it names, if it does; of a route, the one that its arms share."""
         name = convert.label("model", model)
-        route = self._routing.route(name)
+        route = self._routing.route(name, call)
         if route is None:
             names = [name] if name and name != self._info.base else []
             return await self._encoders.of(self._seen(names, call), known=True)
         found = {}
         for arm in route.arms.values():
-            names = [arm.model] if arm.model else [a.name for a in arm.adapters]
-            found[arm.name] = await self._encoders.of(self._seen(names, call), known=True)
+            found[arm.name] = await self._encoders.of(self._seen(arm.called, call), known=True)
         control = found[route.control]
         for arm_name, encoder in found.items():
             if encoder.tokenizer is not control.tokenizer:

@@ -10,6 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from deltaserve.server.engine import validate
 from deltaserve.server.engine.core import Request
 from deltaserve.server.errors import InvalidRequest
+from deltaserve.server.identity.sight import Sight
 from deltaserve.server.metrics import Metrics
 from deltaserve.server.routes.book import RouteBook
 from deltaserve.server.routes.route import Standing, State
@@ -28,35 +29,38 @@ STATES: dict[State, Any] = {
 
 
 class RouteService:
-    """book: of the routes. metrics: count by them."""
+    """book: of the routes. metrics: count by them. sight: who may see which adapter."""
 
-    def __init__(self, engine: Engine, book: RouteBook, metrics: Metrics) -> None:
+    def __init__(self, engine: Engine, book: RouteBook, metrics: Metrics, sight: Sight) -> None:
         info = engine.info()
         self._limits = validate.Limits(info.vocab_size, info.max_length, 1 << 31)
         self._book = book
         self._metrics = metrics
+        self._sight = sight
 
     async def PutRoute(self, request: pb.PutRouteRequest, call: Call) -> pb.PutRouteResponse:
         for i, arm in enumerate(request.route.arms):
             self._check_overrides(f"route.arms[{i}].", arm)
-        standing = await self._book.put(call.caller.name, request.route)
+            for name in (arm.model, *(adapter.name for adapter in arm.adapters)):
+                self._sight.check(call.caller, name, f"route.arms[{i}]")
+        standing = await self._book.put(call.caller, request.route)
         return pb.PutRouteResponse(route=shown(standing))
 
     async def GetRoute(self, request: pb.GetRouteRequest, call: Call) -> pb.GetRouteResponse:
-        if request.name in self._book.failed:
-            return pb.GetRouteResponse(route=_failed(request.name, self._book))
-        return pb.GetRouteResponse(route=shown(self._book.get(request.name)))
+        if reason := self._book.failed(call.caller).get(request.name):
+            return pb.GetRouteResponse(route=_failed(request.name, reason))
+        return pb.GetRouteResponse(route=shown(self._book.get(request.name, call.caller)))
 
     async def ListRoutes(self, request: pb.ListRoutesRequest, call: Call) -> pb.ListRoutesResponse:
-        found = [shown(standing) for standing in self._book.all()]
-        found += [_failed(name, self._book) for name in self._book.failed]
+        found = [shown(standing) for standing in self._book.all(call.caller)]
+        found += [_failed(name, why) for name, why in self._book.failed(call.caller).items()]
         found.sort(key=lambda route: route.name)
         return pb.ListRoutesResponse(routes=found)
 
     async def DeleteRoute(
         self, request: pb.DeleteRouteRequest, call: Call
     ) -> pb.DeleteRouteResponse:
-        await self._book.delete(call.caller.name, request.name)
+        await self._book.delete(call.caller, request.name)
         self._metrics.on_route_gone(request.name)
         return pb.DeleteRouteResponse()
 
@@ -64,8 +68,8 @@ class RouteService:
         self, request: pb.RollBackRouteRequest, call: Call
     ) -> pb.RollBackRouteResponse:
         reason = convert.label("reason", request.reason)
-        who = call.caller.name
-        standing = await self._book.roll_back(who, request.name, reason or f"asked for by {who}")
+        reason = reason or f"asked for by {call.caller.name}"
+        standing = await self._book.roll_back(call.caller, request.name, reason)
         return pb.RollBackRouteResponse(route=shown(standing))
 
     def _check_overrides(self, path: str, arm: pb.Arm) -> None:
@@ -93,8 +97,8 @@ def shown(standing: Standing) -> pb.Route:
     return route
 
 
-def _failed(name: str, book: RouteBook) -> pb.Route:
-    return pb.Route(name=name, state=STATES[State.FAILED], reason=book.failed[name])
+def _failed(name: str, reason: str) -> pb.Route:
+    return pb.Route(name=name, state=STATES[State.FAILED], reason=reason)
 
 
 def _timestamp(seconds: float) -> Timestamp:

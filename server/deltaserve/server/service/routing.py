@@ -34,8 +34,8 @@ class Routing:
 
     def of(self, request: Asked, call: Call) -> Routed[Asked]:
         """The request as its arm is to answer it; the request itself if it names no route."""
-        self._check_parts(request)
-        standing = self._book.find(request.model) if request.model else None
+        self._check_parts(request, call)
+        standing = self._book.find(request.model, call.caller) if request.model else None
         if standing is None or request.adapters or request.HasField("combination"):
             return Routed(request)
         convert.check_labels(request)
@@ -43,9 +43,9 @@ class Routing:
         placement = place(standing, tenant, request.user, time.time())
         return Routed(as_arm(request, placement.arm), placement, tenant, self._finish)
 
-    def route(self, name: str) -> Route | None:
+    def route(self, name: str, call: Call) -> Route | None:
         """The route of that name."""
-        standing = self._book.find(name) if name else None
+        standing = self._book.find(name, call.caller) if name else None
         return None if standing is None else standing.route
 
     def beside(self, request: Asked, routed: Routed[Asked], arm: Arm, call: Call) -> Routed[Asked]:
@@ -69,7 +69,7 @@ class Routing:
         """End the thread."""
         self._judges.shutdown(wait=False, cancel_futures=True)
 
-    def _check_parts(self, request: Asked) -> None:
+    def _check_parts(self, request: Asked, call: Call) -> None:
         """A route stands alone, in `model`."""
         fields = [("adapters.name", a.name) for a in request.adapters]
         for i, member in enumerate(request.combination.members):
@@ -77,7 +77,7 @@ class Routing:
             fields += [(f"{path}model", member.model)]
             fields += [(f"{path}adapters.name", a.name) for a in member.adapters]
         for field, name in fields:
-            if name and self._book.find(name) is not None:
+            if name and self._book.find(name, call.caller) is not None:
                 convert.refuse(field, f"route {name!r}", "an adapter; a route is a `model` alone")
 
     def _finish(self, placement: Placement, trial: Trial, openings: list[str]) -> None:

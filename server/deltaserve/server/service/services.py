@@ -69,7 +69,7 @@ class Services:
         )
         self.adapters = AdapterService(engine, self._routes, store, identity.sight)
         self.identity = IdentityService(identity)
-        self.routes = RouteService(engine, self._routes, metrics)
+        self.routes = RouteService(engine, self._routes, metrics, identity.sight)
         self.server = ServerService(engine, metrics.recent, chat=text.has_chat_template)
 
     async def start(self) -> None:

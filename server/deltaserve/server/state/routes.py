@@ -20,6 +20,7 @@ ROUTES = Table(
     Column("began", Float, nullable=False),  # seconds, as the other times
     Column("changed", Float, nullable=False),
     Column("owner", Text, nullable=False),
+    Column("tenant", Text, nullable=False),
     Column("state", String(32), nullable=False),
     Column("reason", Text, nullable=False),
     Column("weights", Text, nullable=False),  # JSON
@@ -38,6 +39,7 @@ class RouteRecord:
     began: float
     changed: float
     owner: str
+    tenant: str
     state: str
     reason: str
     weights: str

@@ -20,6 +20,7 @@ def upgrade() -> None:
         sa.Column("began", sa.Float, nullable=False),
         sa.Column("changed", sa.Float, nullable=False),
         sa.Column("owner", sa.Text, nullable=False),
+        sa.Column("tenant", sa.Text, nullable=False),
         sa.Column("state", sa.String(32), nullable=False),
         sa.Column("reason", sa.Text, nullable=False),
         sa.Column("weights", sa.Text, nullable=False),
