@@ -115,6 +115,18 @@ def test_guided(served: Any, guided: Any, right: set[str] | None) -> None:
     assert answer.text in right if right else answer.text.startswith("{")
 
 
+def test_a_route_is_asked_for_like_an_adapter(served: Any) -> None:
+    serving, stub = served
+    serving.client.put_route("sorting", [{"name": "only", "model": "sort"}])
+    (answer,) = ask(stub, TEXTS[0], adapter_id="sorting")
+    assert answer.text == serving.client.generate(TEXTS[0], "sort", max_tokens=20).text
+    request = tgis.BatchedTokenizeRequest(
+        adapter_id="sorting", requests=[tgis.TokenizeRequest(text=TEXTS[0])]
+    )
+    count = stub.Tokenize(request).responses[0].token_count
+    assert count == len(serving.client.tokenize(TEXTS[0])) == answer.input_token_count
+
+
 def test_offsets_are_those_of_the_tokenizer(served: Any, tokenizer: Any) -> None:
     request = tgis.BatchedTokenizeRequest(
         requests=[tgis.TokenizeRequest(text="naïve  fig")], return_tokens=True, return_offsets=True

@@ -13,9 +13,13 @@ import pytest
 from fake_engine import BOS, FakeEngine, FakeText, token_id
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from issue import issue
 from served import Served, served
 
 from deltaserve.clients import AsyncClient
+from deltaserve.server.identity.book import Book
+from deltaserve.server.identity.caller import Role
+from deltaserve.server.service.identity import Identity
 from deltaserve.tgis import generation_pb2 as tgis
 from deltaserve.tgis.generation_pb2_grpc import GenerationServiceStub
 
@@ -281,3 +285,27 @@ async def test_reflection_tells_of_it_and_calls_are_counted_apart() -> None:
         "deltaserve_rpcs_total", {"method": "fmaas.GenerationService/Generate", "code": "OK"}
     )
     assert counted == 1
+
+
+async def test_keys_hold_here_too() -> None:
+    book = Book()
+    book.closed = True
+    _, generates = issue(book, Role.GENERATE)
+    _, loads = issue(book, Role.ADAPTERS)
+    async with (
+        served(identity=Identity(book)) as s,
+        grpc.aio.insecure_channel(s.address) as channel,
+    ):
+        client: Any = GenerationServiceStub(channel)
+        codes = {}
+        for token in ("", loads, generates):
+            metadata = [("authorization", f"Bearer {token}")] if token else []
+            for call in (
+                client.Generate(batch("x"), metadata=metadata),
+                client.Tokenize(tgis.BatchedTokenizeRequest(), metadata=metadata),
+                client.ModelInfo(tgis.ModelInfoRequest(), metadata=metadata),
+            ):
+                codes.setdefault(token, set()).add(await call.code())
+    assert codes[""] == {grpc.StatusCode.UNAUTHENTICATED}
+    assert codes[loads] == {grpc.StatusCode.PERMISSION_DENIED}
+    assert codes[generates] == {grpc.StatusCode.OK}

@@ -189,15 +189,15 @@ class GenerationService:
         return pb.SetWeightsResponse()
 
     async def Tokenize(self, request: pb.TokenizeRequest, call: Call) -> pb.TokenizeResponse:
-        encoder = await self._encoder(request.model, call)
+        encoder = await self.encoder(request.model, call)
         ids = await encoder.prompt(request)
         return pb.TokenizeResponse(token_ids=ids, max_length=self._info.max_length)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, call: Call) -> pb.DetokenizeResponse:
-        encoder = await self._encoder(request.model, call)
+        encoder = await self.encoder(request.model, call)
         return pb.DetokenizeResponse(text=await encoder.detokenize(list(request.token_ids)))
 
-    async def _encoder(self, model: str, call: Call) -> Encoder:
+    async def encoder(self, model: str, call: Call) -> Encoder:
         """Of the adapter that it names, if it does; of a route, the one that its arms share."""
         name = convert.label("model", model)
         route = self._routing.route(name, call)

@@ -8,8 +8,8 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from deltaserve.server.service.call import Call
-from deltaserve.server.service.convert import refuse
-from deltaserve.server.service.encode import Encoder, Encoders
+from deltaserve.server.service.convert import prompt_text, refuse
+from deltaserve.server.service.encode import Encoder
 from deltaserve.server.service.generation import GenerationService
 from deltaserve.server.service.methods import Method, methods
 from deltaserve.server.service.services import Services
@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 class TgisService:
     """Text in, text out, as clients of TGIS and vllm-tgis-adapter know it."""
 
-    def __init__(self, generation: GenerationService, encoders: Encoders, info: EngineInfo) -> None:
+    def __init__(self, generation: GenerationService, info: EngineInfo) -> None:
         self._generation = generation
-        self._encoders = encoders
         self._info = info
 
     async def Generate(
@@ -71,12 +70,12 @@ class TgisService:
         if len(request.requests) > requests.MAX_BATCH:
             count = f"{len(request.requests)} of them"
             refuse("requests", count, f"at most {requests.MAX_BATCH}")
-        model = requests.adapter(request)
-        encoder = await self._encoder(model)
+        with requests.named_by_tgis("requests"):
+            encoder = await self._generation.encoder(requests.adapter(request), call)
         found = tgis.BatchedTokenizeResponse()
         for i, one in enumerate(request.requests):
             with requests.named_by_tgis(f"requests[{i}].text"):
-                ids = await self._ids(one.text, model, call)
+                ids = await encoder.text(prompt_text(one.text))
             kept = _kept(ids, encoder, request.truncate_input_tokens)
             answer = found.responses.add(token_count=len(kept))
             if request.return_tokens:
@@ -109,8 +108,8 @@ class TgisService:
         with requests.named_by_tgis(field):
             asked = requests.wanted(params)
             ends = None if asked.seconds is None else now + asked.seconds
-            encoder = await self._encoder(model)
-            ids = await self._ids(text, model, call)
+            encoder = await self._generation.encoder(model, call)
+            ids = await encoder.text(prompt_text(text))
             ids = [ids[at] for at in _kept(ids, encoder, params.truncate_input_tokens)]
             answer = Answer(asked, text, ids, encoder.tokenizer.tokens, self._info.eos_token_ids)
             message = requests.generate(params, asked, model, ids, request_id)
@@ -127,19 +126,11 @@ class TgisService:
                 yield answer.prompt(None)
             yield answer.too_late()
 
-    async def _encoder(self, model: str) -> Encoder:
-        """What tells of tokens; whether there is such a model, `_ids` says."""
-        return await self._encoders.of([model] if model else [])
-
-    async def _ids(self, text: str, model: str, call: Call) -> list[int]:
-        asked = pb.TokenizeRequest(text=text, model=model)
-        return [*(await self._generation.Tokenize(asked, call)).token_ids]
-
 
 def served(services: Services) -> dict[str, list[Method]]:
     """As `Services.methods`."""
     described = tgis.DESCRIPTOR.services_by_name["GenerationService"]
-    service = TgisService(services.generation, services.encoders, services.info)
+    service = TgisService(services.generation, services.info)
     return {described.full_name: list(methods(described, service))}
 
 
