@@ -10,18 +10,20 @@ interface Props {
 /** One adapter; what there is to say of it in words goes under its name. */
 export function AdapterRow({ adapter: a, onPin, onUnload }: Props) {
   const state = word(a.state, "ADAPTER_STATE_");
-  const facts = [a.error, ...a.notes].filter(Boolean);
   return (
     <tr data-adapter={a.name}>
       <th scope="row">
         {a.name}
         {a.patch && <span class="tag">patch</span>}
         {a.parent && <span class="hint"> on {a.parent}</span>}
+        {a.error && <div class="bad">{a.error}</div>}
         <details>
-          <summary class="hint">{facts.length ? `${a.uri}, ${facts.length} notes` : a.uri}</summary>
+          <summary class="hint">
+            {a.notes.length ? `${a.uri}, ${a.notes.length} notes` : a.uri}
+          </summary>
           <ul>
-            {facts.map((fact) => (
-              <li key={fact}>{fact}</li>
+            {a.notes.map((note) => (
+              <li key={note}>{note}</li>
             ))}
             <li>loaded in {a.loadDuration ?? NONE}</li>
           </ul>

@@ -6,7 +6,7 @@ import type { Adapter } from "../api/messages";
 import { Alert } from "../parts/alert";
 import { Dialog } from "../parts/dialog";
 
-/** An adapter to load. Answers once it is registered; the table shows how it gets on. */
+/** An adapter to load. Closed before it is there, it is loaded all the same; the table tells. */
 export function LoadForm({ onClose }: { onClose: () => void }) {
   const failure = useSignal("");
   const busy = useSignal(false);
@@ -32,7 +32,6 @@ export function LoadForm({ onClose }: { onClose: () => void }) {
       uri: f.uri.trim(),
       pinned: f.pinned,
       registerOnly: f.registerOnly,
-      returnEarly: true,
       options: {
         allowBaseMismatch: f.mismatch,
         parent: f.parent.trim(),
@@ -76,7 +75,7 @@ export function LoadForm({ onClose }: { onClose: () => void }) {
   return (
     <Dialog
       title="Load an adapter"
-      submit="Load"
+      submit={busy.value ? "Loading…" : "Load"}
       busy={busy.value}
       onClose={onClose}
       onSubmit={() => void load()}

@@ -12,14 +12,15 @@ interface Props {
   wide?: boolean;
 }
 
-/** A modal form. The browser keeps the focus in it and gives it back. */
+/** A modal form. The focus stays in it, and goes back to where it was. */
 export function Dialog({ title, children, onClose, onSubmit, submit, busy, wide }: Props) {
   const element = useRef<HTMLDialogElement>(null);
   const id = useId();
   useEffect(() => {
-    const dialog = element.current!;
-    dialog.showModal();
-    return () => dialog.close();
+    const before = document.activeElement;
+    element.current!.showModal();
+    // it is taken out of the page without being closed, so the browser does not do this
+    return () => (before instanceof HTMLElement ? before.focus() : undefined);
   }, []);
   const cancel = (event: Event) => {
     event.preventDefault();

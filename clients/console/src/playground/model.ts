@@ -67,10 +67,10 @@ export function title(parts: Part[]): string {
   return each.join(" + ");
 }
 
-/** The fields of a request that say who is to answer. */
+/** The fields of a request that say who is to answer. The base adds nothing to a composition. */
 export function whom(parts: Part[], base: string): object {
-  const [first] = parts;
-  if (parts.length === 1 && first && (first.strength === 1 || !first.name))
-    return { model: first.name || base };
-  return { adapters: parts.map((p) => ({ name: p.name, strength: p.strength })) };
+  const [first, ...more] = parts.filter((part) => part.name);
+  if (!first) return { model: base };
+  if (more.length === 0 && first.strength === 1) return { model: first.name };
+  return { adapters: [first, ...more].map(({ name, strength }) => ({ name, strength })) };
 }
