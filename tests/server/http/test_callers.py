@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 from served import served
@@ -44,7 +44,7 @@ async def test_every_path_needs_its_role() -> None:
     others = {role: issue(book, *(set(Role) - {role}))[1] for role in Role}
     async with (
         served(identity=Identity(book), http_port=0) as s,
-        httpx.AsyncClient(base_url=s.http) as client,
+        httpx2.AsyncClient(base_url=s.http) as client,
     ):
         for method, path, body, role in PATHS:
             for shown, status, code in (

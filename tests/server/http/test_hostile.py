@@ -6,7 +6,7 @@ import asyncio
 import json
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from fake_engine import FakeEngine
 from hypothesis import HealthCheck, given, settings
@@ -27,7 +27,7 @@ POSTS = (
 )
 
 
-def error(answer: httpx.Response) -> dict[str, Any]:
+def error(answer: httpx2.Response) -> dict[str, Any]:
     """The error of an answer; it has OpenAI's fields, and no more."""
     found: dict[str, Any] = answer.json()["error"]
     assert found.keys() == {"message", "type", "param", "code"} and found["message"]
@@ -47,7 +47,7 @@ BODIES = {
 
 
 async def test_bodies_that_are_no_request() -> None:
-    async with served(http_port=0) as s, httpx.AsyncClient(base_url=s.http) as client:
+    async with served(http_port=0) as s, httpx2.AsyncClient(base_url=s.http) as client:
         for path in POSTS:
             for name, data in BODIES.items():
                 if name == "infinite" and "completions" not in path:
@@ -59,7 +59,7 @@ async def test_bodies_that_are_no_request() -> None:
 
 
 async def test_other_paths_methods_and_types() -> None:
-    async with served(http_port=0) as s, httpx.AsyncClient(base_url=s.http) as client:
+    async with served(http_port=0) as s, httpx2.AsyncClient(base_url=s.http) as client:
         assert error(await client.get("/v2/nothing"))["code"] == "unknown_url"
         wrong = await client.get("/v1/completions")
         assert wrong.status_code == 405 and error(wrong) and wrong.headers["allow"] == "POST"
@@ -94,7 +94,7 @@ async def test_other_paths_methods_and_types() -> None:
 async def test_a_body_has_a_size() -> None:
     async with (
         served(http_port=0, max_message_bytes=1000) as s,
-        httpx.AsyncClient(base_url=s.http) as client,
+        httpx2.AsyncClient(base_url=s.http) as client,
     ):
 
         async def drops() -> Any:
@@ -190,7 +190,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 
 async def test_refusals_name_the_clients_field() -> None:
-    async with served(http_port=0) as s, httpx.AsyncClient(base_url=s.http) as client:
+    async with served(http_port=0) as s, httpx2.AsyncClient(base_url=s.http) as client:
         for path, body, field in REFUSED:
             answer = await client.post(path, json=body)
             assert answer.status_code == 400, (body, answer.text)
@@ -214,7 +214,7 @@ NAMES = sorted(
 
 async def test_no_body_is_an_internal_error() -> None:
     loop = asyncio.get_running_loop()
-    async with served(http_port=0) as s, httpx.AsyncClient(base_url=s.http, timeout=30) as client:
+    async with served(http_port=0) as s, httpx2.AsyncClient(base_url=s.http, timeout=30) as client:
 
         @settings(
             max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None
@@ -287,7 +287,7 @@ async def test_headers_that_never_end(monkeypatch: pytest.MonkeyPatch) -> None:
                     await writer.drain()
                     await asyncio.sleep(0)
         writer.close()
-        async with httpx.AsyncClient(base_url=s.http) as client:
+        async with httpx2.AsyncClient(base_url=s.http) as client:
             assert (await client.get("/health")).status_code == 200
 
 
@@ -295,7 +295,7 @@ async def test_a_drain_waits_for_what_runs_and_refuses_what_is_new() -> None:
     engine = FakeEngine(step_seconds=0.01)
     async with (
         served(engine, http_port=0, grace_seconds=20) as s,
-        httpx.AsyncClient(base_url=s.http, timeout=20) as client,
+        httpx2.AsyncClient(base_url=s.http, timeout=20) as client,
     ):
         body = {"prompt": "x", "max_tokens": 60}
         whole = asyncio.create_task(client.post("/v1/completions", json=body))

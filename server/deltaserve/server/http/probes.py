@@ -14,6 +14,8 @@ from deltaserve.server.http.gate import Gate
 from deltaserve.server.identity.caller import Role
 from deltaserve.server.metrics import Metrics
 
+READ = ["GET", "HEAD"]
+
 
 class Probes:
     """Health and version are for everybody who reaches the port; metrics name adapters, and are
@@ -24,9 +26,9 @@ class Probes:
         self._metrics = metrics
         self.router = APIRouter()
         for path in ("/health", "/ping"):
-            self.router.add_api_route(path, self.health, methods=["GET"])
-        self.router.add_api_route("/version", self.version, methods=["GET"])
-        self.router.add_api_route("/metrics", self.metrics, methods=["GET"])
+            self.router.add_api_route(path, self.health, methods=READ)
+        self.router.add_api_route("/version", self.version, methods=READ)
+        self.router.add_api_route("/metrics", self.metrics, methods=READ)
 
     async def health(self) -> Response:
         """200 while requests are taken, 503 while the server drains."""
