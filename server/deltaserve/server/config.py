@@ -255,7 +255,8 @@ class RpcConfig:
     life of a request. write_seconds: how long a client may not read before its stream is ended.
     grace_seconds: how long running requests may go on after SIGTERM. max_message_bytes: of a
     request.
-    tls_certificate, tls_key: PEM files, both or none. console: /console is served over HTTP.
+    tls_certificate, tls_key: PEM files, both or none. tls_client_ca: PEM file of the authorities
+    that clients must have a certificate of. console: /console is served over HTTP.
     """
 
     host: str = "127.0.0.1"
@@ -269,6 +270,7 @@ class RpcConfig:
     max_message_bytes: int = 16 << 20
     tls_certificate: Path | None = None
     tls_key: Path | None = None
+    tls_client_ca: Path | None = None
     console: bool = True
 
     def __post_init__(self) -> None:
@@ -291,6 +293,9 @@ class RpcConfig:
             raise ConfigError("--tls-certificate and --tls-key: give both or none")
         _readable("--tls-certificate", self.tls_certificate)
         _readable("--tls-key", self.tls_key)
+        _readable("--tls-client-ca", self.tls_client_ca)
+        if self.tls_client_ca is not None and self.tls_key is None:
+            raise ConfigError("--tls-client-ca: needs --tls-certificate and --tls-key")
 
 
 @dataclass(frozen=True, slots=True)

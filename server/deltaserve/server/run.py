@@ -143,7 +143,7 @@ async def _identity(config: Config, store: Store | None, sight: Sight | None) ->
     for danger in dangers(
         rpc.host,
         closed=identity.book.closed,
-        certified=False,
+        certified=rpc.tls_client_ca is not None,
         encrypted=rpc.tls_key is not None,
     ):
         log.warning("%s", danger)

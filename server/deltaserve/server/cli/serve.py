@@ -147,6 +147,10 @@ def serve(
     ] = False,
     tls_certificate: Annotated[Path | None, typer.Option(help="PEM file.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM file.")] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(help="PEM file: clients must have a certificate of these authorities."),
+    ] = None,
     state: Annotated[
         str,
         typer.Option(
@@ -225,6 +229,7 @@ def serve(
                 grace_seconds=grace_seconds,
                 tls_certificate=tls_certificate,
                 tls_key=tls_key,
+                tls_client_ca=tls_client_ca,
             ),
             log_level=log_level,
             state=state,

@@ -13,6 +13,7 @@ import uvicorn
 from deltaserve.server.config import ConfigError, RpcConfig
 from deltaserve.server.http.app import application
 from deltaserve.server.http.protocol import Connection
+from deltaserve.server.identity import tls
 from deltaserve.server.identity.doorman import Doorman
 from deltaserve.server.metrics import Metrics
 from deltaserve.server.service.services import Services
@@ -51,7 +52,7 @@ class HttpDoor:
         max_queue: int,
     ) -> None:
         self._config = config
-        secured = config.tls_key is not None
+        certificates = tls.of(config)
         self._server = _Server(
             uvicorn.Config(
                 application(services, doorman, config, metrics),
@@ -65,8 +66,9 @@ class HttpDoor:
                 backlog=BACKLOG,
                 limit_concurrency=2 * max_queue + 1000,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                ssl_keyfile=config.tls_key if secured else None,
-                ssl_certfile=config.tls_certificate if secured else None,
+                ssl_context_factory=(
+                    (lambda *_: certificates.context()) if certificates is not None else None
+                ),
             )
         )
         self._serving: asyncio.Task[None] | None = None

@@ -29,7 +29,7 @@ class Doorman:
         """The caller, if it has the role. Unauthenticated, Forbidden."""
         self._refresh()
         if not self._book.closed:
-            return Caller(shown.peer)
+            return Caller(shown.subjects[0] if shown.subjects else shown.peer)
         key = self._by_token(shown.token) if shown.token else self._by_certificate(shown)
         if ended := key.ended(time.time()):
             _unknown(f"the key {key.id} {ended}")

@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection
 
 from deltaserve.server.config import ConfigError, RpcConfig
 from deltaserve.server.identity.doorman import Doorman
+from deltaserve.server.identity.tls import Certificates, Pem, of
 from deltaserve.server.metrics import Metrics
 from deltaserve.server.rpc.gate import Gate
 from deltaserve.server.service.methods import Method
@@ -81,10 +82,10 @@ class RpcDoor:
         return f"{host}:{port}"
 
     def _listen(self, address: str) -> int:
-        if self._config.tls_key is None or self._config.tls_certificate is None:
+        certificates = of(self._config)
+        if certificates is None:
             return self._server.add_insecure_port(address)
-        pair = (self._config.tls_key.read_bytes(), self._config.tls_certificate.read_bytes())
-        return self._server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+        return self._server.add_secure_port(address, _renewing(certificates))
 
     async def unready(self) -> None:
         """Tell health checks that new calls are refused."""
@@ -93,3 +94,20 @@ class RpcDoor:
     async def stop(self, grace: float) -> None:
         """Stop listening; calls that still run are cancelled after the grace, in seconds."""
         await self._server.stop(grace)
+
+
+def _renewing(certificates: Certificates) -> grpc.ServerCredentials:
+    """They look for new files with every handshake."""
+    pem = certificates.load()
+
+    def made(pem: Pem) -> grpc.ServerCertificateConfiguration:
+        pair = (pem.key, pem.certificate)
+        return grpc.ssl_server_certificate_configuration([pair], pem.client_ca or None)
+
+    def fetch() -> Any:
+        """None for no change, which gRPC's types do not know of."""
+        renewed = certificates.renewed()
+        return made(renewed) if renewed is not None else None
+
+    required = bool(pem.client_ca)
+    return grpc.dynamic_ssl_server_credentials(made(pem), fetch, required)
