@@ -112,7 +112,9 @@ class RouteServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RecordFeedback(self, request, context):
-        """Says how good an answer was, or how a user fared.
+        """Says how good an answer was, or how a user fared. It is durable when it is answered. NOT_FOUND
+        for an answer that no route gave, that another tenant got or that is forgotten;
+        FAILED_PRECONDITION for a user that the route has not answered since it was last changed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -44,7 +44,10 @@ class RouteServiceStub:
     RollBackRoute: _grpc.UnaryUnaryMultiCallable[_route_pb2.RollBackRouteRequest, _route_pb2.RollBackRouteResponse]
     """Gives all of a route's requests to its control, at once."""
     RecordFeedback: _grpc.UnaryUnaryMultiCallable[_route_pb2.RecordFeedbackRequest, _route_pb2.RecordFeedbackResponse]
-    """Says how good an answer was, or how a user fared."""
+    """Says how good an answer was, or how a user fared. It is durable when it is answered. NOT_FOUND
+    for an answer that no route gave, that another tenant got or that is forgotten;
+    FAILED_PRECONDITION for a user that the route has not answered since it was last changed.
+    """
     GetReport: _grpc.UnaryUnaryMultiCallable[_route_pb2.GetReportRequest, _route_pb2.GetReportResponse]
     """Compares the arms of a route."""
 
@@ -64,7 +67,10 @@ class RouteServiceAsyncStub(RouteServiceStub):
     RollBackRoute: _aio.UnaryUnaryMultiCallable[_route_pb2.RollBackRouteRequest, _route_pb2.RollBackRouteResponse]  # type: ignore[assignment]
     """Gives all of a route's requests to its control, at once."""
     RecordFeedback: _aio.UnaryUnaryMultiCallable[_route_pb2.RecordFeedbackRequest, _route_pb2.RecordFeedbackResponse]  # type: ignore[assignment]
-    """Says how good an answer was, or how a user fared."""
+    """Says how good an answer was, or how a user fared. It is durable when it is answered. NOT_FOUND
+    for an answer that no route gave, that another tenant got or that is forgotten;
+    FAILED_PRECONDITION for a user that the route has not answered since it was last changed.
+    """
     GetReport: _aio.UnaryUnaryMultiCallable[_route_pb2.GetReportRequest, _route_pb2.GetReportResponse]  # type: ignore[assignment]
     """Compares the arms of a route."""
 
@@ -117,7 +123,10 @@ class RouteServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _route_pb2.RecordFeedbackRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_route_pb2.RecordFeedbackResponse, _abc.Awaitable[_route_pb2.RecordFeedbackResponse]]:
-        """Says how good an answer was, or how a user fared."""
+        """Says how good an answer was, or how a user fared. It is durable when it is answered. NOT_FOUND
+        for an answer that no route gave, that another tenant got or that is forgotten;
+        FAILED_PRECONDITION for a user that the route has not answered since it was last changed.
+        """
 
     @_abc_1.abstractmethod
     def GetReport(

@@ -20,6 +20,12 @@ from deltaserve.server.ledger.users import Met, Rows, Users
 _PLAIN = ("shadow", "requests", "anonymous", "prompt_tokens", "completion_tokens")
 
 
+# plain numbers: those of an enumeration are slow to get, and every request gets some
+_ERROR, _REFUSAL, _EMPTY = int(Met.ERROR), int(Met.REFUSAL), int(Met.EMPTY)
+_SLOW, _SLOW_FIRST_TOKEN, _LONG = int(Met.SLOW), int(Met.SLOW_FIRST_TOKEN), int(Met.LONG)
+_RANDOMIZED, _CROSSED, _SHADOW = int(Met.RANDOMIZED), int(Met.CROSSED), int(Met.SHADOW)
+
+
 class Counts(IntEnum):
     """What a trial, and feedback on it, counts for. Kept in the database by number."""
 
@@ -118,45 +124,50 @@ class Book:
         if i < 0 and not room:
             self.uncounted += 1
             return Counts.NOTHING, -1
+        shadow, random = trial.shadow, _random(trial.weights)
         new = i < 0
         if new:
             i = self.users.add(user)
         row = self.users.row(i)
         if new:
-            row["before_sum"], row["before_n"] = self.past.pop(user, (0.0, 0))
-            row["arm"], row["first"] = arm, trial.at
-            row["met"] = Met.SHADOW if trial.shadow else 0
-        if not trial.shadow and not row["met"] & Met.RANDOMIZED and _random(trial.weights):
-            self._randomize(row, arm, trial)
+            row["arm"], row["first"], row["met"] = arm, trial.at, _SHADOW * shadow
+            if self.past:
+                row["before_sum"], row["before_n"] = self.past.pop(user, (0.0, 0))
+        met = row["met"]
+        if random and not shadow and not met & _RANDOMIZED:
+            self._randomize(row, arm, trial, new)
+            met = _RANDOMIZED
         if row["arm"] != arm:
-            row["met"] |= Met.CROSSED
+            row["met"] |= _CROSSED
             return Counts.NOTHING, i
         _meet(row, trial)
-        if trial.shadow:
+        if shadow:
             return Counts.NOTHING, i
-        return Counts.EXPERIMENT if row["met"] & Met.RANDOMIZED else Counts.BEFORE, i
+        return Counts.EXPERIMENT if met & _RANDOMIZED else Counts.BEFORE, i
 
-    def _randomize(self, row: Any, arm: int, trial: Trial) -> None:
+    def _randomize(self, row: Any, arm: int, trial: Trial, new: bool) -> None:
         """It was not in the experiment so far; what came of it is from before."""
-        row["before_sum"] += row["sum"]
-        row["before_n"] += row["n"]
-        for name in ("requests", "seconds", "first_token", "tokens", "sum", "n", "negative"):
-            row[name] = 0
-        row["arm"], row["first"], row["met"] = arm, trial.at, Met.RANDOMIZED
+        if not new:
+            row["before_sum"] += row["sum"]
+            row["before_n"] += row["n"]
+            for name in ("requests", "seconds", "first_token", "tokens", "sum", "n", "negative"):
+                row[name] = 0
+            row["arm"], row["first"] = arm, trial.at
+        row["met"] = _RANDOMIZED
         self.balance.add(trial.arm, trial.weights)
-        if self.weights and self.weights != trial.weights:
-            self.moved = True
-        self.weights = dict(trial.weights)
+        if self.weights != trial.weights:
+            self.moved = self.moved or bool(self.weights)
+            self.weights = dict(trial.weights)
 
     def counts_for(self, user: int) -> Counts:
         """What feedback that is given now on a user who is here counts for."""
         row = self.users.row(self.users.index[user])
-        return Counts.EXPERIMENT if row["met"] & Met.RANDOMIZED else Counts.BEFORE
+        return Counts.EXPERIMENT if row["met"] & _RANDOMIZED else Counts.BEFORE
 
     def reward(self, user: int, counts: Counts, reward: float, times: int, at: float) -> None:
         """Give a reward to a user who is here, or take it back with times = -1."""
         row = self.users.row(self.users.index[user])
-        before = counts is Counts.BEFORE and row["met"] & Met.RANDOMIZED
+        before = counts is Counts.BEFORE and row["met"] & _RANDOMIZED
         total, n = ("before_sum", "before_n") if before else ("sum", "n")
         row[n] += times
         row[total] = row[total] + times * reward if row[n] else 0.0
@@ -262,20 +273,17 @@ def _random(weights: Mapping[str, float]) -> bool:
 
 
 def _meet(row: Any, trial: Trial) -> None:
-    happened = Met(0)
-    for flag, so in (
-        (Met.ERROR, trial.ended is Ended.ERROR),
-        (Met.REFUSAL, trial.refusal),
-        (Met.EMPTY, trial.empty),
-        (Met.SLOW, trial.slow),
-        (Met.SLOW_FIRST_TOKEN, trial.slow_first_token),
-        (Met.LONG, trial.long),
-    ):
-        if so:
-            happened |= flag
-    row["met"] |= happened
+    answered = trial.ended is Ended.ANSWERED
+    row["met"] |= (
+        _ERROR * (trial.ended is Ended.ERROR)
+        | _REFUSAL * trial.refusal
+        | _EMPTY * trial.empty
+        | _SLOW * trial.slow
+        | _SLOW_FIRST_TOKEN * trial.slow_first_token
+        | _LONG * trial.long
+    )
     row["requests"] += 1
-    if trial.ended is Ended.ANSWERED:
+    if answered:
         row["seconds"] = max(row["seconds"], trial.seconds)
         row["first_token"] = max(row["first_token"], trial.first_token)
         row["tokens"] = max(row["tokens"], trial.completion_tokens)

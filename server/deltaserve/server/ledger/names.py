@@ -7,12 +7,9 @@ import hashlib
 
 def _hash(*texts: str) -> bytes:
     """SHA-256 of the texts, each with its length before it, so that no two lists have one hash."""
-    total = hashlib.sha256()
-    for text in texts:
-        data = text.encode("utf-8", "surrogatepass")
-        total.update(len(data).to_bytes(8, "big"))
-        total.update(data)
-    return total.digest()
+    data = [text.encode("utf-8", "surrogatepass") for text in texts]
+    parts = [part for text in data for part in (len(text).to_bytes(8, "big"), text)]
+    return hashlib.sha256(b"".join(parts)).digest()
 
 
 def user_key(route: str, tenant: str, user: str, shadow: str = "") -> int:

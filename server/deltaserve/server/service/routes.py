@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING, Any
-
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from deltaserve.server.engine import validate
 from deltaserve.server.engine.core import Request
 from deltaserve.server.errors import InvalidRequest
 from deltaserve.server.identity.sight import Sight
+from deltaserve.server.ledger.ledger import Ledger
 from deltaserve.server.metrics import Metrics
 from deltaserve.server.routes.book import RouteBook
 from deltaserve.server.routes.route import Standing, State
+from deltaserve.server.routes.seen import check_owned
 from deltaserve.server.service import convert
 from deltaserve.server.service.call import Call
+from deltaserve.server.service.caveats import caveats
+from deltaserve.server.service.feedback import asked, feedback
+from deltaserve.server.service.report import fill, ratio, see, stamp, totals
 from deltaserve.v1 import generation_pb2
 from deltaserve.v1 import route_pb2 as pb
 
@@ -29,14 +33,18 @@ STATES: dict[State, Any] = {
 
 
 class RouteService:
-    """book: of the routes. metrics: count by them. sight: who may see which adapter."""
+    """book: of the routes. metrics: count by them. sight: who may see which adapter. ledger: what
+    came of the routes' requests."""
 
-    def __init__(self, engine: Engine, book: RouteBook, metrics: Metrics, sight: Sight) -> None:
+    def __init__(
+        self, engine: Engine, book: RouteBook, metrics: Metrics, sight: Sight, ledger: Ledger
+    ) -> None:
         info = engine.info()
         self._limits = validate.Limits(info.vocab_size, info.max_length, 1 << 31)
         self._book = book
         self._metrics = metrics
         self._sight = sight
+        self._ledger = ledger
 
     async def PutRoute(self, request: pb.PutRouteRequest, call: Call) -> pb.PutRouteResponse:
         for i, arm in enumerate(request.route.arms):
@@ -72,6 +80,28 @@ class RouteService:
         standing = await self._book.roll_back(call.caller, request.name, reason)
         return pb.RollBackRouteResponse(route=shown(standing))
 
+    async def RecordFeedback(
+        self, request: pb.RecordFeedbackRequest, call: Call
+    ) -> pb.RecordFeedbackResponse:
+        answer = await self._ledger.feedback(feedback(request, call.caller.tenant))
+        return pb.RecordFeedbackResponse(route=answer.route, arm=answer.arm)
+
+    async def GetReport(self, request: pb.GetReportRequest, call: Call) -> pb.GetReportResponse:
+        asked_for, standing = asked(request), self._book.get(request.route, call.caller)
+        check_owned(call.caller, request.route, standing)  # it tells of all tenants' users
+        route, book = standing.route, self._ledger.book(request.route, standing.epoch)
+        response = pb.GetReportResponse(
+            route=shown(standing),
+            start_time=stamp(standing.epoch / 1000),
+            arms=totals(route, book),
+        )
+        if book is not None:
+            response.sample_ratio.CopyFrom(ratio(book))
+            seen = see(book, asked_for.points, time.time())
+            await asyncio.to_thread(fill, response, route, seen, asked_for)
+        response.warnings.extend(caveats(response, standing, book, asked_for.cuped))
+        return response
+
     def _check_overrides(self, path: str, arm: pb.Arm) -> None:
         """What would be refused of every request."""
         given = generation_pb2.GenerateRequest(sampling=arm.sampling, stop=arm.stop)
@@ -92,14 +122,10 @@ def shown(standing: Standing) -> pb.Route:
     route.state = STATES[standing.state]
     route.reason = standing.reason
     route.weights.update(standing.shares(time.time()))
-    route.start_time.CopyFrom(_timestamp(standing.epoch / 1000))
-    route.update_time.CopyFrom(_timestamp(standing.changed))
+    route.start_time.CopyFrom(stamp(standing.epoch / 1000))
+    route.update_time.CopyFrom(stamp(standing.changed))
     return route
 
 
 def _failed(name: str, reason: str) -> pb.Route:
     return pb.Route(name=name, state=STATES[State.FAILED], reason=reason)
-
-
-def _timestamp(seconds: float) -> Timestamp:
-    return Timestamp(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))

@@ -67,9 +67,9 @@ class Services:
             Quotas(identity.book),
             config.max_seconds,
         )
-        self.adapters = AdapterService(engine, self._routes, store, identity.sight)
+        self.adapters = AdapterService(engine, self._routes, store, identity.sight, self.ledger)
         self.identity = IdentityService(identity)
-        self.routes = RouteService(engine, self._routes, metrics, identity.sight)
+        self.routes = RouteService(engine, self._routes, metrics, identity.sight, self.ledger)
         self.server = ServerService(engine, metrics.recent, chat=text.has_chat_template)
 
     async def start(self) -> None:
