@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
-from deltaserve.clients import route_messages
+from deltaserve.clients import report_messages, route_messages
 from deltaserve.clients.errors import typed
+from deltaserve.clients.report_types import FeedbackTarget, Report
 from deltaserve.clients.route_types import Route, RouteArm, RouteOptions
 from deltaserve.v1 import route_pb2 as pb
 
@@ -61,6 +62,42 @@ class RouteCalls:
             response = self._routes.RollBackRoute(request, timeout=timeout or self._timeout)
         return route_messages.route(response.route)
 
+    def record_feedback(
+        self,
+        request_id: str = "",
+        reward: float | None = None,
+        labels: Mapping[str, str] | None = None,
+        *,
+        feedback_id: str = "",
+        route: str = "",
+        user: str = "",
+        timeout: float | None = None,
+    ) -> FeedbackTarget:
+        """Say how good an answer was, or how a `user` of `route` fared. It is durable when this
+        returns. `NotFound` for an answer that is not known, `FailedPrecondition` for a user whom
+        the route has not answered."""
+        request = report_messages.feedback(request_id, reward, labels, feedback_id, route, user)
+        with typed():
+            response = self._routes.RecordFeedback(request, timeout=timeout or self._timeout)
+        return report_messages.target(response)
+
+    def get_report(
+        self,
+        route: str,
+        *,
+        level: float | None = None,
+        cuped: bool = False,
+        points: int = 0,
+        tuned_for: int | None = None,
+        timeout: float | None = None,
+    ) -> Report:
+        """Compare the arms of a route. level: chance of a wrong finding. points: moments of its
+        history."""
+        request = report_messages.ask(route, level, cuped, points, tuned_for)
+        with typed():
+            response = self._routes.GetReport(request, timeout=timeout or self._timeout)
+        return report_messages.report(response)
+
 
 class AsyncRouteCalls:
     """Of the asynchronous client; the twin of `RouteCalls`."""
@@ -111,3 +148,39 @@ class AsyncRouteCalls:
         with typed():
             response = await self._routes.RollBackRoute(request, timeout=timeout or self._timeout)
         return route_messages.route(response.route)
+
+    async def record_feedback(
+        self,
+        request_id: str = "",
+        reward: float | None = None,
+        labels: Mapping[str, str] | None = None,
+        *,
+        feedback_id: str = "",
+        route: str = "",
+        user: str = "",
+        timeout: float | None = None,
+    ) -> FeedbackTarget:
+        """Say how good an answer was, or how a `user` of `route` fared. It is durable when this
+        returns. `NotFound` for an answer that is not known, `FailedPrecondition` for a user whom
+        the route has not answered."""
+        request = report_messages.feedback(request_id, reward, labels, feedback_id, route, user)
+        with typed():
+            response = await self._routes.RecordFeedback(request, timeout=timeout or self._timeout)
+        return report_messages.target(response)
+
+    async def get_report(
+        self,
+        route: str,
+        *,
+        level: float | None = None,
+        cuped: bool = False,
+        points: int = 0,
+        tuned_for: int | None = None,
+        timeout: float | None = None,
+    ) -> Report:
+        """Compare the arms of a route. level: chance of a wrong finding. points: moments of its
+        history."""
+        request = report_messages.ask(route, level, cuped, points, tuned_for)
+        with typed():
+            response = await self._routes.GetReport(request, timeout=timeout or self._timeout)
+        return report_messages.report(response)

@@ -67,7 +67,7 @@ class Services:
             Quotas(identity.book),
             config.max_seconds,
         )
-        self.adapters = AdapterService(engine, self._routes, store, identity.sight, self.ledger)
+        self.adapters = AdapterService(engine, self._routes, store, identity.sight)
         self.identity = IdentityService(identity)
         self.routes = RouteService(engine, self._routes, metrics, identity.sight, self.ledger)
         self.server = ServerService(engine, metrics.recent, chat=text.has_chat_template)
