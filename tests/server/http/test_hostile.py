@@ -176,6 +176,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"messages": [{"role": "user", "content": "x"}], "functions": [{}]},
         "functions",
     ),
+    ("/v1/completions", {"prompt": "x", "add_special_tokens": False}, "add_special_tokens"),
     ("/tokenize", {"prompt": "x", "add_special_tokens": False}, "add_special_tokens"),
     ("/detokenize", {"tokens": [300]}, "tokens"),
     ("/v1/load_lora_adapter", {"lora_name": "@", "lora_path": "/a"}, "lora_name"),

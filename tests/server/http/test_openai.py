@@ -143,6 +143,62 @@ async def test_log_probabilities_in_both_shapes() -> None:
         assert place.bytes is None or bytes(place.bytes).decode() == place.token
 
 
+async def test_every_field_reaches_the_engine() -> None:
+    given = {
+        "model": "",
+        "prompt": "hello",
+        "max_tokens": 9,
+        "min_tokens": 2,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 7,
+        "min_p": 0.1,
+        "seed": 3,
+        "presence_penalty": 0.1,
+        "frequency_penalty": 0.2,
+        "repetition_penalty": 1.1,
+        "logit_bias": {"17": -2.5},
+        "stop": "x",
+        "stop_token_ids": [8],
+        "bad_words": ["no"],
+        "bad_token_sequences": [[4, 5]],
+        "eos_ramp": 0.25,
+        "ignore_eos": True,
+        "skip_special_tokens": False,
+        "logprobs": 2,
+        "user": "ann",
+        "priority": 3,
+        "cache_salt": "salt",
+        "max_wait_seconds": 5.0,
+        "request_id": "mine",
+        "speculation": {"draft_tokens": 4},
+        "some_new_field": [1],
+    }
+    async with asked() as (s, client):
+        answer = await client.post("/completions", body=given, cast_to=dict)
+        assert answer["id"] == "mine"
+        [request] = s.engine.submitted
+        p = request.sampling
+        assert (p.max_tokens, p.min_tokens, p.temperature, p.top_p, p.top_k) == (9, 2, 0.5, 0.9, 7)
+        assert (p.min_p, p.seed, p.eos_ramp, p.logprobs) == (0.1, 3, 0.25, 2)
+        penalties = (p.presence_penalty, p.frequency_penalty, p.repetition_penalty)
+        assert penalties == (0.1, 0.2, 1.1) and p.logit_bias == ((17, -2.5),)
+        assert (p.stop, p.stop_token_ids, p.ignore_eos) == (("x",), (8,), True)
+        assert (4, 5) in p.bad_tokens and len(p.bad_tokens) == 3 and not p.skip_special_tokens
+        assert (request.priority, request.max_wait) == (-3, 5.0)
+        assert request.tenant.endswith("ann") and request.salt.endswith("salt")
+        assert request.speculation.draft_tokens == 4
+        await client.chat.completions.create(
+            model="",
+            messages=[{"role": "user", "content": "x"}],
+            max_tokens=1,
+            safety_identifier="bob",
+            extra_body={"top_k": -1},
+        )
+        assert s.engine.submitted[-1].tenant.endswith("bob")
+        assert s.engine.submitted[-1].sampling.top_k == 0
+
+
 async def test_errors_are_openais() -> None:
     async with asked() as (s, client):
         with pytest.raises(openai.NotFoundError) as unknown:

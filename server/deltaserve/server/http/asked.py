@@ -51,7 +51,7 @@ class Asked:
 
 def completion(given: CompletionFields, id: str, info: EngineInfo) -> Asked:
     """One message for each prompt. Raises InvalidRequest."""
-    refused.check(given)
+    refused.check(given, template=False)
     names: dict[str, str] = {}
     found = _prompts(given.prompt)
     made = []
@@ -71,7 +71,7 @@ def completion(given: CompletionFields, id: str, info: EngineInfo) -> Asked:
 
 def chat(given: ChatFields, id: str, info: EngineInfo) -> Asked:
     """Raises InvalidRequest."""
-    refused.check(given)
+    refused.check(given, template=True)
     names = {"prompt": "messages", "text": "messages", "logprobs": "top_logprobs"}
     most = given.max_completion_tokens
     if most is not None:
@@ -153,7 +153,7 @@ def _message(
     for field in ("n", "prompt_logprobs", "max_wait_seconds"):
         _set(message, field, getattr(given, field))
     message.user = given.user or given.safety_identifier or ""
-    message.priority = given.priority or 0
+    message.priority = -(given.priority or 0)  # the lowest goes first, with vLLM
     message.cache_salt = given.cache_salt or ""
     message.keep_special_tokens = given.skip_special_tokens is False
     constraint, field = constraints.to_message(given)

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from deltaserve.server.service.convert import MAX_PRIORITY
+
 Count = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Number = Annotated[float, Field(ge=-1e300, le=1e300)]
 
@@ -55,7 +57,7 @@ class Sampled(Given):
     prompt_logprobs: Count | None = None
     return_tokens_as_token_ids: bool | None = None
     cache_salt: str | None = None
-    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
     request_id: str | None = None
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None

@@ -35,7 +35,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "guided_whitespace_pattern": (),
     "return_token_ids": (False,),
     "prompt_embeds": (),
-    "add_special_tokens": (),
 }
 """By name, the values that say nothing; null is one for all of them."""
 
@@ -45,10 +44,11 @@ def refuse(field: str, found: str, right: str) -> NoReturn:
     raise InvalidRequest(f"{field}: {found} is not possible; it must be {right}", field=field)
 
 
-def check(given: Given) -> None:
-    """Raise InvalidRequest for the first field that is known and not supported."""
+def check(given: Given, *, template: bool) -> None:
+    """Raise InvalidRequest for the first field that is known and not supported. template: the text
+    is a chat template's, which has its special tokens itself; else the tokenizer adds them."""
     for field, value in (given.model_extra or {}).items():
-        harmless = REFUSED.get(field)
+        harmless = (not template,) if field == "add_special_tokens" else REFUSED.get(field)
         if value is None or harmless is None:
             continue
         if not any(type(value) is type(one) and value == one for one in harmless):

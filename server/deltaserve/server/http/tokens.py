@@ -38,7 +38,7 @@ class Tokens:
     async def tokenize(self, request: Request) -> Response:
         call = self._gate.enter(request, self._tokenize.role)
         given = await body.fields(request, TextFields, self._most)
-        refused.check(given)
+        refused.check(given, template=given.prompt is None)
         message = pb.TokenizeRequest(model=given.model or "")
         if given.prompt is None:
             message.chat.CopyFrom(conversation.to_message(given))
