@@ -20,7 +20,7 @@ from postgres import open_to_all, running_postgres
 from deltaserve.adapters.options import DEFAULT, LoadOptions
 from deltaserve.server.config import ConfigError
 from deltaserve.server.errors import StateUnavailable
-from deltaserve.server.state import database, key_tables
+from deltaserve.server.state import database, key_tables, routes
 from deltaserve.server.state.records import AdapterRecord, Entry, dump, parse
 from deltaserve.server.state.store import StateError, Store
 from deltaserve.server.state.tables import METADATA
@@ -217,6 +217,7 @@ def test_options() -> None:
 
 WRITER = """
 import asyncio, os, sys
+from deltaserve.server.state import routes
 from deltaserve.server.state.records import AdapterRecord, Entry
 from deltaserve.server.state.store import Store
 from deltaserve.server.state.url import parse
@@ -224,9 +225,14 @@ from deltaserve.server.state.url import parse
 async def write(path, life):
     store = await Store.open(parse(path))
     for i in range(10**6):
-        record = AdapterRecord(f"{life}-{i}", "/" + "x" * 500, "{}", "d")
-        await store.keep(lambda: record, Entry("w", "LoadAdapter", record.name))
-        os.write(1, f"{record.name}\\n".encode())
+        name, text = f"{life}-{i}", "x" * 500
+        if i % 2:
+            route = routes.RouteRecord(name, text, i, "e", 1.0, 2.0, "w", "", "active", "", "", 0.0)
+            await routes.put(store, route, Entry("w", "PutRoute", name))
+        else:
+            record = AdapterRecord(name, text, "{}", "d")
+            await store.keep(lambda: record, Entry("w", "LoadAdapter", name))
+        os.write(1, f"{name}\\n".encode())
 
 for life in sys.stdin:  # a writer each, which is killed from outside
     pid = os.fork()
@@ -268,9 +274,9 @@ def test_a_killed_writer_loses_nothing_that_was_acknowledged(tmp_path: Path) -> 
                 assert opened_file.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         writer.stdin.close()
     assert len(acknowledged) >= 21
-    found = {record.name for record in asyncio.run(_records(path))}
-    assert acknowledged <= found
+    assert acknowledged <= asyncio.run(_names(path))
 
 
-async def _records(path: Path) -> list[AdapterRecord]:
-    return await (await opened(path)).adapters()
+async def _names(path: Path) -> set[str]:
+    store = await opened(path)
+    return {kept.name for kept in (*await store.adapters(), *await routes.routes(store))}

@@ -47,7 +47,8 @@ SERVER = Caller("server")
 class RouteBook:
     """Belongs to one event loop. What is put or deleted is durable before it holds; what keeps
     harm away (a rollback, a hold) holds at once and is then written. shelf: None keeps nothing.
-    A client that goes away does not undo what it began. clock: `time.time`."""
+    A client that goes away does not undo what it began. clock: `time.time`. reason:
+    as of `Whole`."""
 
     def __init__(
         self,
@@ -55,6 +56,7 @@ class RouteBook:
         base: str,
         shelf: Shelf | None = None,
         clock: Callable[[], float] = time.time,
+        reason: Callable[[Exception], str] = repr,
     ) -> None:
         self._base = base
         self._shelf = shelf
@@ -64,7 +66,7 @@ class RouteBook:
         self._pins = Pins(adapters, self._standings.__contains__)
         self._coming = ""
         self._lock = asyncio.Lock()
-        self._whole = Whole(shelf)
+        self._whole = Whole(shelf, reason)
 
     async def restore(self) -> None:
         """Those of the shelf. StateUnavailable if it cannot be read."""

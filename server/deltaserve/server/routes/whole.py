@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,10 +20,11 @@ T = TypeVar("T")
 
 class Whole:
     """Changes run to their end also when the client goes away. Those that are refused are noted in
-    the audit log. shelf: None has none."""
+    the audit log. shelf: None has none. reason: what the client is told as the reason."""
 
-    def __init__(self, shelf: Shelf | None) -> None:
+    def __init__(self, shelf: Shelf | None, reason: Callable[[Exception], str]) -> None:
         self._shelf = shelf
+        self._reason = reason
         self._running: set[asyncio.Task[Any]] = set()
 
     async def run(self, entry: Entry, work: Coroutine[Any, Any, T]) -> T:
@@ -38,7 +39,7 @@ class Whole:
             return await work
         except Exception as error:
             if self._shelf is not None and not isinstance(error, StateUnavailable):
-                refused = replace(entry, outcome=type(error).__name__, detail=str(error))
+                refused = replace(entry, outcome=self._reason(error), detail=str(error))
                 try:
                     await self._shelf.note(refused)
                 except StateUnavailable as unavailable:

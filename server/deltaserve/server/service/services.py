@@ -22,6 +22,7 @@ from deltaserve.server.service.methods import Method, methods
 from deltaserve.server.service.outbox import LoopOutbox
 from deltaserve.server.service.routes import RouteService
 from deltaserve.server.service.routing import Routing
+from deltaserve.server.service.status import reason
 from deltaserve.server.service.traffic import Traffic
 from deltaserve.v1 import adapter_pb2, generation_pb2, identity_pb2, route_pb2, server_pb2
 
@@ -52,7 +53,7 @@ class Services:
         self._outbox = LoopOutbox(asyncio.get_running_loop())
         self.encoders = Encoders(text, info.max_length, engine.adapters.own_text)
         self._constrainer = Constrainer(text, info.vocab_size, info.eos_token_ids)
-        self._routes = RouteBook(engine.adapters, info.base, _shelf(store))
+        self._routes = RouteBook(engine.adapters, info.base, _shelf(store), reason=reason)
         self.ledger = Ledger(_keeper(store))
         self._routing = Routing(self._routes, metrics, self.ledger)
         self._watch = Watch(self._routes, self.ledger)

@@ -1,0 +1,43 @@
+"""A database that is gone while routes change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from served import served
+
+from deltaserve.clients import AsyncClient, errors
+from deltaserve.server.state.routes import routes
+from deltaserve.server.state.store import Store
+from deltaserve.server.state.url import parse
+
+ARMS = [{"name": "base"}, {"name": "tuned", "model": "a", "weight": 3}]
+
+
+async def test_a_database_that_is_gone(tmp_path: Path) -> None:
+    """What could do harm does not happen, what keeps it away does."""
+    path, away = tmp_path / "s.db", tmp_path / "away.db"
+    store = await Store.open(parse(str(path)))
+    async with served(store=store) as s, AsyncClient(s.address) as client:
+        await client.load_adapter("a", "/a")
+        first = await client.put_route("r", ARMS)
+        path.rename(away)
+        for change in (
+            client.put_route("r", ARMS[:1]),
+            client.put_route("q", ARMS),
+            client.delete_route("r"),
+        ):
+            with pytest.raises(errors.Unavailable, match="unable to open"):
+                await change
+        assert await client.list_routes() == [first]
+        with pytest.raises(errors.Unavailable, match="'r' is rolled_back, but that is not kept"):
+            await client.roll_back_route("r", "harm")
+        assert (await client.get_route("r")).state == "rolled_back"
+        away.rename(path)
+        await client.roll_back_route("r", "harm")
+        assert [(r.name, r.state) for r in await routes(store)] == [("r", "rolled_back")]
+        with pytest.raises(errors.InvalidArgument):
+            await client.put_route("r", [])
+        audit = [(e.verb, e.name, e.outcome) for e in await store.audit()]
+        assert audit[-2:] == [("RollBackRoute", "r", "OK"), ("PutRoute", "r", "INVALID_REQUEST")]
