@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-import grpc
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from deltaserve.clients import errors, types
-from deltaserve.clients.client import Client
+from deltaserve.clients.cli_common import LOCAL, Address, AsJson, Ca, Timeout, connected, print_json
+from deltaserve.clients.cli_routes import routes_app
 from deltaserve.clients.requests import (
     Combination,
     CombinationMember,
@@ -29,34 +28,7 @@ from deltaserve.clients.requests import (
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 adapters_app = typer.Typer(no_args_is_help=True, help="The adapters that the server knows.")
 app.add_typer(adapters_app, name="adapters")
-
-Address = Annotated[str, typer.Option(envvar="DELTASERVE_ADDRESS", help="HOST:PORT of the server.")]
-Ca = Annotated[
-    Path | None,
-    typer.Option(envvar="DELTASERVE_CA", help="PEM file: connect by TLS, trusting it."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
-Timeout = Annotated[float | None, typer.Option(help="Seconds to wait at most.")]
-LOCAL = "127.0.0.1:50051"
-
-
-@contextmanager
-def _connected(address: str, ca: Path | None) -> Iterator[Client]:
-    """A client; its errors end the command with a sentence and exit code 1."""
-    try:
-        credentials = grpc.ssl_channel_credentials(ca.read_bytes()) if ca is not None else None
-        with Client(address, credentials=credentials) as client:
-            yield client
-    except OSError as error:
-        Console(stderr=True).print(f"--ca {ca}: {error}", style="red", markup=False)
-        raise typer.Exit(2) from None
-    except errors.DeltaserveError as error:
-        Console(stderr=True).print(f"{error.code.name}: {error}", style="red", markup=False)
-        raise typer.Exit(1) from None
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(dataclasses.asdict(value), ensure_ascii=False), flush=True)
+app.add_typer(routes_app, name="routes")
 
 
 @app.command()
@@ -137,7 +109,7 @@ def generate(
     options = Options(**{k: v for k, v in given.items() if v is not None})  # type: ignore[typeddict-item]
     if member:
         options["combination"] = _combined(member, rule, plausibility)
-    with _connected(address, ca) as client:
+    with connected(address, ca) as client:
         if as_json or not stream or best_of is not None:
             answer = client.generate(
                 asked,
@@ -149,7 +121,7 @@ def generate(
                 **options,
             )
             if as_json:
-                _print_json(answer)
+                print_json(answer)
             else:
                 print(answer.text)
             return
@@ -205,10 +177,10 @@ def _masked(adapters: list[tuple[str, float]], modules: Sequence[str]) -> list[W
 @app.command()
 def info(as_json: AsJson = False, address: Address = LOCAL, ca: Ca = None) -> None:
     """What the server serves, and how full it is."""
-    with _connected(address, ca) as client:
+    with connected(address, ca) as client:
         found = client.server_info()
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     table = Table(show_header=False, box=None)
     for name, value in dataclasses.asdict(found).items():
@@ -232,7 +204,7 @@ def health(
     ca: Ca = None,
 ) -> None:
     """Exit code 0 if the server takes requests, else 1."""
-    with _connected(address, ca) as client:
+    with connected(address, ca) as client:
         if wait > 0:
             client.wait_ready(wait)
         elif not client.ready(timeout=timeout):
@@ -244,11 +216,11 @@ def health(
 @adapters_app.command("list")
 def list_adapters(as_json: AsJson = False, address: Address = LOCAL, ca: Ca = None) -> None:
     """All adapters."""
-    with _connected(address, ca) as client:
+    with connected(address, ca) as client:
         found = client.list_adapters()
     if as_json:
         for adapter in found:
-            _print_json(adapter)
+            print_json(adapter)
         return
     table = Table("name", "state", "format", "primitives", "memory", "requests", "last use")
     for a in found:
@@ -288,7 +260,7 @@ def load_adapter(
     ca: Ca = None,
 ) -> None:
     """Register and load an adapter."""
-    with _connected(address, ca) as client:
+    with connected(address, ca) as client:
         adapter = client.load_adapter(
             name,
             uri,
@@ -312,7 +284,7 @@ def unload_adapter(
     ca: Ca = None,
 ) -> None:
     """Wait for an adapter's requests and free it."""
-    with _connected(address, ca) as client:
+    with connected(address, ca) as client:
         freed = client.unload_adapter(name, timeout=timeout)
     print(json.dumps({"name": name, "freed_bytes": freed}) if as_json else f"{_bytes(freed)} freed")
 
@@ -326,7 +298,7 @@ def pin_adapter(
     ca: Ca = None,
 ) -> None:
     """Keep an adapter in memory."""
-    with _connected(address, ca) as client:
+    with connected(address, ca) as client:
         _show(client.pin_adapter(name, not off), as_json)
 
 
@@ -335,7 +307,7 @@ def watch_adapters(
     timeout: Timeout = None, as_json: AsJson = False, address: Address = LOCAL, ca: Ca = None
 ) -> None:
     """Print every change of state, until interrupted."""
-    with _connected(address, ca) as client:
+    with connected(address, ca) as client:
         try:
             for change in client.watch_adapters(timeout=timeout):
                 for adapter in change.adapters:
@@ -348,7 +320,7 @@ def watch_adapters(
 
 def _show(adapter: types.Adapter, as_json: bool) -> None:
     if as_json:
-        _print_json(adapter)
+        print_json(adapter)
         return
     facts = [adapter.name, adapter.state, adapter.format, _bytes(adapter.resident_bytes)]
     facts += [adapter.digest[:12], adapter.error]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import math
 from pathlib import Path
 
 import pytest
 from served import served
+from typer.testing import CliRunner
 
 from deltaserve.clients import AsyncClient, errors
+from deltaserve.clients.cli import app
 from deltaserve.server.state.store import Store
 from deltaserve.server.state.url import parse
 
@@ -54,6 +58,19 @@ async def test_from_answers_to_a_report(tmp_path: Path) -> None:
         assert report.sample_ratio.expected == {"base": 15.0, "tuned": 15.0}
         assert report.history[-1].rewarded_users == report.arms[1].rewarded_users
         assert any("1 of 31 requests" in w for w in report.warnings)
+
+        run = CliRunner().invoke
+        command = ["routes", "report", "r", "--address", s.address]
+        shown = await asyncio.to_thread(run, app, command, env={"COLUMNS": "200"})
+        assert shown.exit_code == 0 and "! arm 'base' has" in shown.output
+        assert "not known yet" in shown.output and "negative feedback" in shown.output
+        printed = await asyncio.to_thread(run, app, [*command, "--json", "--points", "5"])
+        plain = json.loads(printed.output)
+        assert plain["arms"][0]["reward"]["low"] is None
+        assert plain["arms"][0]["users"] == report.arms[0].users
+        command = ["routes", "feedback", nobody.request_id, "--reward", "1", "--label", "a=b"]
+        said_so = await asyncio.to_thread(run, app, [*command, "--address", s.address])
+        assert said_so.output == f"counts for arm {nobody.served_by.arm} of route r\n"
 
         for bad, match in (
             ({"request_id": nobody.request_id, "reward": math.inf}, "reward: inf"),

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from deltaserve.clients.cli import AsJson
+from deltaserve.clients.cli_common import AsJson
 from deltaserve.server import config as c
 from deltaserve.server import flags
 from deltaserve.server.cli.common import BYTES, fail
