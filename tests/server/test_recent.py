@@ -8,7 +8,13 @@ import pytest
 from served import served
 
 from deltaserve.clients import AsyncClient
+from deltaserve.server.identity import token
+from deltaserve.server.identity.book import Book
+from deltaserve.server.identity.caller import Role
+from deltaserve.server.identity.records import Key
+from deltaserve.server.identity.sight import Owner
 from deltaserve.server.recent import KEPT_SECONDS, MOST_MODELS, OTHER, Durations, Recent, quantiles
+from deltaserve.server.service.identity import Identity
 from deltaserve.v1 import server_pb2, server_pb2_grpc
 
 
@@ -91,3 +97,24 @@ async def test_over_the_wire() -> None:
     assert found.first_token_seconds.p99 == pytest.approx(0.5, rel=0.05)
     assert found.inter_token_seconds.p50 == pytest.approx(0.02, rel=0.05)
     assert (found.load.kv_blocks_used, found.memory.kv_used_bytes) == (4, 4 * 960)
+
+
+async def test_others_adapters_are_not_told() -> None:
+    book, shown = Book(), {}
+    for tenant in ("acme", "other"):
+        name, shown[tenant] = token.make()
+        book.put(Key(name, tenant, frozenset({Role.GENERATE}), token.digest(shown[tenant])))
+    identity = Identity(book)
+    identity.sight.put("secret", Owner("acme", shared=False))
+    async with served(identity=identity) as s:
+        for label in ("", "secret", "open", "open+secret", "open|secret", "open+open"):
+            s.metrics.on_tokens(label, 0, 1)
+        found = {}
+        async with grpc.aio.insecure_channel(s.address) as channel:
+            stub = server_pb2_grpc.ServerServiceStub(channel)
+            for tenant, key in shown.items():
+                metadata = (("authorization", f"Bearer {key}"),)
+                found[tenant] = await stub.GetStats(server_pb2.GetStatsRequest(), metadata=metadata)
+    assert {m.model for m in found["other"].models} == {"", "open", "open+open"}
+    assert len(found["acme"].models) == 6
+    assert {f.completion_tokens for f in found.values()} == {6}

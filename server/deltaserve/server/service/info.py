@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from deltaserve.server.identity.sight import Sight
 from deltaserve.server.recent import KEPT_SECONDS, Recent
 from deltaserve.server.service import convert
 from deltaserve.server.service.call import Call
@@ -17,12 +19,13 @@ if TYPE_CHECKING:
 
 
 class ServerService:
-    """Reads; changes nothing. recent: as the engine's observer was told. chat: the tokenizer has a
-    chat template."""
+    """Reads; changes nothing. recent: as the engine's observer was told. sight: who may know of
+    which adapters. chat: the tokenizer has a chat template."""
 
-    def __init__(self, engine: Engine, recent: Recent, *, chat: bool) -> None:
+    def __init__(self, engine: Engine, recent: Recent, sight: Sight, *, chat: bool) -> None:
         self._engine = engine
         self._recent = recent
+        self._sight = sight
         self._chat = chat
 
     async def GetServerInfo(
@@ -52,7 +55,8 @@ class ServerService:
         asked = request.history_seconds
         if asked > KEPT_SECONDS:
             convert.refuse("history_seconds", str(asked), f"at most {KEPT_SECONDS}")
-        return statistics(self._recent, self._engine.stats(), asked)
+        sees = partial(self._sight.sees, call.caller)
+        return statistics(self._recent, self._engine.stats(), asked, sees)
 
 
 def _memory(plan: MemoryPlan) -> pb.MemoryPlan:

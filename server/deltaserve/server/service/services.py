@@ -71,7 +71,9 @@ class Services:
         self.adapters = AdapterService(engine, self._routes, store, identity.sight)
         self.identity = IdentityService(identity)
         self.routes = RouteService(engine, self._routes, metrics, identity.sight, self.ledger)
-        self.server = ServerService(engine, metrics.recent, chat=text.has_chat_template)
+        self.server = ServerService(
+            engine, metrics.recent, identity.sight, chat=text.has_chat_template
+        )
 
     async def start(self) -> None:
         """Bring back what the store has, before the first call. StateUnavailable."""

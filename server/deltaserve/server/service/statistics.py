@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -15,14 +17,20 @@ if TYPE_CHECKING:
     from deltaserve.server.engine.stats import EngineStats
 
 MOST_MODELS = 100
+_JOINTS = re.compile(r"[+|]")
+"""Between the names in a label."""
 
 
-def statistics(recent: Recent, now: EngineStats, history: int) -> server_pb2.GetStatsResponse:
-    """now: of the engine. history: seconds."""
+def statistics(
+    recent: Recent, now: EngineStats, history: int, sees: Callable[[str], bool]
+) -> server_pb2.GetStatsResponse:
+    """now: of the engine. history: seconds. sees: whether the caller may know of an adapter; what
+    it may not is part of the sums alone."""
     window, offset = recent.last(), time.time() - time.monotonic()
     models = _models(window)
     everything = total(models.values())
-    most = sorted(models.items(), key=lambda m: (-m[1].completion_tokens, m[0]))[:MOST_MODELS]
+    known = {label: m for label, m in models.items() if all(map(sees, _JOINTS.split(label)))}
+    most = sorted(known.items(), key=lambda m: (-m[1].completion_tokens, m[0]))[:MOST_MODELS]
     use = now.memory_by_use
     return server_pb2.GetStatsResponse(
         time=_timestamp(time.time()),
