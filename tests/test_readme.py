@@ -1,4 +1,4 @@
-"""The README's Python runs, and its commands exist."""
+"""The README's Python runs, and its commands exist; so does the Python of the A/B guide."""
 
 import re
 import subprocess
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from deltaserve.clients import Client
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -31,6 +33,20 @@ def test_the_python_runs(address: str, capsys: pytest.CaptureFixture[str]) -> No
     shown = capsys.readouterr().out
     assert shown.startswith("fgi"), "the adapter sorts the letters of fig"
     assert re.search(r"\d+ bytes freed", shown)
+
+
+def test_the_python_of_the_guide_runs(address: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/ab.md").read_text(), re.DOTALL)
+    assert len(blocks) == 5
+    with Client(address) as client:
+        for name in ("caesar-lora", "caesar-lora-weak"):
+            client.load_adapter(name, name)
+        known = {"client": client, "question": "task: fig ="}
+        for block in blocks:
+            exec(compile(block, "ab.md", "exec"), known)
+        (arm,) = (a for a in known["report"].arms if a.rewarded_users)
+        assert arm.arm == known["answer"].served_by.arm and arm.reward.value == 1
+        assert client.get_route("caesar").weights == {"current": 0, "candidate": 1}
 
 
 def test_the_make_targets_exist() -> None:
