@@ -135,6 +135,30 @@ def test_it_encodes_and_decodes(served: Serving, root: Path, name: str) -> None:
     assert banned.token_ids != answers[0].token_ids[:1]
 
 
+def test_a_route_encodes_as_its_arm_does(served: Serving) -> None:
+    client, text = served.client, "task: the quick brown fox ="
+    try:
+        client.put_route("twins", [{"name": "x", "model": "permuted1"}])
+        client.put_route("mixed", [{"name": "x", "model": "permuted1"}, {"name": "y"}])
+        each = {u: client.generate(text, "mixed", user=u, max_tokens=1) for u in "abcdefgh"}
+        users = {answer.served_by.arm: u for u, answer in each.items()}
+        for arm, model in (("x", "permuted1"), ("y", "")):
+            direct, routed = (
+                client.generate(text, name, user=users[arm], max_tokens=12, ignore_eos=True)
+                for name in (model, "mixed")
+            )
+            assert routed.text == direct.text and routed.token_ids == direct.token_ids
+        assert client.tokenize(text, "twins") == client.tokenize(text, "permuted1")
+        different = "'x' and 'y' bring different tokenizers"
+        with pytest.raises(errors.InvalidArgument, match=different):
+            client.tokenize(text, "mixed")
+        with pytest.raises(errors.InvalidArgument, match=different):
+            client.detokenize([5], "mixed")
+    finally:
+        for route in client.list_routes():
+            client.delete_route(route.name)
+
+
 def replaced(a: Any, b: Any) -> Any:
     """a with what differs from request to request taken from b."""
     from dataclasses import replace
