@@ -207,3 +207,49 @@ def test_the_client_runs_as_a_module() -> None:
         [sys.executable, "-m", "deltaserve.clients", "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0 and "adapters" in done.stdout
+
+
+def test_the_commands_of_routes(address: str, tmp_path: Path) -> None:
+    run(address, "adapters", "load", "routed", "/routed")
+    arms = ["--arm", "base=", "--arm", "tuned=routed", "--weight", "tuned=3"]
+    text = run(address, "routes", "put", "r", *arms)
+    assert "r  active  base 25.0%, tuned 75.0%" in text and "base  (control)  base" in text
+    ramp = [{"after": 0, "weights": {"a": 1, "b": 0}}, {"after": 9.5, "weights": {"a": 0, "b": 1}}]
+    shape = {
+        "arms": [
+            {"name": "a", "weight": 0},
+            {"name": "b", "adapters": [{"name": "routed", "strength": 0.5}]},
+            {"name": "s", "model": "routed", "shadow": 0.5, "stop": {"max_tokens": 3}},
+        ],
+        "control": "b",
+        "ramp": {"points": ramp, "shape": "linear", "gated": True},
+        "guardrails": [{"metric": "slow", "tolerated": 0.01, "seconds": 2.5}],
+        "layer": {"name": "l", "start": 0.25, "end": 1.0},
+    }
+    file = tmp_path / "route.json"
+    file.write_text(json.dumps(shape))
+    first = json.loads(run(address, "routes", "put", "r", "--file", str(file), "--json"))
+    for field in ("ramp", "guardrails", "layer", "control"):
+        assert first[field] == shape[field]
+    assert [(a["name"], a["weight"], a["shadow"]) for a in first["arms"]] == [
+        ("a", 0, 0),
+        ("b", 1, 0),
+        ("s", 0, 0.5),
+    ]
+    file.write_text(run(address, "routes", "get", "r", "--json"))
+    given = ["--file", str(file), "--json", "--etag", first["etag"]]
+    again = json.loads(run(address, "routes", "put", "r", *given))
+    assert again.pop("etag") != first.pop("etag")
+    for moving in ("update_time", "weights"):
+        del again[moving], first[moving]
+    assert again == first
+    shown = run(address, "routes", "get", "r")
+    assert "s in the shadow of 50%" in shown and "routed x 0.5  digest-of-/r" in shown
+    assert "r" in run(address, "routes", "list")
+    rolled = run(address, "routes", "roll-back", "r", "--reason", "it shouts")
+    assert "rolled_back  it shouts" in rolled
+    assert run(address, "routes", "delete", "r") == "r is deleted\n"
+    run(address, "routes", "get", "r", code=1)
+    run(address, "routes", "put", "r", code=2)
+    file.write_text('{"arms": [{"nam": "x"}]}')
+    run(address, "routes", "put", "r", "--file", str(file), code=1)

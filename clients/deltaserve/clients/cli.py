@@ -16,7 +16,7 @@ from rich.table import Table
 
 from deltaserve.clients import errors, types
 from deltaserve.clients.cli_common import LOCAL, Address, AsJson, Ca, Timeout, connected, print_json
-from deltaserve.clients.cli_routes import routes_app
+from deltaserve.clients.cli_put_routes import routes_app
 from deltaserve.clients.requests import (
     Combination,
     CombinationMember,

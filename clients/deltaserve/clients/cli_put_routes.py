@@ -22,6 +22,8 @@ from deltaserve.clients.cli_common import (
 from deltaserve.clients.cli_routes import routes_app
 from deltaserve.clients.route_types import Route, RouteArm, RouteOptions
 
+__all__ = ["routes_app"]
+
 Name = Annotated[str, typer.Argument(help="The route's name.")]
 NOT_PUT = ("name", "arms", "state", "reason", "weights", "start_time", "update_time")
 
@@ -109,9 +111,7 @@ def list_routes(as_json: AsJson = False, address: Address = LOCAL, ca: Ca = None
 
 
 @routes_app.command("get")
-def get_route(
-    name: Name, as_json: AsJson = False, address: Address = LOCAL, ca: Ca = None
-) -> None:
+def get_route(name: Name, as_json: AsJson = False, address: Address = LOCAL, ca: Ca = None) -> None:
     """One route as it is now."""
     with connected(address, ca) as client:
         _show(client.get_route(name), as_json)
@@ -163,7 +163,9 @@ def _show(route: Route, as_json: bool) -> None:
         )
         digests = " ".join(digest[:12] for digest in arm.digests)
         control = "(control)" if arm.name == route.control else ""
-        print("  ".join(fact for fact in ("  " + arm.name, control, what or "base", digests) if fact))
+        print(
+            "  ".join(fact for fact in ("  " + arm.name, control, what or "base", digests) if fact)
+        )
     for field in ("layer", "ramp", "guardrails", "bandit"):
         if value := getattr(route, field):
             print(f"    {field}: {json.dumps(value)}")
