@@ -251,7 +251,7 @@ async def test_who_does_not_read_is_cut_off() -> None:
     engine = FakeEngine(step_seconds=0)
     async with served(engine, http_port=0, write_seconds=0.3) as s:
         _, writer = await connected(s)
-        body = {"prompt": "x", "max_tokens": 4000, "n": 64, "stream": True, "logprobs": 20}
+        body = {"prompt": "x", "max_tokens": 4000, "n": 64, "stream": True}
         data = json.dumps(body).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n"
         writer.write(head.encode() + b"content-type: application/json\r\n\r\n" + data)
