@@ -20,6 +20,7 @@ from deltaserve.clients.channel import (
     tls,
 )
 from deltaserve.clients.errors import typed as _typed
+from deltaserve.clients.identity_calls import AsyncIdentityCalls
 from deltaserve.clients.requests import Adapters, LoadOptions, Options, Prompt
 from deltaserve.clients.route_calls import AsyncRouteCalls
 from deltaserve.v1 import (
@@ -27,13 +28,14 @@ from deltaserve.v1 import (
     adapter_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
+    identity_pb2_grpc,
     route_pb2_grpc,
     server_pb2,
     server_pb2_grpc,
 )
 
 
-class AsyncClient(AsyncRouteCalls):
+class AsyncClient(AsyncRouteCalls, AsyncIdentityCalls):
     """A connection to one server, for one event loop. Every method raises
     `errors.DeltaserveError`.
 
@@ -68,6 +70,7 @@ class AsyncClient(AsyncRouteCalls):
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._adapters = adapter_pb2_grpc.AdapterServiceStub(self._channel)
         self._routes = route_pb2_grpc.RouteServiceStub(self._channel)
+        self._identity = identity_pb2_grpc.IdentityServiceStub(self._channel)
         self._server = server_pb2_grpc.ServerServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from deltaserve.clients import errors, types
 from deltaserve.clients.cli_common import LOCAL, Address, AsJson, Ca, Timeout, connected, print_json
+from deltaserve.clients.cli_keys import keys_app, tenants_app
 from deltaserve.clients.cli_put_routes import routes_app
 from deltaserve.clients.requests import (
     Combination,
@@ -29,6 +30,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 adapters_app = typer.Typer(no_args_is_help=True, help="The adapters that the server knows.")
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(routes_app, name="routes")
+app.add_typer(keys_app, name="keys")
+app.add_typer(tenants_app, name="tenants")
 
 
 @app.command()

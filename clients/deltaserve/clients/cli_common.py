@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import grpc
 import typer
 from rich.console import Console
 
@@ -28,13 +28,17 @@ LOCAL = "127.0.0.1:50051"
 
 @contextmanager
 def connected(address: str, ca: Path | None) -> Iterator[Client]:
-    """A client; its errors end the command with a sentence and exit code 1."""
+    """A client; its errors end the command with a sentence and exit code 1. What it shows of itself
+    is in the environment: arguments can be seen by others."""
+    token = os.environ.get("DELTASERVE_TOKEN", "").strip()
+    certificate = os.environ.get("DELTASERVE_CERTIFICATE") or None
+    key = os.environ.get("DELTASERVE_CERTIFICATE_KEY") or None
     try:
-        credentials = grpc.ssl_channel_credentials(ca.read_bytes()) if ca is not None else None
-        with Client(address, credentials=credentials) as client:
+        with Client(address, token=token, ca=ca, certificate=certificate, key=key) as client:
             yield client
-    except OSError as error:
-        Console(stderr=True).print(f"--ca {ca}: {error}", style="red", markup=False)
+    except (OSError, ValueError) as error:
+        where = f"--ca {ca}, DELTASERVE_CERTIFICATE and DELTASERVE_CERTIFICATE_KEY: {error}"
+        Console(stderr=True).print(where, style="red", markup=False)
         raise typer.Exit(2) from None
     except errors.DeltaserveError as error:
         Console(stderr=True).print(f"{error.code.name}: {error}", style="red", markup=False)

@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from deltaserve.clients import answers, errors, requests, types
 from deltaserve.clients.channel import CHANNEL_OPTIONS, POLL_SECONDS, Bearer, tls
 from deltaserve.clients.errors import typed as _typed
+from deltaserve.clients.identity_calls import IdentityCalls
 from deltaserve.clients.requests import Adapters, LoadOptions, Options, Prompt
 from deltaserve.clients.route_calls import RouteCalls
 from deltaserve.v1 import (
@@ -20,13 +21,14 @@ from deltaserve.v1 import (
     adapter_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
+    identity_pb2_grpc,
     route_pb2_grpc,
     server_pb2,
     server_pb2_grpc,
 )
 
 
-class Client(RouteCalls):
+class Client(RouteCalls, IdentityCalls):
     """A connection to one server; may be shared by threads. Every method raises
     `errors.DeltaserveError`.
 
@@ -60,6 +62,7 @@ class Client(RouteCalls):
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._adapters = adapter_pb2_grpc.AdapterServiceStub(self._channel)
         self._routes = route_pb2_grpc.RouteServiceStub(self._channel)
+        self._identity = identity_pb2_grpc.IdentityServiceStub(self._channel)
         self._server = server_pb2_grpc.ServerServiceStub(self._channel)
 
     def __enter__(self) -> Self:

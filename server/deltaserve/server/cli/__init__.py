@@ -3,6 +3,8 @@
 import typer
 
 from deltaserve.clients.cli import app as clients_app
+from deltaserve.clients.cli_keys import keys_app
+from deltaserve.server.cli.keys import create as create_key
 from deltaserve.server.cli.offline import compress, inspect, plan, tune
 from deltaserve.server.cli.serve import serve
 
@@ -14,6 +16,7 @@ app = typer.Typer(
 )
 for command in (serve, plan, inspect, tune, compress):
     app.command()(command)
+keys_app.command("create")(create_key)  # in place of the clients', which knows no files
 app.add_typer(clients_app)
 
 
