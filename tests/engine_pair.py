@@ -79,6 +79,7 @@ def pair(
     names: Sequence[str],
     quantize: str = "none",
     captured: bool = False,
+    activations: str = "float",
     **config: Any,
 ) -> Pair:
     """captured: decoding steps are replayed from graphs."""
@@ -89,7 +90,9 @@ def pair(
         made.capture = RecordedCapture(patch, made.workspace.poison)
     backends: list[Backend] = [CpuBackend(), made]
     for backend in backends:
-        model = load_base(family / "base", quantize=quantize, backend=backend)
+        model = load_base(
+            family / "base", quantize=quantize, backend=backend, activations=activations
+        )
         engine = stack.enter_context(running(model, [family / "adapters"], **config))
         for name in names:
             engine.adapters.load(name, str(family / "adapters" / name)).result(timeout=60)

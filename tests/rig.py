@@ -27,9 +27,12 @@ def load_base(
     dtype: str = "float32",
     quantize: str = "none",
     backend: Backend | None = None,
+    activations: str = "float",
 ) -> BaseModel:
-    torch_dtype = getattr(torch, dtype)
-    return load(folder, dtype=torch_dtype, quantize=quantize, group_size=32, backend=backend)
+    return load(
+        folder, dtype=getattr(torch, dtype), quantize=quantize, group_size=32, backend=backend,
+        activations=activations,
+    )  # fmt: skip
 
 
 @contextmanager

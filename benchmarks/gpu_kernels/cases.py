@@ -114,7 +114,7 @@ def _base_case(
     weights = shapes.base_bytes(group, form)
     nbytes = weights + shapes.activation_bytes(group, tokens)
     where = {"group": group.name, "tokens": tokens, "form": form}
-    work = shapes.operations(group, tokens)
+    work = shapes.operations(group, tokens, form)
     return Case("base", engine, "base", make, expected, nbytes, weights, work, where)
 
 

@@ -94,8 +94,8 @@ def units(quick: bool, served: Sequence[str] | None = None) -> list[Unit]:
         return [
             partial(architectures.architecture, name=n) for n in served or architectures.names()
         ]
-    for quantize, dtype in FORMS if ON_GPU and not quick else FORMS[:1]:  # the longest first
-        found.append(partial(engines, quantize=quantize, dtype=dtype, quick=not ON_GPU))
+    for form in FORMS if ON_GPU and not quick else FORMS[:1]:  # the longest first
+        found.append(partial(engines, form=form, quick=not ON_GPU))
     first, second = (torch.bfloat16, torch.float16) if ON_GPU else (torch.float16, torch.float32)
     few = (5, 40) if quick else (16, 200) if ON_GPU else TOKENS
     many = (5, 40) if quick else TOKENS
@@ -103,8 +103,8 @@ def units(quick: bool, served: Sequence[str] | None = None) -> list[Unit]:
         for dtype, tokens in ((first, many), (second, few)):
             found.append(partial(bases, group=group, dtype=dtype, tokens=tokens))
             found.append(partial(batches, group=group, form="int4", dtype=dtype, tokens=tokens))
-        if not quick:
-            found.append(partial(batches, group=group, form="16-bit", dtype=first, tokens=few))
+        for form in () if quick else ("16-bit", "w8a8", "w4a8"):
+            found.append(partial(batches, group=group, form=form, dtype=first, tokens=few))
         found.append(partial(families, group=group, dtype=first))
         for apart in (False, True):
             found.append(partial(graphs, group=group, dtype=first, apart=apart, quick=quick))
@@ -134,7 +134,8 @@ def bases(report: Report, group: Group, dtype: torch.dtype, tokens: Sequence[int
                 linear = ours.linear(group, form, dtype)
                 weight = ours.held_weight(group, form, dtype)
                 x = torch.randn(count, group.in_features, device=DEVICE).to(dtype)
-                error = relative_error(linear(x), x.double() @ weight.double().T)
+                expected = ours.read(form, x, dtype) @ weight.double().T
+                error = relative_error(linear(x), expected)
                 report.line(what, error, dtype)
 
 
@@ -195,7 +196,8 @@ def graphs(report: Report, group: Group, dtype: torch.dtype, apart: bool, quick:
                 for name, segments in steps.items():
                     step.x.copy_(torch.randn(step.x.shape, device=DEVICE))
                     y = replay(segments)
-                    expected = served(group, step.x[:tokens], step.weight, slots, segments)
+                    x = step.x[:tokens]
+                    expected = served(group, x, step.weight, slots, segments, step.read)
                     what = f"{title}, replayed with {name} M={tokens}"
                     report.line(what, relative_error(y, expected), dtype)
 
@@ -206,7 +208,7 @@ def _compare(
     step.x.copy_(torch.randn(step.x.shape, device=DEVICE))
     y = step.once(segments)
     x = step.x[: segments.tokens]
-    expected = served(step.group, x, step.weight, slots, segments)
+    expected = served(step.group, x, step.weight, slots, segments, step.read)
     report.line(what, relative_error(y, expected), step.dtype)
     return y
 

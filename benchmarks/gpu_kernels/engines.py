@@ -27,13 +27,20 @@ GROUP = 64
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
 """Of a log-probability. In bfloat16 each of some fifty products and norms of a token is rounded
 once, in another order than on the CPU."""
+ROUGH = 0.3
+"""Where activations are rounded to 8 bits: what differs by a rounding before rounds to the next
+whole number now and then."""
 
-FORMS: tuple[tuple[str, torch.dtype], ...] = (
-    ("none", torch.float32),
-    ("int4", torch.float32),
-    ("none", torch.bfloat16),
-    ("int8", torch.bfloat16),
-    ("int4", torch.bfloat16),
+Form = tuple[str, torch.dtype, str]
+"""(weights, dtype, activations)"""
+FORMS: tuple[Form, ...] = (
+    ("none", torch.float32, "float"),
+    ("int4", torch.float32, "float"),
+    ("none", torch.bfloat16, "float"),
+    ("int8", torch.bfloat16, "float"),
+    ("int4", torch.bfloat16, "float"),
+    ("int8", torch.bfloat16, "int8"),
+    ("int4", torch.float32, "int8"),
 )
 _ids = count()
 
@@ -47,12 +54,14 @@ class Asked:
     prompt: tuple[int, ...]
 
 
-def engines(report: Report, quantize: str, dtype: torch.dtype, quick: bool) -> None:
+def engines(report: Report, form: Form, quick: bool) -> None:
     """quick: few variants and tokens, for the interpreter."""
     from deltaserve.kernels.gpu.backend import TritonBackend
     from deltaserve.server.engine.text import Text
 
+    quantize, dtype, activations = form
     what = f"engine {quantize} {str(dtype).removeprefix('torch.')}"
+    what += " activations int8" if activations == "int8" else ""
     with report.attempt(what):
         variants = json.loads((ZOO / "zoo.json").read_text())["variants"]
         if quick:
@@ -65,8 +74,9 @@ def engines(report: Report, quantize: str, dtype: torch.dtype, quick: bool) -> N
         asked = [Asked(n, mix, tuple(text.backend.encode(said).ids)) for n, mix, said in mixes]
         compare(
             report, what, asked,
-            lambda backend, eager: _engine(backend, names, quantize, dtype, text, eager),
-            TritonBackend(), 2 if quick else 24, TOLERANCE[dtype],
+            lambda backend, eager: _engine(backend, names, form, text, eager),
+            TritonBackend(), 2 if quick else 24,
+            TOLERANCE[dtype] if activations == "float" else ROUGH,
         )  # fmt: skip
 
 
@@ -113,16 +123,16 @@ def compare(
 
 @contextmanager
 def _engine(
-    backend: Backend, names: Sequence[str], quantize: str, dtype: torch.dtype, text: Text,
-    eager: bool,
-) -> Iterator[Any]:  # fmt: skip
+    backend: Backend, names: Sequence[str], form: Form, text: Text, eager: bool
+) -> Iterator[Any]:
     from deltaserve.server.config import AdapterConfig, EngineConfig
     from deltaserve.server.engine.build import make_engine
     from deltaserve.server.model import load
 
+    quantize, dtype, activations = form
     model = load(
         ZOO / "base", dtype=dtype, quantize=quantize, group_size=GROUP, backend=backend,
-        max_length=256,
+        max_length=256, activations=activations,
     )  # fmt: skip
     config = EngineConfig(
         kv_cache_bytes=32 << 20, max_batch_tokens=256 if ON_GPU else 64, enforce_eager=eager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -22,8 +22,15 @@ from gpu_kernels.peers.work import Work
 from gpu_kernels.shapes import QUANTIZED_GROUP, Batch, Group
 
 NAME = "deltaserve"
-FORMS = {"int4": "int4", "16-bit": "none", "int8": "int8", "fp8": "fp8"}
-"""How the benchmarks name a form of the base -> how `make_linear` does."""
+FORMS = {
+    "int4": ("int4", "float"),
+    "16-bit": ("none", "float"),
+    "int8": ("int8", "float"),
+    "fp8": ("fp8", "float"),
+    "w8a8": ("int8", "int8"),
+    "w4a8": ("int4", "int8"),
+}
+"""How the benchmarks name a form of the base -> (weights, activations) as `make_linear` does."""
 ROOM = Limits(width=2048, planes=8, items=1 << 14, pages=1 << 13, vectors=1 << 10, entries=1 << 12)
 """Of a captured step: more than any batch here needs."""
 
@@ -37,30 +44,42 @@ def source(group: Group) -> Tensor:
 @lru_cache(maxsize=64)
 def linear(group: Group, form: str, dtype: torch.dtype) -> GpuLinear:
     """A base on the device."""
+    quantize, activations = FORMS[form]
     return make_linear(
         source(group),
         None,
         dtype=dtype,
-        quantize=FORMS[form],
+        quantize=quantize,
         group_size=QUANTIZED_GROUP,
         device=DEVICE,
+        activations=activations,
     )
+
+
+def read(form: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 x, which the base's product is of: itself, or in 8 bits a token."""
+    if FORMS[form][1] == "float":
+        return x.double()
+    given = x.to(dtype).float()
+    scale = given.abs().amax(1, keepdim=True) / 127
+    return (given.double() * (1 / scale).double()).round() * scale.double()
 
 
 @lru_cache(maxsize=64)
 def held_weight(group: Group, form: str, dtype: torch.dtype) -> Tensor:
     """float32 [out, in]: what that base must compute with, from the quantized values as they were
     before they were packed."""
-    if form == "16-bit":
+    quantized = FORMS[form][0]
+    if quantized == "none":
         return source(group).to(dtype).float()
-    if form == "fp8":
+    if quantized == "fp8":
         held = quantize_fp8(source(group))
         values = held["q"].view(torch.float8_e4m3fn)
     else:
-        held = quantize(source(group), int(form.removeprefix("int")), QUANTIZED_GROUP)
+        held = quantize(source(group), int(quantized.removeprefix("int")), QUANTIZED_GROUP)
         values = held["q"]
     q, scale = values.float(), held["scale"]
-    if form != "int4":
+    if quantized != "int4":
         return q * scale[:, None]
     blocks = q.unflatten(1, (-1, QUANTIZED_GROUP))
     spread: Tensor = (blocks - held["zero"][..., None]) * scale[..., None]
@@ -121,7 +140,7 @@ class Held:
     def expected_base(self) -> Tensor:
         """float64, of the weights as held."""
         weight = held_weight(self.problem.group, self.form, DTYPE)
-        return self.problem.x.double() @ weight.double().T
+        return read(self.form, self.problem.x, DTYPE) @ weight.double().T
 
     def _bases(self, copies: int) -> list[GpuLinear]:
         return [self.first, *(copy.deepcopy(self.first) for _ in range(copies - 1))]
@@ -133,6 +152,7 @@ class Step:
 
     def __init__(self, group: Group, form: str, dtype: torch.dtype, most: int) -> None:
         self.group, self.dtype = group, dtype
+        self.read = partial(read, form, dtype=dtype)
         self.base, self.weight = linear(group, form, dtype), held_weight(group, form, dtype)
         self.layer = GpuLinearDeltas(group.in_features, group.parts, dtype, device=DEVICE)
         self.x = torch.zeros(most, group.in_features, dtype=dtype, device=DEVICE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,23 +22,32 @@ from gpu_kernels.shapes import Group
 
 
 def served(
-    group: Group, x: Tensor, weight: Tensor, slots: dict[int, Adapter], segments: Segments
+    group: Group,
+    x: Tensor,
+    weight: Tensor,
+    slots: dict[int, Adapter],
+    segments: Segments,
+    read: Callable[[Tensor], Tensor] = Tensor.double,
 ) -> Tensor:
-    """float64 [tokens, out_features]. weight: [out_features, in_features], as the base holds it."""
+    """float64 [tokens, out_features]. weight: [out_features, in_features], as the base holds it.
+    read: what the base's product makes of its inputs."""
     x, weight = x.double(), weight.double()
-    y = x @ weight.T
+    y = read(x) @ weight.T
     for start, end, mix in segments.runs:
         rows, first = slice(start, end), 0
         for part, out in enumerate(group.parts):
             columns = slice(first, first + out)
             adapters = [(slots[s].get(part, ()), w) for s, w in mix if s in slots]
-            y[rows, columns] = _part(x[rows], weight[columns], adapters)
+            y[rows, columns] = _part(x[rows], weight[columns], adapters, read)
             first += out
     return y
 
 
 def _part(
-    x: Tensor, weight: Tensor, adapters: Sequence[tuple[Sequence[Primitive], float]]
+    x: Tensor,
+    weight: Tensor,
+    adapters: Sequence[tuple[Sequence[Primitive], float]],
+    read: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """One module for the tokens of one mix: the base's product with its factors, and the rest."""
     inputs, outputs = x.new_ones(x.shape[1]), x.new_ones(len(weight))
@@ -51,10 +60,10 @@ def _part(
                 if p.output is not None:
                     outputs = outputs * (1 + w * (p.output.to(x.device).double() - 1))
             elif isinstance(p, Replace):
-                y += w * (x @ (p.weight.to(x.device).double() - weight).T)
+                y += w * (x @ p.weight.to(x.device).double().T - read(x) @ weight.T)
             else:
                 y += w * _delta(p, x, len(weight))
-    return y + outputs * ((inputs * x) @ weight.T)
+    return y + outputs * (read(inputs * x) @ weight.T)
 
 
 def _delta(p: Primitive, x: Tensor, out: int) -> Tensor:

@@ -50,7 +50,9 @@ def spread(tokens: int, adapters: int, first: int = 0) -> Batch:
 
 def base_bytes(group: Group, form: str) -> int:
     """Of the weights: "16-bit", "int8" and "fp8" with a float32 scale per output, "int4" with a
-    16-bit scale and zero point per 128 inputs."""
+    16-bit scale and zero point per 128 inputs. "w8a8" and "w4a8": as int8 and int4, of inputs in 8
+    bits."""
+    form = {"w8a8": "int8", "w4a8": "int4"}.get(form, form)
     if form == "16-bit":
         return 2 * group.weights
     if form in ("int8", "fp8"):
@@ -81,9 +83,10 @@ def activation_bytes(group: Group, tokens: int) -> int:
     return 2 * tokens * (group.in_features + group.out_features)
 
 
-def operations(group: Group, tokens: int) -> int:
-    """Of the base product."""
-    return 2 * tokens * group.weights
+def operations(group: Group, tokens: int, form: str = "16-bit") -> int:
+    """Of the base product, as many as take the time on 16-bit floats: whole numbers of 8 bits are
+    multiplied at twice the rate."""
+    return (1 if form.endswith("a8") else 2) * tokens * group.weights
 
 
 def floor_us(nbytes: float, operations: float, tb_per_s: float, tflop_per_s: float) -> float:

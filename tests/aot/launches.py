@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -46,6 +47,9 @@ from deltaserve.kernels.segments import Segments
 
 INNER, OUTS, DTYPE = 256, (128, 64), torch.bfloat16
 HOST = torch.device("cpu")
+INT4 = ("int4", "float")
+FORMATS = {INT4: "int4", ("int8", "int8"): "w8a8", ("int4", "int8"): "w4a8"}
+"""(weights, activations) -> what `GroupSpec` calls it."""
 
 
 class Driver:
@@ -104,9 +108,10 @@ def layer() -> None:
     sizes = ((256, (256, 128, 128)), (256, (256,)), (256, (384, 384)), (384, (256,)))
     gated, added = {"activation": "silu"}, {"residual": True}
     options: tuple[dict[str, Any], ...] = ({}, added, gated, added)
+    forms = (("int8", "int8"), INT4, INT4, INT4)
     specs = [
-        GroupSpec(f"group {i}", "int4", inner, outs, dtype=DTYPE, **own)
-        for i, ((inner, outs), own) in enumerate(zip(sizes, options, strict=True))
+        GroupSpec(f"group {i}", FORMATS[form], inner, outs, dtype=DTYPE, **own)
+        for i, ((inner, outs), own, form) in enumerate(zip(sizes, options, forms, strict=True))
     ]
     spec = LayerSpec(
         (specs[0], specs[1], specs[2], specs[3]), heads, kv_heads, dim, dim, head_norms=True
@@ -115,9 +120,8 @@ def layer() -> None:
     before = compiled()
     compile_only()
     space, linears = Workspace(HOST), []
-    for inner, outs in sizes:
-        weight = torch.randn(sum(outs), inner)
-        base = make_linear(weight, None, dtype=DTYPE, quantize="int4", device=HOST)
+    for (inner, outs), form in zip(sizes, forms, strict=True):
+        base = random_base(inner, outs, form)
         deltas = GpuLinearDeltas(inner, outs, DTYPE, device=HOST, workspace=space)
         for slot in range(KINDS):
             parts = {
@@ -154,22 +158,29 @@ def layer() -> None:
 
 
 def group() -> None:
-    spec = GroupSpec("qkv", "int4", INNER, OUTS, dtype=DTYPE)
-    precompile(list(of_group(spec, (1, 16), 90)), 90)
+    forms = INT4, ("int4", "int8")
+    specs = [GroupSpec("qkv", FORMATS[form], INNER, OUTS, dtype=DTYPE) for form in forms]
+    precompile([v for spec in specs for v in of_group(spec, (1, 16), 90)], 90)
     before = compiled()
     compile_only()
-    base = make_linear(
-        torch.randn(sum(OUTS), INNER), None, dtype=DTYPE, quantize="int4", device=HOST
-    )
     deltas = GpuLinearDeltas(INNER, OUTS, DTYPE, device=HOST)
     for slot in range(KINDS):
         parts = {p: (primitives(out)[slot],) for p, out in enumerate(OUTS) if slot % 2 or p}
         deltas.install(slot, deltas.prepare(parts))
-    for tokens in (1, 3, 9, 16):
-        serve(deltas, base, tokens)
+    bases = [random_base(INNER, OUTS, form) for form in forms]
+    for base in bases:
+        for tokens in (1, 3, 9, 16):
+            serve(deltas, base, tokens)
     after = compiled()
-    serve(deltas, base, 17)  # a size that nothing was compiled for
+    serve(deltas, bases[0], 17)  # a size that nothing was compiled for
     print(before, after - before, compiled() - after)
+
+
+def random_base(inner: int, outs: Sequence[int], form: tuple[str, str]) -> GpuLinear:
+    weight = torch.randn(sum(outs), inner)
+    return make_linear(
+        weight, None, dtype=DTYPE, quantize=form[0], activations=form[1], device=HOST
+    )
 
 
 def steps(tokens: int) -> list[Segments]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
-from kernel_oracle import relative_error, served
+from kernel_oracle import in_8_bits, relative_error, served
 from torch import Tensor
 
 from deltaserve.kernels.base import BaseLinear
@@ -48,6 +49,7 @@ class GpuRig:
         group_size: int = 128,
         bias: bool = True,
         held: BaseLinear | None = None,
+        activations: str = "float",
     ) -> None:
         self.inner, self.outs, self.dtype = inner, tuple(outs), dtype
         self.adapters = dict(adapters)
@@ -57,10 +59,12 @@ class GpuRig:
             weight = torch.randn(sum(outs), inner) / inner**0.5
             given = torch.randn(sum(outs)) if bias else None
             self.base = make_linear(
-                weight, given, dtype=dtype, quantize=quantize, group_size=group_size
-            )
+                weight, given, dtype=dtype, quantize=quantize, group_size=group_size,
+                activations=activations,
+            )  # fmt: skip
         else:
             self.base = held_on_gpu(held, self.device, Workspace(self.device))
+        self.read = partial(in_8_bits, dtype=dtype) if activations == "int8" else Tensor.double
         self.weight = (self.base if held is None else held).weight().cpu()
         self.bias = None if self.base.bias is None else self.base.bias.cpu()
         self.deltas = GpuLinearDeltas(inner, outs, dtype)
@@ -77,7 +81,7 @@ class GpuRig:
             rows = slice(start, start + out)
             own = {slot: parts.get(part, ()) for slot, parts in self.adapters.items()}
             bias = None if self.bias is None else self.bias[rows]
-            found.append(served(x.cpu(), self.weight[rows], bias, own, segments))
+            found.append(served(x.cpu(), self.weight[rows], bias, own, segments, self.read))
             start += out
         return found
 

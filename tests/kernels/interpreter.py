@@ -1,8 +1,9 @@
 """What Triton's interpreter lacks for testing these kernels.
 
 It holds bfloat16 as integers and computes on their bits, so that products, sums and comparisons are
-silently wrong, and casts from float32 truncate. And it does not run the few PTX instructions that
-the kernels spell out. `complete` gives it both, for the rest of the process.
+silently wrong, and casts from float32 truncate. It rounds a fused multiply-add twice, and does not
+run the few PTX instructions that the kernels spell out. `complete` gives it all that, for the rest
+of the process.
 """
 
 from __future__ import annotations
@@ -53,7 +54,13 @@ def complete() -> None:
         words = [v.data.view(np.uint32) for v in values]
         return _Result(wrap(run_ptx(asm, words).view(np.int32), tl.int32))
 
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        assert x.data.dtype == np.float32
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return wrap(exact.astype(np.float32), z.dtype.scalar)
+
     builder.binary_op = binary_op
+    builder.create_fma = create_fma
     builder.cast_impl = cast_impl
     builder.create_dot = create_dot
     builder.create_inline_asm = create_inline_asm

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -123,14 +123,17 @@ def served(
     bias: Tensor | None,
     adapters: Mapping[int, Sequence[Primitive]],
     segments: Segments,
+    read: Callable[[Tensor], Tensor] = Tensor.double,
 ) -> Tensor:
-    """float64 [T, out] of one linear: every mix as one dense weight."""
+    """float64 [T, out] of one linear: every mix as one dense weight. read: what the base's product
+    makes of its inputs, and of nobody else's."""
     w64, x64 = weight.double(), x.double()
     b64 = torch.zeros(len(w64)).double() if bias is None else bias.double()
-    y = x64 @ w64.T + b64
+    y = read(x64) @ w64.T + b64
     for start, end, mix in segments.runs:
         output, inputs = torch.ones(len(w64)).double(), torch.ones(w64.shape[1]).double()
         delta, extra = torch.zeros_like(w64), torch.zeros_like(b64)
+        gone = torch.zeros(len(w64)).double()
         gated = torch.zeros(end - start, len(w64)).double()
         for slot, strength in mix:
             for p in adapters.get(slot, ()):
@@ -143,11 +146,27 @@ def served(
                     gated += strength * gated_delta(p, x64[start:end])
                 elif isinstance(p, Bias):
                     extra += strength * p.bias.double()
+                elif isinstance(p, Replace):
+                    gone += strength
+                    delta += strength * p.weight.double()
+                elif isinstance(p, ReplaceRows):
+                    gone[p.index] += strength
+                    delta[p.index] += strength * p.values.double()
                 else:
                     delta += strength * dense_delta(p, weight)
-        effective = output[:, None] * w64 * inputs + delta
-        y[start:end] = x64[start:end] @ effective.T + b64 + extra + gated
+        own = x64[start:end]
+        y[start:end] = read(own * inputs) @ (output[:, None] * w64).T + own @ delta.T
+        y[start:end] += b64 + extra + gated - read(own) @ (gone[:, None] * w64).T
     return y
+
+
+def in_8_bits(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 x, rounded to `dtype`, as one scale a token and whole numbers in -127..127 hold it:
+    rounded to nearest once, of the exact product with the float32 inverse of the scale."""
+    given = x.to(dtype).float()
+    top = given.abs().amax(-1, keepdim=True)
+    scale = torch.where(top > 1e-30, top / 127, torch.ones_like(top))
+    return (given.double() * (1 / scale).double()).round() * scale.double()
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

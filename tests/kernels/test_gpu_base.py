@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gpu_rig import DTYPES, TOLERANCE
-from kernel_oracle import relative_error
+from kernel_oracle import in_8_bits, relative_error
 
 from deltaserve.kernels.base import dequantize, words
 from deltaserve.kernels.bit.words import pack_signs
@@ -23,6 +23,9 @@ def test_words_hold_every_weight(inner: int) -> None:
     octets = torch.randint(0, 256, (37, inner), dtype=torch.uint8)
     assert torch.equal(words.unpack_nibbles(words.pack_nibbles(nibbles), inner), nibbles)
     assert torch.equal(words.unpack_bytes(words.pack_bytes(octets), inner), octets)
+    assert torch.equal(words.unpack_half_bytes(words.pack_half_bytes(nibbles), inner), nibbles)
+    signed = octets.view(torch.int8)
+    assert torch.equal(words.unpack_whole_bytes(words.pack_whole_bytes(signed), inner), signed)
 
 
 def test_where_a_weight_lies_in_its_word() -> None:
@@ -33,6 +36,10 @@ def test_where_a_weight_lies_in_its_word() -> None:
     assert nibbles[1, 2, 1] == 5 << 4 and nibbles.count_nonzero() == 1
     octets = words.pack_bytes(q)
     assert octets[2, 2, 1] == 5 << 8 and octets.count_nonzero() == 1
+    halves = words.pack_half_bytes(q)  # of chunk 1: byte 10 - 8 of lane 2, lower half
+    assert halves[1, 2, 2] == 5 << 16 and halves.count_nonzero() == 1
+    whole = words.pack_whole_bytes(q)
+    assert whole[2, 2, 10] == 5 and whole.count_nonzero() == 1
     # Pair 2 s + half = 5 of bf16 is bit 14, shifted by 2: of rows of -1, the one +1 is a set bit;
     # pair 4 is bit 15 shifted by 2, where a set bit means -1.
     signs = pack_signs(pack_bits(q > 0)[None], 128, torch.bfloat16)
@@ -70,6 +77,40 @@ def test_product(
             assert relative_error(y.cpu(), expected) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize(
+    "out, inner, group", [(100, 37, 8), (37, 200, 64), (1, 1, 128), (192, 256, 256), (40, 300, -1)]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("format", ("int8", "int4"))
+def test_product_of_whole_numbers(
+    format: str, dtype: torch.dtype, out: int, inner: int, group: int
+) -> None:
+    """The largest of a token is 127, its half a tie; a token's result is its own."""
+    bias = torch.randn(out) if inner != 200 else None
+    linear = make_linear(
+        torch.randn(out, inner), bias, dtype=dtype, quantize=format, group_size=group,
+        activations="int8",
+    )  # fmt: skip
+    weight = linear.weight().cpu().double()
+    b = 0 if linear.bias is None else linear.bias.cpu().double()
+    for tokens in (0, 1, 5, 70):
+        x = torch.randn(tokens, inner).to(dtype)
+        if tokens > 2:
+            x[1], x[2] = 0, 1e-38
+            x[:, 0] = 2 * x[:, inner // 2]
+        y = linear(x.to(linear.device)).cpu()
+        assert y.shape == (tokens, out) and y.dtype == dtype
+        if tokens:
+            expected = in_8_bits(x.double(), dtype) @ weight.T + b
+            assert relative_error(y, expected) < TOLERANCE[dtype]
+    again = x.to(linear.device)
+    for bad in ("nan", "inf"):
+        again[3, inner // 2] = float(bad)
+        found = linear(again).cpu()
+        assert not found[3].isfinite().any()
+        assert torch.equal(torch.cat((found[:3], found[4:])), torch.cat((y[:3], y[4:])))
+
+
 @pytest.mark.parametrize("group", (32, 64, 128, 256, -1))
 def test_int4_groups(group: int) -> None:
     w = torch.randn(40, 300) * torch.rand(40, 1) + 0.3
@@ -103,12 +144,14 @@ def test_no_more_rows_are_unpacked_than_are_asked_for(monkeypatch: pytest.Monkey
     assert linear.weight_rows(32, 48).shape == (16, 130) and seen == [16]
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_held_rebuilds_the_linear_and_concat_joins(format: str) -> None:
+@pytest.mark.parametrize(
+    "format, activations", [*((f, "float") for f in FORMATS), ("int8", "int8"), ("int4", "int8")]
+)
+def test_held_rebuilds_the_linear_and_concat_joins(format: str, activations: str) -> None:
     dtype = torch.float16
     parts = [
         make_linear(torch.randn(n, 100), torch.randn(n) if n > 20 else None, dtype=dtype,
-                    quantize=format)
+                    quantize=format, activations=activations)
         for n in (37, 16, 50)
     ]  # fmt: skip
     again = GpuLinear(parts[0].held(), parts[0].format, dtype, parts[0].group_size)
@@ -149,6 +192,8 @@ def test_what_is_refused() -> None:
     w = torch.randn(8, 256)
     with pytest.raises(ValueError, match='quantize is "int3"'):
         make_linear(w, None, dtype=torch.float16, quantize="int3")
+    with pytest.raises(ValueError, match='activations "int8" with quantize "fp8"'):
+        make_linear(w, None, dtype=torch.float16, quantize="fp8", activations="int8")
     with pytest.raises(ValueError, match="group_size is 96"):
         make_linear(w, None, dtype=torch.float16, quantize="int4", group_size=96)
     with pytest.raises(ValueError, match="not finite"):

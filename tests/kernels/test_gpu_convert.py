@@ -13,7 +13,6 @@ from deltaserve.kernels.base import (
     Code4Linear,
     DenseLinear,
     Int4Linear,
-    Int8Linear,
     PermutedLinear,
     make_linear,
 )
@@ -65,9 +64,6 @@ REFUSED = {
     "8-bit floats with zeros": lambda: octets(INNER, torch.float8_e4m3fn, zeros=True),
     "zeros of up to 0.5 from": lambda: octets(64, torch.int8, zeros=True, shift=0.5),
     "zeros of up to 129 from": lambda: octets(64, torch.int8, zeros=True, shift=129),
-    "activations": lambda: Int8Linear(
-        torch.ones(OUT, INNER, dtype=torch.int8), torch.ones(OUT), None, DTYPE, "int8"
-    ),
 }
 
 
@@ -87,6 +83,23 @@ def test_the_weights_stay_what_they_were(kind: str) -> None:
     want = x.double() @ weight.double().T
     if linear.bias is not None:
         want += linear.bias.double()
+    y = on_gpu(x.to(default_device())).cpu().double()
+    assert (y - want).norm() < 3e-6 * want.norm()
+
+
+@pytest.mark.parametrize(
+    "quantize, group", [("int8", 64), ("int4", 8), ("int4", 40), ("int4", 64), ("int4", 256)]
+)
+def test_tokens_in_8_bits_are_those_of_the_cpu(quantize: str, group: int) -> None:
+    """With biases."""
+    weight, bias = torch.randn(OUT, INNER), torch.randn(OUT)
+    linear = make_linear(
+        weight, bias, dtype=DTYPE, quantize=quantize, group_size=group, activations="int8"
+    )
+    on_gpu = moved(linear)
+    assert on_gpu.rounds_inputs and torch.equal(on_gpu.weight(), linear.weight())
+    x = torch.randn(9, INNER)
+    want = linear(x).double()
     y = on_gpu(x.to(default_device())).cpu().double()
     assert (y - want).norm() < 3e-6 * want.norm()
 

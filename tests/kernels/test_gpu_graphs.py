@@ -38,7 +38,8 @@ BUCKETS = (1, 5)
 
 
 class Model:
-    """Two layers of attention, of which every linear takes adapters."""
+    """Two layers of attention, of which every linear takes adapters. Those after attention multiply
+    in whole numbers."""
 
     def __init__(self) -> None:
         torch.manual_seed(1)
@@ -51,7 +52,15 @@ class Model:
         for _ in range(LAYERS):
             for inner, outs in zip(ins, PARTS, strict=True):
                 weight = torch.randn(sum(outs), inner) / inner**0.5
-                self.bases.append(make_linear(weight, None, dtype=torch.float32, quantize="int8"))
+                self.bases.append(
+                    make_linear(
+                        weight,
+                        None,
+                        dtype=torch.float32,
+                        quantize="int8",
+                        activations="int8" if len(outs) == 1 else "float",
+                    )
+                )
                 self.deltas.append(
                     GpuLinearDeltas(
                         inner, outs, torch.float32, arena=self.arena, workspace=self.workspace

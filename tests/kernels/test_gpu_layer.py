@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from kernel_oracle import random_primitive, relative_error, served
+from kernel_oracle import in_8_bits, random_primitive, relative_error, served
 from torch import Tensor
 
 from deltaserve.kernels.attention import gpu as attention
@@ -33,6 +34,8 @@ QKV = (HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM)
 SHAPES = ((HIDDEN, QKV), (HEADS * DIM, (HIDDEN,)))
 EPS = 1e-5
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+ROUGH = {torch.float32: 5e-3, torch.bfloat16: 4e-2}
+"""Where inputs are rounded to 8 bits: what differs by a rounding may round to the next number."""
 Group = Mapping[int, Sequence[Primitive]]
 """Of one module: slot -> primitives."""
 
@@ -65,8 +68,12 @@ class LayerRig:
         group: int = 128,
         joined: bool = False,
         ordered: bool = False,
+        activations: str = "float",
     ) -> None:
         self.dtype, self.group, self.ordered = dtype, group, ordered
+        self.activations = activations
+        self.tolerance = ROUGH[dtype] if activations == "int8" else TOLERANCE[dtype]
+        self.read = partial(in_8_bits, dtype=dtype) if activations == "int8" else Tensor.double
         gate_up = (HIDDEN, (2 * INNER,) if joined else (INNER, INNER))
         self.shapes = (*SHAPES, gate_up, (INNER, (HIDDEN,)))
         self.space = Workspace(DEVICE)
@@ -122,7 +129,8 @@ class LayerRig:
         for part, out in enumerate(self.shapes[i][1]):
             rows = slice(start, start + out)
             own = {slot: modules[part] for slot, modules in enumerate(self.adapters[i]) if modules}
-            found.append(served(x, weight[rows], base.bias[rows].cpu(), own, segments))
+            bias = base.bias[rows].cpu()
+            found.append(served(x, weight[rows], bias, own, segments, self.read))
             start += out
         return torch.cat(found, 1)
 
@@ -147,7 +155,10 @@ class LayerRig:
         inner, outs = self.shapes[i]
         weight = torch.randn(sum(outs), inner) / inner**0.5
         bias = 0.1 * torch.randn(sum(outs))
-        base = make_linear(weight, bias, dtype=self.dtype, quantize=quantize, group_size=self.group)
+        base = make_linear(
+            weight, bias, dtype=self.dtype, quantize=quantize, group_size=self.group,
+            activations=self.activations,
+        )  # fmt: skip
         if self.ordered:
             held = {**base.held(), "order": torch.randperm(inner)}
             base = GpuLinear(held, base.format, self.dtype, base.group_size)
@@ -192,6 +203,8 @@ CASES = [
     (torch.float16, "int4", PROMPTS, {"turned": 16, "group": 32, "joined": True}),
     (torch.bfloat16, "fp8", PROMPTS, {"head_norms": True}),
     (torch.bfloat16, "int4", PROMPTS, {"ordered": True, "tuned": True, "group": 16}),
+    (torch.float32, "int4", DECODES, {"activations": "int8", "tuned": True, "group": 64}),
+    (torch.bfloat16, "int8", PROMPTS, {"activations": "int8", "joined": True}),
 ]
 
 
@@ -201,11 +214,11 @@ def test_a_layer(dtype: torch.dtype, quantize: str, spans: Sequence[Span], how: 
     rig = LayerRig(dtype, quantize, FAMILIES, **how)
     x = rig.draw(5, HIDDEN)
     given, alone = x.clone(), rig.run(x, spans, Segments([], 5))
-    assert relative_error(alone.cpu(), rig.expected(x, spans, Segments([], 5))) < TOLERANCE[dtype]
+    assert relative_error(alone.cpu(), rig.expected(x, spans, Segments([], 5))) < rig.tolerance
     for _ in range(2):
         rig.space.poison()
         y = rig.run(x, spans, MIXED)
-        assert relative_error(y.cpu(), rig.expected(x, spans, MIXED)) < TOLERANCE[dtype]
+        assert relative_error(y.cpu(), rig.expected(x, spans, MIXED)) < rig.tolerance
         assert torch.equal(y[[0, 3]], alone[[0, 3]]) and torch.equal(x, given)
     for row in (1, 2, 4):
         assert not torch.equal(y[row], alone[row])
@@ -268,6 +281,17 @@ def test_what_attention_leaves_out_costs_a_launch(launched: list[str]) -> None:
     rig = LayerRig(torch.bfloat16, "int4", FAMILIES)
     rig.run(rig.draw(5, HIDDEN), DECODES, MIXED)
     assert launched.count("inputs_kernel") == 2 and len(launched) == 14
+
+
+def test_the_norms_quantize_what_they_make(launched: list[str]) -> None:
+    """What attention and the gated product make is quantized in a launch of its own."""
+    rig = LayerRig(torch.bfloat16, "int4", {1: ("low",)}, activations="int8")
+    x = rig.draw(5, HIDDEN)
+    rig.run(x, DECODES, Segments([], 5))
+    assert launched == [*BASE[:4], "quantize_kernel", *BASE[4:7], "quantize_kernel", BASE[7]]
+    launched.clear()
+    rig.run(x, DECODES, Segments([(0, 2, ((1, 1.0),))], 5))
+    assert launched.count("quantize_kernel") == 2 and len(launched) == 14
 
 
 def test_rows_changed_beside_attention_have_sums_of_their_own() -> None:

@@ -48,17 +48,23 @@ def test_family(kind: str, inner: int, outs: tuple[int, ...], dtype: torch.dtype
 
 
 @pytest.mark.parametrize(
-    "quantize, group, dtype",
+    "quantize, group, dtype, activations",
     [
-        ("int4", 32, torch.bfloat16),
-        ("int4", 256, torch.float16),
-        ("int8", 0, torch.bfloat16),
-        ("fp8", 0, torch.float16),
+        ("int4", 32, torch.bfloat16, "float"),
+        ("int4", 256, torch.float16, "float"),
+        ("int8", 0, torch.bfloat16, "float"),
+        ("fp8", 0, torch.float16, "float"),
+        ("int4", 64, torch.float32, "int8"),
+        ("int8", 0, torch.bfloat16, "int8"),
     ],
     ids=str,
 )
 def test_families_together(
-    quantize: str, group: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    quantize: str,
+    group: int,
+    dtype: torch.dtype,
+    activations: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every kind in one batch, several in one adapter and several adapters on one token, over each
     kind of base, with the instructions that a GPU runs."""
@@ -77,7 +83,9 @@ def test_families_together(
         for slot, names in kinds.items()
     }
     runs = [*MIXED.runs, (38, 39, ((4, 1.0),)), (40, 61, ((4, 0.5), (3, 0.5)))]
-    rig = GpuRig(inner, outs, dtype, adapters, quantize=quantize, group_size=group)
+    rig = GpuRig(
+        inner, outs, dtype, adapters, quantize=quantize, group_size=group, activations=activations
+    )
     rig.check(Segments(runs, 61))
 
 
@@ -244,9 +252,25 @@ def test_install_remove_reinstall() -> None:
     assert rig.deltas.arena.used == rig.deltas.nbytes == 0
 
 
-def test_other_tokens_numbers_stay_their_own() -> None:
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("quantize", ("int8", "int4"))
+def test_scaled_inputs_are_quantized_as_scaled(quantize: str, dtype: torch.dtype) -> None:
+    """Of each module its own."""
+    adapters = {
+        1: {0: (random_primitive("input", 33, 40),), 1: (random_primitive("input", 33, 40),)},
+        2: {1: (random_primitive("low", 33, 40),)},
+    }
+    rig = GpuRig(40, (33, 33), dtype, adapters, quantize=quantize, activations="int8")
+    segments = Segments([(1, 3, ((1, 1.0), (2, 0.5))), (4, 5, ((1, -1.0),))], 19)
+    assert rig.deltas.plan(segments, rig.base).uses.apart
+    rig.check(segments)
+
+
+@pytest.mark.parametrize("activations", ("float", "int8"))
+def test_other_tokens_numbers_stay_their_own(activations: str) -> None:
     """A request whose activations overflow spoils nobody else's."""
-    rig = GpuRig(64, (40,), torch.float32, {1: {0: (lowrank(4, 40, 64),)}}, quantize="int4")
+    adapters = {1: {0: (lowrank(4, 40, 64),)}}
+    rig = GpuRig(64, (40,), torch.float32, adapters, quantize="int4", activations=activations)
     segments = Segments([(0, 2, ((1, 1.0),)), (3, 5, ((1, 0.5),))], 6)
     x = rig.x(6)
     good = rig.deltas.forward(x, rig.base, segments)

@@ -146,9 +146,19 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kinds", KINDS)
-@pytest.mark.parametrize("quantize, dtype", [("int4", torch.bfloat16), ("int8", torch.float32)])
+@pytest.mark.parametrize(
+    "quantize, dtype, activations",
+    [
+        ("int4", torch.bfloat16, "float"),
+        ("int8", torch.float32, "float"),
+        ("int8", torch.bfloat16, "int8"),
+        ("int4", torch.float16, "int8"),
+    ],
+)
 @pytest.mark.parametrize("inner", [160, 256])
-def test_what_linears_want(kinds: str, quantize: str, dtype: torch.dtype, inner: int) -> None:
+def test_what_linears_want(
+    kinds: str, quantize: str, dtype: torch.dtype, activations: str, inner: int
+) -> None:
     """What norm_kernel makes is what inputs_kernel makes of the norm, and the linears agree."""
     outs = (70, 60)
     own = {
@@ -157,7 +167,7 @@ def test_what_linears_want(kinds: str, quantize: str, dtype: torch.dtype, inner:
         }
         for slot, names in KINDS[kinds].items()
     }
-    rig = GpuRig(inner, outs, dtype, own, quantize=quantize, group_size=32)
+    rig = GpuRig(inner, outs, dtype, own, quantize=quantize, group_size=32, activations=activations)
     x, gain = draw(9, inner, dtype=dtype), draw(inner, dtype=dtype)
     plan = rig.deltas.plan(SEGMENTS, rig.base) if own else None
     want = rig.deltas.wanted(9, rig.base, plan)
@@ -177,7 +187,7 @@ def test_what_linears_want(kinds: str, quantize: str, dtype: torch.dtype, inner:
 
 
 def same(got: Inputs, alone: Inputs, want: Wanted) -> None:
-    """Sums may be taken in another order."""
+    """Sums of floats may be taken in another order."""
     assert (got.step, got.tiles, got.tokens, got.apart) == (
         alone.step,
         alone.tiles,
@@ -187,10 +197,16 @@ def same(got: Inputs, alone: Inputs, want: Wanted) -> None:
     uses, padded = want.uses, want.padded
     sizes = {
         "base": (want.copies if uses.scaled else 1) * got.x.numel(),
+        "scales": 0,
         "sums": want.copies * -(-want.width // want.step) * padded if want.step else 0,
         "turned": want.width * padded if uses.turned else 0,
         "biases": -(-want.width // 128) * padded if uses.biased else 0,
     }
+    if want.whole:
+        sizes |= {"base": want.copies * want.count * -(-want.width // 128) * 128}
+        for scales in (i.scales[: want.copies * padded].view(-1, padded) for i in (got, alone)):
+            scales[:, want.count :] = 0  # of no token
+        sizes["scales"] = want.copies * padded
     for name, size in sizes.items():
         one, two = getattr(got, name).flatten()[:size], getattr(alone, name).flatten()[:size]
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)

@@ -54,21 +54,23 @@ def test_right_kernels_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
     monkeypatch.setattr(selftest, "BUCKETS", (16,))
     self_test(torch.bfloat16, default_device(), [DENSE, Form("fp8")], [PLAIN], 16)
+    self_test(torch.float32, default_device(), [Form("w8a8"), Form("w4a8", 64)], [], 16)
 
 
 @pytest.mark.parametrize(
-    "kernel, named",
+    "kernel, form, named",
     [
-        ("gemm_kernel", "base product"),
-        ("aux_kernel", "low rank"),
-        ("inputs_kernel", "a token without an adapter"),
-        ("write_kernel", "writing keys"),
-        ("decode_kernel", "decoding"),
-        ("prefill_kernel", "reading prompts"),
+        ("gemm_kernel", DENSE, "base product"),
+        ("quantize_kernel", Form("w8a8"), "base product"),
+        ("aux_kernel", DENSE, "low rank"),
+        ("inputs_kernel", DENSE, "a token without an adapter"),
+        ("write_kernel", DENSE, "writing keys"),
+        ("decode_kernel", DENSE, "decoding"),
+        ("prefill_kernel", DENSE, "reading prompts"),
     ],
 )
 def test_a_kernel_that_does_nothing(
-    kernel: str, named: str, monkeypatch: pytest.MonkeyPatch
+    kernel: str, form: Form, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def skip(function: Any, *arguments: Any, **named: Any) -> None:
         if function.fn.__name__ != kernel:
@@ -78,7 +80,7 @@ def test_a_kernel_that_does_nothing(
         monkeypatch.setattr(module, "launch", skip)
     monkeypatch.setattr(selftest, "BUCKETS", (16,))
     with pytest.raises(KernelError, match=f"{named}.* is wrong on the interpreter: its relative"):
-        self_test(torch.float32, default_device(), [DENSE], [PLAIN], 16)
+        self_test(torch.float32, default_device(), [form], [PLAIN], 16)
 
 
 def test_layers_are_tested_as_they_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,6 +88,9 @@ def test_layers_are_tested_as_they_are_run(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(selftest, "BUCKETS", (6,))
     check = partial(self_test, torch.float32, default_device(), [], [], 4, [LAYER])
     check()
+    whole = [replace(group, format="w8a8") for group in LAYER.groups]
+    in_8_bits = replace(LAYER, groups=(whole[0], whole[1], whole[2], whole[3]))
+    self_test(torch.bfloat16, default_device(), [], [], 4, [in_8_bits])
     for module in (norm, rope):
         with monkeypatch.context() as patch, pytest.raises(KernelError, match="heads of 32, int8"):
             patch.setattr(module, "launch", lambda *_, **__: None)

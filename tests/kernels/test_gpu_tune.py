@@ -15,7 +15,7 @@ from deltaserve.kernels.gpu.variants import GroupSpec
 SPEC = GroupSpec("tune", "int4", 256, (64, 64), dtype=torch.float16)
 
 
-@pytest.mark.parametrize("format", ("int4", "int8", "fp8", "dense"))
+@pytest.mark.parametrize("format", ("int4", "int8", "fp8", "dense", "w4a8", "w8a8"))
 @pytest.mark.parametrize("gated", (False, True))
 @pytest.mark.parametrize("tokens", (1, 16, 64, 256))
 def test_candidates_are_many_distinct_and_fit(format: str, gated: bool, tokens: int) -> None:
@@ -24,9 +24,10 @@ def test_candidates_are_many_distinct_and_fit(format: str, gated: bool, tokens: 
         found = list(tune.candidates(key, tokens, arch))
         assert found[0] == gemm_config(key, tokens, arch)
         assert len(set(found)) == len(found) > 8
-        bits = {"int4": 4, "dense": 16}.get(format, 8)
+        bits = {"int4": 4, "w4a8": 4, "dense": 16}.get(format, 8)
+        of_x = 1 if format.endswith("a8") else 2
         for c in found[1:]:
-            stages = c.num_stages * c.bk * (2 * c.bm + c.bn * bits / 8)
+            stages = c.num_stages * c.bk * (of_x * c.bm + c.bn * bits / 8)
             assert stages <= {80: 163, 89: 99, 90: 227}[arch] * 1024
 
 

@@ -32,10 +32,6 @@ def parents(*pairs: tuple[str, str]) -> AdapterConfig:
         (lambda: ModelConfig(HERE, activations="int8"), "--activations"),
         (lambda: ModelConfig(HERE, group_size=12), "--group-size"),
         (lambda: ModelConfig(HERE, device="tpu"), "--device"),
-        (
-            lambda: ModelConfig(HERE, device="cuda", quantize="int8", activations="int8"),
-            "--activations",
-        ),
         (lambda: ModelConfig(HERE, threads=0), "--threads"),
         (lambda: AdapterConfig(preload=(("a", HERE / "nowhere"),)), "--adapter"),
         (lambda: AdapterConfig(preload=(("a@b", HERE),)), "--adapter"),

@@ -69,8 +69,6 @@ class ModelConfig:
             raise ConfigError(
                 "--activations int8: needs integer weights; add --quantize int8 or int4"
             )
-        if self.activations == "int8" and self.device == "cuda":
-            raise ConfigError("--activations int8: a GPU computes with float; leave it out")
         _at_least("--group-size", self.group_size, 8)
         if self.group_size % 8:
             raise ConfigError(f"--group-size {self.group_size}: must be a multiple of 8")

@@ -46,6 +46,7 @@ class Int4Linear(BaseLinear):
         self.dtype = dtype
         self.group_size = group_size
         self.activations = activations
+        self.rounds_inputs = activations == "int8"
         self.bias = compute_bias(bias, self.out_features, dtype)
         self._words = int4_layout.pack(q)
         keep = torch.bfloat16 if _exact_in_bf16(scale) and _exact_in_bf16(zero) else torch.float32

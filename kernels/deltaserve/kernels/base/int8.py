@@ -40,6 +40,7 @@ class Int8Linear(BaseLinear):
             )
         self.dtype = dtype
         self.activations = activations
+        self.rounds_inputs = activations == "int8"
         self.bias = compute_bias(bias, self.out_features, dtype)
         self._scale = scale.float().contiguous()
         self._w8a8 = W8A8(q, self._scale) if activations == "int8" else None

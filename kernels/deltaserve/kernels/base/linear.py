@@ -17,6 +17,8 @@ class BaseLinear(ABC):
     """``y = x W^T + b`` for x [T, in] of dtype `dtype`; y [T, out] is new and of the same dtype.
 
     bias: of dtype `dtype`, or None. nbytes: exact bytes held, padding and bias included.
+    rounds_inputs: whether it quantizes x, and so turns the smallest difference of two into one of
+    a 127th of their largest number.
     """
 
     in_features: int
@@ -24,6 +26,7 @@ class BaseLinear(ABC):
     bias: Tensor | None
     nbytes: int
     dtype: torch.dtype
+    rounds_inputs: bool = False
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:

@@ -95,9 +95,11 @@ class W8A8:
 
 def round_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     """(float32 [T, in] of whole numbers in -127..127, scale float32 [T]): ``x ~ q * scale``."""
-    scale = x.abs().amax(1).float() / 127
-    scale = torch.where(scale <= 1e-30, torch.ones_like(scale), scale)  # a NaN stays
-    return (x.float() / scale[:, None]).round_(), scale
+    top = x.abs().amax(1).float()
+    scale = torch.where(top <= 1e-30, torch.ones_like(top), top / 127)  # a NaN stays
+    # As native/integer.h: times the inverse, and rounded once, from the exact product.
+    inverse = torch.where(scale <= 3e38, 1 / scale, torch.zeros_like(scale))
+    return (x.double() * inverse[:, None].double()).round_().float(), scale
 
 
 def _pack(q: Tensor) -> Tensor:

@@ -11,19 +11,22 @@ from torch import Tensor
 from deltaserve.kernels.base import words
 from deltaserve.kernels.base.linear import BaseLinear, tensor_bytes
 from deltaserve.kernels.base.quantize import quantize as quantize_weight
+from deltaserve.kernels.gpu.config import WHOLE
 from deltaserve.kernels.gpu.device import COMPUTE_DTYPES, default_device
 from deltaserve.kernels.gpu.gemm import Output, choose, run_gemm
 from deltaserve.kernels.gpu.inputs import run_inputs, wanted
 from deltaserve.kernels.gpu.streams import to_host
-from deltaserve.kernels.gpu.weights import Weights
+from deltaserve.kernels.gpu.weights import Weights, pack_weight, unpack_weight
 from deltaserve.kernels.gpu.workspace import Workspace
 
 INT4_GROUP = 128
 DEEPEST = words.ALIGN
 """Inputs of the deepest step of any kernel."""
 FORMATS = ("none", "int8", "int4", "fp8")
-FOUR_BITS = ("int4", "code4")
-WITH_ZEROS = ("int4", "uint8")
+FOUR_BITS = ("int4", "code4", "w4a8")
+IN_8_BITS = {"int8": "w8a8", "int4": "w4a8"}
+"""Formats that have one whose activations are 8 bits."""
+WITH_ZEROS = ("int4", "uint8", "w4a8")
 SHARED = ("order", "code")
 """Canonical tensors that have no rows."""
 
@@ -32,10 +35,12 @@ class GpuLinear(BaseLinear):
     """A base linear on the GPU; made by `make_linear` and `concat`.
 
     format: "dense", "int8", "uint8" (whole numbers of a byte with zeros), "int4", "code4" (codes of
-    4 bits) or "fp8". held: the canonical tensors, as of the linear that the CPU would serve;
-    "order", int64 [in], says which input each column of the others is for, its own if it is
-    missing. group_size: inputs of one scale; 0, of bytes alone, for one scale per row. weights:
-    what the kernels read. workspace: one of its own if not given.
+    4 bits) or "fp8"; "w8a8" and "w4a8" are "int8" and "int4" that quantize each token to 8 bits,
+    as `Int8Linear` does with activations "int8", and multiply whole numbers. held: the canonical
+    tensors, as of the linear that the CPU would serve; "order", int64 [in], says which input each
+    column of the others is for, its own if it is missing. group_size: inputs of one scale; 0, of
+    bytes alone, for one scale per row. weights: what the kernels read. workspace: one of its own if
+    not given.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class GpuLinear(BaseLinear):
         if dtype not in COMPUTE_DTYPES:
             raise ValueError(f"dtype is {dtype}; a GPU linear computes in one of {COMPUTE_DTYPES}")
         self.format = format
+        self.rounds_inputs = format in WHOLE
         self.dtype = dtype
         self.device = device or default_device()
         first = held["weight"] if format == "dense" else held["q"]
@@ -116,12 +122,7 @@ class GpuLinear(BaseLinear):
         if self.format == "dense":
             found["weight"] = to_host(w.weight[rows])
         else:
-            if self.format in FOUR_BITS:
-                found["q"] = words.unpack_nibbles(to_host(w.weight)[:, rows], self.in_features)
-            else:
-                octets = words.unpack_bytes(to_host(w.weight)[:, rows], self.in_features)
-                signed = (octets ^ 128).view(torch.int8)
-                found["q"] = octets if self.format == "fp8" else signed
+            found["q"] = unpack_weight(to_host(w.weight)[:, rows], self.format, self.in_features)
             scale, zero = to_host(w.scale)[..., rows], to_host(w.zero)
             if scale.dtype == torch.int32:
                 both = scale.unsqueeze(-1).view(_half(self.dtype))
@@ -148,11 +149,7 @@ class GpuLinear(BaseLinear):
         if self.format == "dense":
             weight = held["weight"].to(self.device, self.dtype).contiguous()
         else:
-            q = held["q"].view(torch.uint8)
-            if self.format in FOUR_BITS:
-                weight = words.pack_nibbles(q)
-            else:
-                weight = words.pack_bytes(q if self.format == "fp8" else q ^ 128)
+            weight = pack_weight(held["q"], self.format)
             scale = self._by_group(held["scale"])
         if self.format in WITH_ZEROS:
             whole = bool(torch.equal(held["zero"], held["zero"].round()))
@@ -190,10 +187,12 @@ def make_linear(
     quantize: str = "none",
     group_size: int = INT4_GROUP,
     device: torch.device | None = None,
+    activations: str = "float",
 ) -> GpuLinear:
     """From a float weight [out, in]. quantize: "none", "int8" and "fp8" (e4m3), both with a scale
     per output row, or "int4" in groups of `group_size` inputs: 8, 16, 32, 64, a multiple of 128,
-    or at least in_features for one group of all."""
+    or at least in_features for one group of all. activations: "float", or with "int8" and "int4"
+    "int8": each token's inputs are quantized."""
     if quantize not in FORMATS:
         raise ValueError(f'quantize is "{quantize}"; it must be one of {", ".join(FORMATS)}')
     if quantize == "none":
@@ -207,7 +206,14 @@ def make_linear(
     if bias is not None:
         held["bias"] = bias
     format = "dense" if quantize == "none" else quantize
-    return GpuLinear(held, format, dtype, group_size if format == "int4" else 0, device)
+    if activations != "float":
+        if activations != "int8" or quantize not in IN_8_BITS:
+            raise ValueError(
+                f'activations "{activations}" with quantize "{quantize}": there are "float", and '
+                f'"int8" with one of {", ".join(IN_8_BITS)}'
+            )
+        format = IN_8_BITS[quantize]
+    return GpuLinear(held, format, dtype, group_size if quantize == "int4" else 0, device)
 
 
 def quantize_fp8(weight: Tensor) -> dict[str, Tensor]:

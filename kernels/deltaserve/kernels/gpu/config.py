@@ -37,7 +37,8 @@ class GemmConfig:
 
     def summed(self, format: str, group_size: int) -> int:
         """Columns of the sums of x that the product reads; 0 for none."""
-        return min(self.bk, group_size) if format == "int4" and self.how == "sums" else 0
+        reads = format == "w4a8" or (format == "int4" and self.how == "sums")
+        return min(self.bk, group_size) if reads else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +117,13 @@ def depth(key: GroupKey) -> int:
     return max(32, min(128, key.group_size)) if key.group_size else 128
 
 
-BITS = {"dense": 16, "int8": 8, "uint8": 8, "fp8": 8, "int4": 4, "code4": 4}
+BITS = {
+    "dense": 16, "int8": 8, "uint8": 8, "fp8": 8, "int4": 4, "code4": 4, "w8a8": 8, "w4a8": 4,
+}  # fmt: skip
 """Of a weight."""
+
+WHOLE = ("w8a8", "w4a8")
+"""Formats whose inputs are 8 bits a token, and that are multiplied in whole numbers."""
 
 IN_FLIGHT = 5 << 20
 """Bytes of weights that have to be on their way for the memory to be busy: its rate times its
@@ -127,7 +133,7 @@ latency, here an H200's 4.3 TB/s and, assumed, 1 us."""
 def _stages(key: GroupKey, bm: int, bn: int, bk: int, arch: int) -> int:
     """As many as it takes for all tiles together to keep the memory busy, within half of the
     shared memory that a multiprocessor has."""
-    weights, x = bk * bn * BITS[key.format] // 8, bk * bm * 2
+    weights, x = bk * bn * BITS[key.format] // 8, bk * bm * (1 if key.format in WHOLE else 2)
     tiles = max(1, key.out_features // bn)
     wanted = 1 + -(-IN_FLIGHT // (tiles * weights))
     room = (48 if arch in (86, 89) else 80 if arch < 90 else 112) << 10

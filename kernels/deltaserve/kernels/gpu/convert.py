@@ -36,19 +36,17 @@ def held_on_gpu(linear: BaseLinear, device: torch.device, workspace: Workspace) 
 
 def _form(linear: BaseLinear) -> tuple[dict[str, Tensor], str, int]:
     """(canonical tensors, format, group size) of a GpuLinear with the same weight."""
-    if isinstance(linear, Int8Linear | Int4Linear) and linear.activations != "float":
-        raise UnsupportedWeights(
-            f"activations of {linear.activations}: a GPU computes with float ones alone"
-        )
     if isinstance(linear, PermutedLinear):
         held, form, group = _form(linear.inner)
         return {**held, "order": linear.order}, form, group
     if isinstance(linear, DenseLinear):
         return linear.held(), "dense", 0
     if isinstance(linear, Int8Linear):
-        return linear.held(), "int8", 0
+        return linear.held(), "int8" if linear.activations == "float" else "w8a8", 0
     if isinstance(linear, Int4Linear | Code4Linear):
-        form = "int4" if isinstance(linear, Int4Linear) else "code4"
+        form = "code4"
+        if isinstance(linear, Int4Linear):
+            form = "int4" if linear.activations == "float" else "w4a8"
         return _grouped(linear.held(), form, linear.group_size, linear.in_features)
     if isinstance(linear, ByteLinear):
         return _bytes(linear)

@@ -16,6 +16,7 @@ NAMES = {
     torch.float32: "fp32",
     torch.int32: "i32",
     torch.int16: "i16",
+    torch.int8: "i8",
 }
 
 

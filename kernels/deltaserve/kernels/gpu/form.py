@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltaserve.kernels.gpu.base import DEEPEST, WITH_ZEROS, GpuLinear
+from deltaserve.kernels.base.w8a8 import round_tokens
+from deltaserve.kernels.gpu.base import DEEPEST, FOUR_BITS, WITH_ZEROS, GpuLinear
+from deltaserve.kernels.gpu.config import WHOLE
 from deltaserve.kernels.gpu.variants import GroupSpec
 
 
@@ -48,7 +50,7 @@ class Form:
         if self.format == "fp8":
             q = torch.randn(out, inner).to(torch.float8_e4m3fn).view(torch.uint8)
             size = 1.0
-        elif self.format in ("int4", "code4"):
+        elif self.format in FOUR_BITS:
             q, size = torch.randint(0, 16, (out, inner), dtype=torch.uint8), 4.6
         else:
             q, size = torch.randint(-127, 128, (out, inner)).to(torch.int8), 74.0
@@ -57,8 +59,16 @@ class Form:
         shape = (out, -(-inner // self.group_size)) if self.group_size else (out,)
         held = {"q": q, "scale": (torch.rand(shape) + 0.5) / (size * inner**0.5)}
         if self.format in WITH_ZEROS:
-            middle = 8 if self.format == "int4" else 0
+            middle = 0 if self.format == "uint8" else 8
             held["zero"] = torch.randint(middle - 3, middle + 4, shape).float()
         elif self.format == "code4":
             held["code"] = torch.randn(16)
         return held
+
+
+def as_read(base: GpuLinear, x: Tensor) -> Tensor:
+    """x [T, in] as the base's product takes it, float64: as it is, or in 8 bits."""
+    if base.format not in WHOLE:
+        return x.double()
+    q, scale = round_tokens(x.to(base.dtype))
+    return q.double() * scale.double()[:, None]

@@ -15,7 +15,13 @@ from deltaserve.kernels.gpu.layer_variants import LayerSpec, norm_variant, rope_
 from deltaserve.kernels.gpu.plan import Uses
 from deltaserve.kernels.gpu.step import EVERYTHING
 from deltaserve.kernels.gpu.variant import Variant
-from deltaserve.kernels.gpu.variants import GroupSpec, gemm_variant, inputs_variant, of_group
+from deltaserve.kernels.gpu.variants import (
+    GroupSpec,
+    gemm_variant,
+    inputs_variant,
+    of_group,
+    quantize_variant,
+)
 
 
 def llama_8b(format: str) -> list[GroupSpec]:
@@ -41,6 +47,7 @@ def all_variants(arch: int = 90) -> list[Variant]:
     small = GroupSpec("qkv g64 bias", "int4", 2048, (2048, 512, 512), 64, bias=True)
     found += _gemms(small, (16, 64), arch)
     found += _forms(arch)
+    found += _whole(arch)
     found += _layer(arch)
     found += attention.variants(32, 8, 128, 128)
     found += attention.variants(8, 4, 256, 256, windowed=(True,), softcap=True)
@@ -57,6 +64,19 @@ def _forms(arch: int) -> list[Variant]:
         found += _gemms(spec, (16, 256) if format == "code4" else (16,), arch)
     ordered = replace(llama_8b("int4")[0], ordered=True)
     found.append(inputs_variant(ordered, 16, 128, EVERYTHING))
+    return found
+
+
+def _whole(arch: int) -> list[Variant]:
+    """Products of whole numbers at every tile size, and what quantizes their inputs."""
+    found: list[Variant] = []
+    for format, step in (("w8a8", 0), ("w4a8", 128)):
+        qkv, _, gate_up, down = llama_8b(format)
+        found += _gemms(qkv, (1, 16, 64, 256), arch)
+        found += _gemms(gate_up, (16, 256), arch)
+        found.append(quantize_variant(down, 16, step))
+        found.append(norm_variant(gate_up, 16, step, True))
+    found += _gemms(GroupSpec("qkv g64", "w4a8", 4096, (4096, 1024, 1024), 64), (16, 256), arch)
     return found
 
 

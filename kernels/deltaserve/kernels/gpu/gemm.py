@@ -113,7 +113,7 @@ def run_gemm(
         gemm_kernel,
         (-(-count // config.bm), columns * split),
         (
-            inputs.base, inputs.sums, weights.weight, weights.scale, weights.zero,
+            inputs.base, inputs.scales, inputs.sums, weights.weight, weights.scale, weights.zero,
             weights.bias, y, output.residual, None if sums is None else sums.values,
             workspace.take("partial", partial),
             workspace.take("counters", columns * down, torch.int32), tiles,

@@ -78,7 +78,7 @@ def gated(gate, up, ACTIVATION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "TILES", "WIDTH8", "x_part", "sums_part", "y_padded"])
 def gemm_kernel(
-    x, sums, weight, scale, zero, bias, y, residual, y_sums, partial, counter, tiles,
+    x, token_scale, sums, weight, scale, zero, bias, y, residual, y_sums, partial, counter, tiles,
     arena, arena_float, h, planes, page_b, page_col, page_lo, page_hi, page_bounds,
     vec_offset, vec_lo, vec_hi, vec_strength, vec_bounds, plane_count,
     M, TILES, WIDTH8, x_part, sums_part, y_padded,
@@ -97,8 +97,9 @@ def gemm_kernel(
     [column tiles, 4] of (part, number in it, first column of the part, rows of the part), read
     unless EVEN_N: at most three parts, of whole tiles, the second and third from PART1 and PART2.
     TILES: token tiles that the step's tables are laid out for, of TOKENS tokens each, BM of them
-    here; WIDTH8: rows of h / 8. x_part, sums_part: in units of K and MP, from one part's inputs to
-    the next one's, 0 if all share them.
+    here; WIDTH8: rows of h / 8. x_part, sums_part: in units of x's rows and MP, from one part's
+    inputs to the next one's, 0 if all share them. token_scale: float32 [parts or 1, MP], read of
+    x in 8 bits.
     ACTIVATION "silu" or "gelu_tanh": of gate and up, two parts of equal size or the halves of one;
     y is [M, N / 2].
     APART: then each is the product of inputs of its own, else they are one product.
@@ -134,16 +135,21 @@ def gemm_kernel(
         n = first + r % HALF + (r // HALF) * (N // 2)
     span: tl.constexpr = ((K + BK * SPLIT_K - 1) // (BK * SPLIT_K)) * BK
     k_from = piece * span
+    WHOLE: tl.constexpr = FORMAT == "w8a8" or FORMAT == "w4a8"
+    STRIDE: tl.constexpr = (K + 127) // 128 * 128 if WHOLE else K
+    scale_part = tl.minimum(x_part, 1) * MP
     acc = product(
-        x + (part * x_part).to(tl.int64) * K, sums + (part * sums_part) * MP, weight, scale, zero,
-        n, live, m, k_from, tl.minimum(k_from + span, K), M, MP, N, K, FORMAT, GROUP, HOW, DT,
-        BM, BN, BK, SUM, STAGES, EVEN_N, EVEN_K, PACKED,
+        x + (part * x_part).to(tl.int64) * STRIDE, token_scale + part * scale_part,
+        sums + (part * sums_part) * MP, weight, scale, zero, n, live, m, k_from,
+        tl.minimum(k_from + span, K), M, MP, N, K, FORMAT, GROUP, HOW, DT, BM, BN, BK,
+        SUM, STAGES, EVEN_N, EVEN_K, PACKED,
     )  # fmt: skip
     if APART:
         ups = product(
-            x + x_part.to(tl.int64) * K, sums + sums_part * MP, weight, scale, zero,
-            n, live, m, k_from, tl.minimum(k_from + span, K), M, MP, N, K, FORMAT, GROUP, HOW, DT,
-            BM, BN, BK, SUM, STAGES, EVEN_N, EVEN_K, PACKED,
+            x + x_part.to(tl.int64) * STRIDE, token_scale + scale_part,
+            sums + sums_part * MP, weight, scale, zero, n, live, m, k_from,
+            tl.minimum(k_from + span, K), M, MP, N, K, FORMAT, GROUP, HOW, DT, BM, BN, BK,
+            SUM, STAGES, EVEN_N, EVEN_K, PACKED,
         )  # fmt: skip
         acc = tl.where((r < HALF)[:, None], acc, ups)
     if PDL:

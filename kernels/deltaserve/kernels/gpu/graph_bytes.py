@@ -12,7 +12,7 @@ from deltaserve.kernels.gpu.step import ARRAYS, OFFSETS
 from deltaserve.kernels.table import Group
 
 TILE = 128
-"""Tokens of a tile at most, to whose multiples a step is padded."""
+"""Tokens of a tile at most, to whose multiples a step is padded, and columns of one."""
 SMALLEST = 8
 """Columns of the smallest groups of a base."""
 
@@ -88,6 +88,8 @@ def _workspace(tokens: int, group: Group, arch: int) -> dict[str, int]:
         "given": sums,
         "scaled": padded * width * size,
         "turned": padded * width * size,
+        "whole": padded * (-(-width // TILE) * TILE),
+        "scales": 4 * padded,
         "normed": padded * width * size,
         "biases": 4 * padded * -(-width // TILE),
         "others": 1 << 16,

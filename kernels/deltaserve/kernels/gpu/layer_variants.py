@@ -28,6 +28,7 @@ from deltaserve.kernels.gpu.variants import (
     gate_variant,
     gemm_variant,
     inputs_variant,
+    quantize_variant,
     spec_of,
     variant_of,
 )
@@ -96,7 +97,7 @@ class _Cut:
     @property
     def step_of_x(self) -> int:
         """See `Wanted`."""
-        return 0 if self.spec.ordered else self.step
+        return 0 if self.spec.ordered or self.spec.whole else self.step
 
 
 def of_layer(spec: LayerSpec, buckets: Sequence[int], arch: int) -> Iterator[Variant]:
@@ -119,7 +120,7 @@ def _of_step(spec: LayerSpec, bucket: int, adapters: bool, arch: int) -> Iterato
     dtype = qkv.spec.dtype
     for cut in (qkv, up):
         if cut.spec.ordered:  # the norm makes x alone
-            yield norm_variant(replace(cut.spec, parts=(1,)), 16, 0, adapters)
+            yield norm_variant(replace(cut.spec, parts=(1,), format="dense"), 16, 0, adapters)
             yield from _inputs(cut, 0)
         else:
             yield norm_variant(cut.spec, cut.tokens, cut.step, adapters)
@@ -147,10 +148,14 @@ def _of_step(spec: LayerSpec, bucket: int, adapters: bool, arch: int) -> Iterato
 
 def _inputs(cut: _Cut, given: int) -> Iterator[Variant]:
     """For what was not made with x. given: columns of the sums that were, 0 for none."""
+    summed = cut.step
+    if cut.spec.whole:
+        yield quantize_variant(cut.spec, cut.tokens, summed)
+        summed = 0
     for scaled, turned, biased in product((False, True), repeat=3):
         if (scaled or turned or biased) and not (cut.aux and (cut.aux.gathers > 1 or not turned)):
             continue
-        step = (given or cut.step) if scaled or not given else 0
+        step = (given or summed) if scaled or not given else 0
         if step or scaled or turned or biased or cut.spec.ordered:
             uses = Uses(scaled, False, turned, biased)
             yield inputs_variant(cut.spec, cut.tokens, step, uses, given=bool(given and step))
@@ -158,13 +163,18 @@ def _inputs(cut: _Cut, given: int) -> Iterator[Variant]:
 
 def norm_variant(spec: GroupSpec, tokens: int, step: int, adapters: bool) -> Variant:
     """Of a norm before a group. step: columns of the sums that it wants, 0 for none."""
-    want = Wanted(tokens, spec.in_features, len(spec.parts), step, 1, tokens, Uses())
+    want = Wanted(
+        tokens, spec.in_features, len(spec.parts), step, 1, tokens, Uses(), whole=spec.whole
+    )
     constants = norm.constants(want, False, adapters, True)
     name = f"norm {spec.name} {tokens} tokens"
     name += f" sums of {step}" if step else ""
+    name += " in 8 bits" if spec.whole else ""
     name += " adapters" if adapters else ""
-    warps = norm.warps(spec.in_features)
-    return variant_of(name, norm_kernel, constants, spec.dtype, warps, 1, {}, pdl=True)
+    types = {"scaled": "*i8"} if spec.whole else {}
+    return variant_of(
+        name, norm_kernel, constants, spec.dtype, norm.warps(want), 1, types, pdl=True
+    )
 
 
 def rope_variant(spec: LayerSpec, dtype: torch.dtype, tuned: bool) -> Variant:

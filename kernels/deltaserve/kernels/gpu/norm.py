@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from deltaserve.kernels.gpu import device as gpu
 from deltaserve.kernels.gpu.arena import Arena
-from deltaserve.kernels.gpu.inputs import Inputs, Wanted, column_offsets
+from deltaserve.kernels.gpu.inputs import Inputs, Wanted, column_offsets, row_block, row_warps
 from deltaserve.kernels.gpu.launch import launch
 from deltaserve.kernels.gpu.norm_deltas import Tuned
 from deltaserve.kernels.gpu.norm_kernel import BIASED, SCALED, TUNED, TURNED, norm_kernel
@@ -77,8 +76,8 @@ def run_norm(
         norm_kernel,
         (want.padded if want.something else count,),
         (
-            x, x if residual is None else residual, gain, normed, inputs.base, inputs.sums,
-            inputs.turned, inputs.biases,
+            x, x if residual is None else residual, gain, normed, inputs.base, inputs.scales,
+            inputs.sums, inputs.turned, inputs.biases,
             column_offsets(x.dtype, x.device) if want.uses.biased else floats,
             arena.view(torch.float32) if arena else floats,
             tuned.arena.view(torch.float32) if tuned else floats, t.get("in_offset", ints),
@@ -89,7 +88,7 @@ def run_norm(
             offset,
         ),
         constants(want, residual is not None, adapters, pdl),
-        num_warps=warps(width),
+        num_warps=warps(want),
         num_stages=1,
         pdl=pdl,
     )  # fmt: skip
@@ -99,16 +98,11 @@ def run_norm(
 def constants(want: Wanted, residual: bool, adapters: bool, pdl: bool) -> dict[str, Any]:
     """The kernel's constants."""
     return dict(
-        K=want.width, BLOCK=_block(want.width), PARTS=want.parts, STEP=want.step,
-        TOKENS=want.tokens, RESIDUAL=residual, ADAPTERS=adapters, PDL=pdl,
+        K=want.width, BLOCK=row_block(want.width), PARTS=want.parts, STEP=want.step,
+        WHOLE=want.whole, TOKENS=want.tokens, RESIDUAL=residual, ADAPTERS=adapters, PDL=pdl,
     )  # fmt: skip
 
 
-def warps(width: int) -> int:
-    """8 numbers for each thread, one of the widest loads of 16-bit types; with more of them,
-    registers spill in the form with adapters."""
-    return max(1, min(32, _block(width) // 256))
-
-
-def _block(width: int) -> int:
-    return max(128, int(triton.next_power_of_2(width)))
+def warps(want: Wanted) -> int:
+    """With more numbers for a thread, registers spill in the form with adapters."""
+    return row_warps(want.width, 4 if want.whole else 8)

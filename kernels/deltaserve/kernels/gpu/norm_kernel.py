@@ -7,6 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from deltaserve.kernels.gpu.quantize_kernel import store_in_8_bits
+
 # What a step with adapters wants, bits of `uses`.
 TUNED = tl.constexpr(1)
 SCALED = tl.constexpr(2)
@@ -16,11 +18,12 @@ BIASED = tl.constexpr(8)
 
 @triton.jit(do_not_specialize=["M", "TILES", "copies", "uses"])
 def norm_kernel(
-    x, residual, gain, normed, scaled, sums, turned, biases, columns, arena_float, norm_float,
-    offsets, los, his, strengths, bounds, mixes, mix_bounds, mix_offset, mix_strength,
+    x, residual, gain, normed, scaled, token_scale, sums, turned, biases, columns, arena_float,
+    norm_float, offsets, los, his, strengths, bounds, mixes, mix_bounds, mix_offset, mix_strength,
     M, TILES, copies, uses, eps, offset,
     K: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr,
-    TOKENS: tl.constexpr, RESIDUAL: tl.constexpr, ADAPTERS: tl.constexpr, PDL: tl.constexpr,
+    WHOLE: tl.constexpr, TOKENS: tl.constexpr, RESIDUAL: tl.constexpr, ADAPTERS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """grid (tokens, in whole tiles if something beside the norm is wanted). x: [M, K].
 
@@ -29,9 +32,11 @@ def norm_kernel(
     gain)`` and ``sum of w b`` is added, over the gains g and then the biases b of its mix: mixes
     int32 [MP], mix_bounds [2 (mixes + 1) + 1], vectors by offset in norm_float; mix 0 has none.
     BLOCK: K rounded up to a power of two. The rest is what inputs_kernel makes of x, here of
-    normed; its tables are named as there. copies: PARTS, or 1 if all parts share the scaled copy.
-    Without ADAPTERS only STEP counts; with them what is made is chosen when it runs, so that one
-    compiled form serves every mix.
+    normed; its tables are named as there. WHOLE: scaled int8 [parts, M, K rounded up to 128] is
+    that copy, or normed, in 8 bits, with token_scale, and sums are of those (`store_in_8_bits`).
+    copies: PARTS, or 1 if all parts share the scaled copy.
+    Without ADAPTERS only STEP and WHOLE count; with them what is made is chosen when it runs, so
+    that one compiled form serves every mix.
     """
     MP = TILES * TOKENS
     row = tl.program_id(0)
@@ -88,8 +93,13 @@ def norm_kernel(
                         s = tl.load(s + k, mask=inside, other=1.0)
                         f += tl.load(strengths + v) * (s - 1.0)
                 copy = (y.to(tl.float32) * f).to(x.dtype.element_ty)
-                tl.store(scaled + (part * M).to(tl.int64) * K + place, copy, mask=seen)
-        if STEP > 0:
+                if not WHOLE:
+                    tl.store(scaled + (part * M).to(tl.int64) * K + place, copy, mask=seen)
+        if WHOLE:
+            store_in_8_bits(
+                copy.to(tl.float32), scaled, token_scale, sums, row, part, M, MP, K, BLOCK, STEP
+            )
+        elif STEP > 0:
             STEPS: tl.constexpr = (K + STEP - 1) // STEP
             at = tl.arange(0, BLOCK // STEP)
             pieces = tl.reshape(copy.to(tl.float32), (BLOCK // STEP, STEP))

@@ -22,6 +22,7 @@ TYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp32": torch.float32,
+    "i8": torch.int8,
     "i16": torch.int16,
     "i32": torch.int32,
     "i64": torch.int64,

@@ -15,7 +15,7 @@ from deltaserve.kernels.attention.gpu_step import GpuStep
 from deltaserve.kernels.attention.step import How, Span
 from deltaserve.kernels.decoder import LayerParts, Linear, Norm
 from deltaserve.kernels.gpu.base import GpuLinear
-from deltaserve.kernels.gpu.form import Form
+from deltaserve.kernels.gpu.form import Form, as_read
 from deltaserve.kernels.gpu.layer import GpuLayer
 from deltaserve.kernels.gpu.layer_variants import LayerSpec, spec_of_layer
 from deltaserve.kernels.gpu.linear import GpuLinearDeltas
@@ -139,7 +139,7 @@ class SmallLayer:
         base = cast(GpuLinear, self.parts.linears[i].base)
         assert base.bias is not None
         inputs = torch.where(scaled[:, None], x * self.scales[i].double(), x)
-        y = inputs @ base.weight().cpu().double().T + base.bias.cpu().double()
+        y = as_read(base, inputs) @ base.weight().cpu().double().T + base.bias.cpu().double()
         added = torch.cat([lowrank_delta(p, x) for p in self.lora[i]], 1)
         return torch.where(lora[:, None], y + added, y)
 

@@ -12,13 +12,18 @@ from torch import Tensor
 
 from deltaserve.kernels.gpu import device as gpu
 from deltaserve.kernels.gpu.base import FOUR_BITS, WITH_ZEROS
-from deltaserve.kernels.gpu.config import BITS, GemmConfig, GroupKey, depth, gemm_config
+from deltaserve.kernels.gpu.config import BITS, WHOLE, GemmConfig, GroupKey, depth, gemm_config
 from deltaserve.kernels.gpu.gemm import Output, run_gemm
 from deltaserve.kernels.gpu.inputs import Inputs, run_inputs, wanted
 from deltaserve.kernels.gpu.plan import Uses
 from deltaserve.kernels.gpu.precompile import precompile
 from deltaserve.kernels.gpu.variant import Variant
-from deltaserve.kernels.gpu.variants import GroupSpec, gemm_variant, inputs_variant
+from deltaserve.kernels.gpu.variants import (
+    GroupSpec,
+    gemm_variant,
+    inputs_variant,
+    quantize_variant,
+)
 from deltaserve.kernels.gpu.weights import Weights
 from deltaserve.kernels.gpu.workspace import Workspace
 
@@ -160,7 +165,8 @@ def _warps(bm: int, bn: int) -> int:
 def _fits(key: GroupKey, config: GemmConfig, arch: int) -> bool:
     if key.gated and config.bn < 64:
         return False
-    stage = config.bk * (config.bm * 16 + config.bn * BITS[key.format]) // 8
+    of_x = 8 if key.format in WHOLE else 16
+    stage = config.bk * (config.bm * of_x + config.bn * BITS[key.format]) // 8
     return stage * config.num_stages <= SHARED_BYTES.get(arch, 99 << 10)
 
 
@@ -168,6 +174,9 @@ def _variants(spec: GroupSpec, config: GemmConfig) -> Iterator[Variant]:
     tokens = max(config.bm, 16)
     yield gemm_variant(spec, config, tokens, 0)
     step = config.summed(spec.format, spec.key.group_size)
+    if spec.whole:
+        yield quantize_variant(spec, tokens, step)
+        step = 0
     if step or spec.ordered:
         yield inputs_variant(spec, tokens, step, Uses())
 
@@ -197,10 +206,12 @@ def _random(spec: GroupSpec, out: int, inner: int, device: torch.device) -> Weig
         span = 32 if spec.format in FOUR_BITS else 16
         words = torch.randint(-(2**31), 2**31 - 1, (padded // span, out, 4), device=device)
         weight = words.int() & (0x3F3F3F3F if spec.format == "fp8" else -1)  # fp8: no NaN
+        if spec.format == "w8a8":
+            weight = weight.view(torch.int8)
         near = 70 if span == 16 else 5
         scale = torch.full(rows, 1 / (near * inner**0.5), device=device)
     if spec.format in WITH_ZEROS:
-        middle = 8 if spec.format == "int4" else 0
+        middle = 0 if spec.format == "uint8" else 8
         zero = torch.randint(middle - 2, middle + 2, rows, device=device).float()
         if not spec.wide_scales:
             scale = torch.stack((scale, zero), -1).to(spec.dtype).view(torch.int32).squeeze(-1)

@@ -14,18 +14,26 @@ from deltaserve.kernels.gated.kernel import gate_kernel
 from deltaserve.kernels.gpu import aux, gemm, inputs
 from deltaserve.kernels.gpu.aux_kernel import aux_kernel
 from deltaserve.kernels.gpu.base import FOUR_BITS, WITH_ZEROS, GpuLinear
-from deltaserve.kernels.gpu.config import AuxConfig, GemmConfig, GroupKey, aux_config, gemm_config
+from deltaserve.kernels.gpu.config import (
+    WHOLE,
+    AuxConfig,
+    GemmConfig,
+    GroupKey,
+    aux_config,
+    gemm_config,
+)
 from deltaserve.kernels.gpu.device import NAMES
 from deltaserve.kernels.gpu.gemm_kernel import gemm_kernel
 from deltaserve.kernels.gpu.inputs_kernel import inputs_kernel
 from deltaserve.kernels.gpu.plan import Uses
+from deltaserve.kernels.gpu.quantize_kernel import quantize_kernel
 from deltaserve.kernels.gpu.variant import Variant
 from deltaserve.kernels.table import Group
 
 FLOATS = frozenset({
-    "sums", "given", "y_sums", "partial", "arena_float", "norm_float", "h", "planes", "page_scale",
-    "vec_strength", "strengths", "mix_strength", "biases", "columns", "floats", "key_floats",
-    "key_strengths",
+    "sums", "given", "y_sums", "token_scale", "partial", "arena_float", "norm_float", "h",
+    "planes", "page_scale", "vec_strength", "strengths", "mix_strength", "biases", "columns",
+    "floats", "key_floats", "key_strengths",
 })  # fmt: skip
 NUMBERS = frozenset({
     "M", "TILES", "WIDTH8", "x_part", "sums_part", "y_padded", "copies", "uses", "block_step",
@@ -69,6 +77,11 @@ class GroupSpec:
             size = 128 if self.format in FOUR_BITS else 0
         gated = self.activation is not None
         return GroupKey(self.format, size, self.in_features, sum(self.parts), gated)
+
+    @property
+    def whole(self) -> bool:
+        """See `inputs.Wanted`."""
+        return self.format in WHOLE
 
     @property
     def group(self) -> Group:
@@ -116,6 +129,10 @@ def gemm_variant(
         types = {"scale": "*fp32" if spec.wide_scales else "*i32", "zero": "*fp32"}
     else:
         types = {"scale": "*fp32", "zero": "*fp32"}
+    if spec.whole:
+        types["x"] = "*i8"
+    if spec.format == "w8a8":
+        types["weight"] = "*i8"
     given = {"bias": spec.bias, "residual": spec.residual, "y_sums": y_step > 0}
     absent = [name for name, here in given.items() if not here]
     name = f"gemm {spec.name} {spec.format} {config.bm}x{config.bn}x{config.bk}"
@@ -165,6 +182,15 @@ def inputs_variant(
     return variant_of(name, inputs_kernel, constants, spec.dtype, 4, 1, {}, absent, pdl=pdl)
 
 
+def quantize_variant(spec: GroupSpec, tokens: int, step: int, pdl: bool = True) -> Variant:
+    """step: columns of a sum, 0 for no sums."""
+    want = inputs.Wanted(tokens, spec.in_features, 1, step, 1, tokens, Uses(), whole=True)
+    constants = inputs.quantize_constants(want, pdl)
+    name = f"quantize {spec.name} {tokens} tokens" + (f" sums of {step}" if step else "")
+    warps = inputs.row_warps(spec.in_features)
+    return variant_of(name, quantize_kernel, constants, spec.dtype, warps, 1, {"q": "*i8"}, pdl=pdl)
+
+
 def of_group(spec: GroupSpec, buckets: Sequence[int], arch: int) -> Iterator[Variant]:
     """What a group needs for these numbers of tokens, with adapters and without."""
     seen: set[tuple[object, ...]] = set()
@@ -172,20 +198,24 @@ def of_group(spec: GroupSpec, buckets: Sequence[int], arch: int) -> Iterator[Var
         config = spec.config(bucket, arch)
         own = aux_config(bucket, spec.in_features, arch)
         tokens = max(config.bm, own.block, 16)
+        alone = max(config.bm, 16)  # without adapters
         step = config.summed(spec.format, spec.key.group_size)
         found = [
-            gemm_variant(spec, config, max(config.bm, 16), 0),
+            gemm_variant(spec, config, alone, 0),
             gemm_variant(spec, config, tokens, own.h_split),
             aux_variant(spec, own, tokens, arch),
             gate_variant(spec.dtype, tokens, own.h_split),
         ]
+        if spec.whole:
+            found += [quantize_variant(spec, n, step) for n in {alone, tokens}]
+            step = 0
         for scaled, turned, biased in product((False, True), repeat=3):
             uses = Uses(scaled, False, turned, biased)
             wanted = step or spec.ordered or any((scaled, turned, biased))
             if wanted and (own.gathers > 1 or not turned):
                 found.append(inputs_variant(spec, tokens, step, uses))
-        if (step or spec.ordered) and tokens != max(config.bm, 16):
-            found.append(inputs_variant(spec, max(config.bm, 16), step, Uses()))
+        if (step or spec.ordered) and tokens != alone:
+            found.append(inputs_variant(spec, alone, step, Uses()))
         for variant in found:
             if variant.identity not in seen:
                 seen.add(variant.identity)
