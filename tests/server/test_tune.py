@@ -9,6 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from deltaserve.kernels.gpu import config
+from deltaserve.kernels.gpu.base import make_linear
 from deltaserve.kernels.gpu.config import GemmConfig
 from deltaserve.kernels.gpu.tune import Found
 from deltaserve.kernels.gpu.variants import GroupSpec
@@ -34,6 +35,27 @@ def test_gate_and_up_are_measured_both_ways() -> None:
     assert [spec.activation for spec in specs] == [None, "silu"]
     assert specs[1].key.gated and specs[0].key.out_features == 192
     assert len(groups(LinearShape(64, (96, 32), None), 128, torch.float16)) == 1
+
+
+@pytest.mark.parametrize(
+    ("bits", "quantize", "activations"),
+    [
+        (None, "none", "float"),
+        (8, "int8", "float"),
+        (4, "int4", "float"),
+        (8, "int8", "int8"),
+        (4, "int4", "int8"),
+    ],
+)
+def test_what_is_measured_is_what_is_looked_up(
+    bits: int | None, quantize: str, activations: str
+) -> None:
+    linear = make_linear(
+        torch.randn(96, 256), None, dtype=torch.float16, quantize=quantize, group_size=64,
+        device=torch.device("cpu"), activations=activations,
+    )  # fmt: skip
+    (spec,) = groups(LinearShape(256, (64, 32), bits), 64, torch.float16, activations)
+    assert spec.key == linear.weights.key()
 
 
 def test_numbers_of_tokens() -> None:
@@ -64,6 +86,8 @@ def test_what_is_found_is_used_and_adds_up(tmp_path: Path, monkeypatch: pytest.M
         (["--base", str(ZOO)], "no CUDA device"),
         (["--base", str(ZOO), "--dtype", "int3"], '--dtype is "int3"'),
         (["--base", str(ZOO), "--quantize", "int3"], "int3"),
+        (["--base", str(ZOO), "--activations", "int4"], '--activations is "int4"'),
+        (["--base", str(ZOO), "--quantize", "none", "--activations", "int8"], "--quantize int8"),
         (["--base", "nowhere"], "nowhere"),
     ],
 )

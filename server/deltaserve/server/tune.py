@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from deltaserve.kernels.gpu import config
+from deltaserve.kernels.gpu.base import IN_8_BITS
 from deltaserve.kernels.gpu.config import GemmConfig, GroupKey
 from deltaserve.kernels.gpu.device import arch
 from deltaserve.kernels.gpu.tune import Found, tune
@@ -19,6 +21,7 @@ from deltaserve.server.model.loader import LinearShape, linear_shapes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMATS = {None: "dense", 8: "int8", 4: "int4"}
+ACTIVATIONS = ("float", "int8")
 
 
 class TuneError(Exception):
@@ -30,6 +33,7 @@ def run(
     dtype: str,
     quantize: str,
     group_size: int,
+    activations: str,
     tokens: str,
     out: Path | None,
     allow_untested: bool,
@@ -37,6 +41,10 @@ def run(
     """Measures, says what it finds on stderr, and writes the table."""
     if dtype not in DTYPES:
         raise TuneError(f'--dtype is "{dtype}"; it must be one of {", ".join(DTYPES)}')
+    if activations not in ACTIVATIONS:
+        raise TuneError(f'--activations is "{activations}"; it must be float or int8')
+    if activations == "int8" and quantize == "none":
+        raise TuneError("--activations int8: needs integer weights; add --quantize int8 or int4")
     buckets = numbers(tokens)
     try:
         # The dtype of the skeleton does not matter: its weights are never made.
@@ -52,7 +60,9 @@ def run(
     if not torch.cuda.is_available():
         raise TuneError("no CUDA device; tuning measures on the GPU that will serve")
     device = torch.device("cuda", torch.cuda.current_device())
-    specs = [spec for shape in shapes for spec in groups(shape, group_size, DTYPES[dtype])]
+    specs = [
+        spec for shape in shapes for spec in groups(shape, group_size, DTYPES[dtype], activations)
+    ]
     found = tune(specs, buckets, device, progress=_say)
     path = write(found, arch(device), out or config.user_folder(), _about(device))
     _say(f"wrote {path}")
@@ -68,16 +78,19 @@ def numbers(tokens: str) -> list[int]:
     return sorted({config.bucket(int(word)) for word in words})
 
 
-def groups(shape: LinearShape, group_size: int, dtype: torch.dtype) -> list[GroupSpec]:
-    """The group, and where it may be gate and up, with the activation in the epilogue."""
+def groups(
+    shape: LinearShape, group_size: int, dtype: torch.dtype, activations: str = "float"
+) -> list[GroupSpec]:
+    """The group as it is served, and where it may be gate and up, with the activation in the
+    epilogue. group_size: of int4; bytes have a scale per row."""
     format = FORMATS[shape.bits]
-    plain = GroupSpec(
-        "tune", format, shape.in_features, shape.parts, group_size, dtype, None, False, False
-    )
+    if activations == "int8":
+        format = IN_8_BITS[format]
+    size = group_size if shape.bits == 4 else 0
+    plain = GroupSpec("tune", format, shape.in_features, shape.parts, size, dtype)
     if len(shape.parts) != 2 or shape.parts[0] != shape.parts[1]:
         return [plain]
-    gated = GroupSpec("tune", format, shape.in_features, shape.parts, group_size, dtype, "silu")
-    return [plain, gated]
+    return [plain, replace(plain, activation="silu")]
 
 
 def write(found: Iterable[Found], arch: int, folder: Path, about: dict[str, str]) -> Path:

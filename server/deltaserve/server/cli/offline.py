@@ -135,6 +135,7 @@ def tune(
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
     quantize: Annotated[str, typer.Option(help="The base's weights: none, int8, int4.")] = "int4",
     group_size: Annotated[int, typer.Option(help="Inputs that share an int4 scale.")] = 128,
+    activations: Annotated[str, typer.Option(help="float or int8, as the server's.")] = "float",
     tokens: Annotated[
         str, typer.Option(help="Numbers of tokens in a step, or all.")
     ] = "1,8,16,32,64,128,256",
@@ -153,7 +154,7 @@ def tune(
     from deltaserve.server.tune import TuneError, run
 
     try:
-        run(base, dtype, quantize, group_size, tokens, out, allow_untested)
+        run(base, dtype, quantize, group_size, activations, tokens, out, allow_untested)
     except (TuneError, ModelError) as error:
         fail(str(error))
 
