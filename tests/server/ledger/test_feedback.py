@@ -16,8 +16,8 @@ from trials import HALVES, START, trial
 
 from deltaserve.server.errors import AnswerUnknown, StateUnavailable, UserNotExposed
 from deltaserve.server.experiments.assignment import assign
+from deltaserve.server.ledger import keep, writer
 from deltaserve.server.ledger import ledger as module
-from deltaserve.server.ledger import writer
 from deltaserve.server.ledger.feedback import Feedback
 from deltaserve.server.ledger.keep import Keeper
 from deltaserve.server.ledger.ledger import Ledger
@@ -159,8 +159,9 @@ def seen(ledger: Ledger, route: str, epoch: int) -> object:
     return rows.tolist(), totals, book.balance.dump(), past, kept_looks, book.start
 
 
-async def test_restarts(url: str, tmp_path: Path) -> None:
+async def test_restarts(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tallies are what they were, and feedback on old answers goes on."""
+    monkeypatch.setattr(keep, "PAGE", 7)
     rng = np.random.default_rng()
     given: list[Trial] = []
     async with kept(url) as ledger:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any
 
 from sqlalchemy import RowMapping, Table, and_, case, delete, func, select, tuple_
@@ -85,34 +85,38 @@ class Keeper:
         book.uncounted, book.weights = totals["uncounted"], totals["weights"]
         book.looks = Looks.load(json.loads(row["looks"])) if row["looks"] else Looks()
         columns = [c for c in EXPOSURES.columns if c.name != "book"]
-        last = -(2**63) - 1
-        while True:
-            page = select(*columns).where(EXPOSURES.c.book == book.id)
-            if last >= -(2**63):
-                page = page.where(EXPOSURES.c.user > last)
-            rows = await self._rows(page.order_by(EXPOSURES.c.user).limit(PAGE))
+        users = select(*columns).where(EXPOSURES.c.book == book.id)
+        async for rows in self._pages(users, EXPOSURES.c.user):
             fill(book, rows)
-            if len(rows) < PAGE:
-                break
-            last = rows[-1][0]
-        repay(book, await self._rewards(FEEDBACK.c.book == book.id))
+        async for rewards in self._rewards(book.id):
+            repay(book, rewards)
         earlier = select(BOOKS.c.id).where(
             and_(BOOKS.c.route == book.route, BOOKS.c.epoch < book.epoch)
         )
-        past = await self._rewards(
-            and_(FEEDBACK.c.book.in_(earlier), FEEDBACK.c.counts == Counts.BEFORE)
-        )
-        book.remember({user: (total, n) for user, _, total, n, _ in past})
+        for (number,) in await self._rows(earlier):
+            async for rewards in self._rewards(number, FEEDBACK.c.counts == Counts.BEFORE):
+                book.remember({user: (total, n) for user, _, total, n, _ in rewards})
         return book
 
-    async def _rewards(self, where: Any) -> list[tuple[int, int, float, int, int]]:
+    def _rewards(self, book: int, *where: Any) -> AsyncIterator[list[Any]]:
         """By user and what they count for: sum, number, number below 0."""
         reward = FEEDBACK.c.reward
         negative = func.sum(case((reward < 0, 1), else_=0))
         groups = (FEEDBACK.c.user, FEEDBACK.c.counts)
         query = select(*groups, func.sum(reward), func.count(), negative)
-        some = and_(FEEDBACK.c.user.is_not(None), reward.is_not(None), where)
-        return await self._rows(query.where(some).group_by(*groups))
+        some = (FEEDBACK.c.user.is_not(None), reward.is_not(None), FEEDBACK.c.book == book)
+        query = query.where(and_(*some, *where)).group_by(*groups)
+        return self._pages(query, FEEDBACK.c.user)
+
+    async def _pages(self, query: Any, user: Any) -> AsyncIterator[list[Any]]:
+        """The rows by user, which is their first column, all of a user on one page; a transaction
+        each, since none is to take long."""
+        rows = await self._rows(query.order_by(user).limit(PAGE))
+        while len(rows) == PAGE:
+            last = rows[-1][0]
+            yield [row for row in rows if row[0] < last]
+            rows = await self._rows(query.where(user >= last).order_by(user).limit(PAGE))
+        yield rows
 
     async def _rows(self, query: Any) -> list[Any]:
         async with self._store.transaction() as connection:
