@@ -8,9 +8,10 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
 from rig import load_base
 from serving import Serving, serving
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltaserve.tgis import generation_pb2 as tgis
 from deltaserve.tgis.generation_pb2_grpc import GenerationServiceStub
@@ -113,6 +114,34 @@ def test_why_it_ended(served: Any, tokenizer: Any) -> None:
 def test_guided(served: Any, guided: Any, right: set[str] | None) -> None:
     (answer,) = ask(served[1], TEXTS[0], decoding=guided)
     assert answer.text in right if right else answer.text.startswith("{")
+
+
+def test_the_length_penalty_ends_an_answer_as_transformers_does(
+    served: Any, tokenizer: Any
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(ZOO / "base", dtype=torch.float32).eval()
+    ids = torch.tensor([tokenizer(TEXTS[1]).input_ids])
+    lengths: list[int] = []
+    for given in (None, (2, 1.5)):
+        expected = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=60,
+            do_sample=False,
+            pad_token_id=0,
+            exponential_decay_length_penalty=given,
+        )[0, ids.shape[1] :]
+        penalty = {"start_index": given[0], "decay_factor": given[1]} if given else None
+        (answer,) = ask(
+            served[1],
+            TEXTS[1],
+            decoding={"length_penalty": penalty},
+            stopping={"max_new_tokens": 60},
+            response={"generated_tokens": True},
+        )
+        assert [t.text for t in answer.tokens] == tokenizer.convert_ids_to_tokens(expected)
+        lengths.append(len(expected))
+    assert lengths[1] < lengths[0]
 
 
 def test_a_route_is_asked_for_like_an_adapter(served: Any) -> None:

@@ -1,9 +1,12 @@
 """Tokens are drawn as the parameters say, and from the request's own generator alone."""
 
 import random
+from dataclasses import replace
 
+import pytest
 import torch
 from transformers import (
+    ExponentialDecayLengthPenalty,
     MinNewTokensLengthLogitsProcessor,
     NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
@@ -165,6 +168,39 @@ def test_the_ramp_of_the_end_rises_with_every_output() -> None:
         wanted = logits.clone()
         wanted[0] += 0.5 * len(outputs)
         assert torch.equal(found, wanted)
+
+
+def lengthened(count: int, start: int, factor: float) -> Row:
+    outputs = [5, 6, 7, 8, 9] * 200
+    return replace(row(outputs=outputs[:count], length_penalty=(start, factor)), eos=(0, 7))
+
+
+@pytest.mark.parametrize(("start", "factor"), [(0, 1.5), (2, 1.01), (2, 10.0), (3, 2.0)])
+def test_the_length_penalty_is_that_of_transformers(start: int, factor: float) -> None:
+    logits = torch.randn(20)
+    theirs = ExponentialDecayLengthPenalty((start, factor), [0, 7], input_ids_seq_length=2)
+    for count in range(6):
+        found = adjust(logits.clone(), lengthened(count, start, factor))
+        ids = torch.zeros(1, 2 + count, dtype=torch.int64)
+        torch.testing.assert_close(found, theirs(ids, logits[None].clone())[0])
+
+
+def test_no_length_makes_a_logit_that_is_no_number() -> None:
+    logits = torch.randn(20)
+    logits[7] = -torch.inf
+    found = adjust(logits.clone(), lengthened(1000, 0, 10.0))
+    assert found[0].isfinite() and found[0] > 1e20 and found[7] == -torch.inf
+
+
+def test_the_length_penalty_ends_a_greedy_answer() -> None:
+    logits = torch.zeros(1, 20)
+    logits[0, 0], logits[0, 4] = 1.0, 2.0
+    tokens: list[int] = []
+    while not tokens or tokens[-1] != 0:
+        (choice,) = sample(logits, [row(outputs=tokens, length_penalty=(2, 1.5))])
+        assert choice is not None
+        tokens.append(choice.token_id)
+    assert tokens == [4, 4, 4, 4, 0]
 
 
 def test_the_ramp_ends_a_greedy_answer() -> None:

@@ -82,7 +82,7 @@ async def test_what_is_sent_arrives_in_the_engine() -> None:
             ),
             decoding=tgis.DecodingParameters(
                 repetition_penalty=1.25,
-                length_penalty=tgis.DecodingParameters.LengthPenalty(decay_factor=1.0),
+                length_penalty={"start_index": 3, "decay_factor": 1.5},
             ),
         )
         metadata = [("x-correlation-id", "mine")]
@@ -95,6 +95,7 @@ async def test_what_is_sent_arrives_in_the_engine() -> None:
     assert (p.temperature, p.top_k, p.top_p, p.seed) == (0.5, 7, 0.25, 11)
     assert (p.max_tokens, p.min_tokens, p.stop) == (9, 2, ("x", "yz"))
     assert p.repetition_penalty == 1.25 and second.sampling == p
+    assert p.length_penalty == (3, 1.5)
     assert [r.adapters[0].name for r in (first, second, third)] == ["a", "a", "a"]
     assert {first.request_id.split("#")[0], second.request_id.split("#")[0]} == {"mine-0", "mine-1"}
     assert 0 < first.deadline - time.monotonic() < 51  # type: ignore[operator]
@@ -223,7 +224,9 @@ REFUSED = {
     },
     "params.sampling.top_p": {"method": tgis.SAMPLE, "sampling": {"top_p": 1.5}},
     "params.sampling.temperature": {"method": tgis.SAMPLE, "sampling": {"temperature": -1.0}},
-    "params.decoding.length_penalty": {"decoding": {"length_penalty": {"decay_factor": 1.5}}},
+    "params.decoding.length_penalty.decay_factor": {
+        "decoding": {"length_penalty": {"decay_factor": 0.5}}
+    },
     "params.decoding.repetition_penalty": {"decoding": {"repetition_penalty": -2.0}},
     "params.decoding.choice": {"decoding": {"choice": {}}},
     "params.decoding.json_schema": {"decoding": {"json_schema": ""}},

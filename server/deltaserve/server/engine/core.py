@@ -30,6 +30,7 @@ class SamplingParams:
     the logits before anything else. bad_tokens: sequences of tokens that are never generated; all
     but the last token of one may be the prompt's. logprobs: None for none, k for the chosen token's
     and the k best; of the raw model distribution, before penalties, temperature and truncation.
+    length_penalty: (start, factor), factor 1 is off.
     seed: None draws one; a request with a seed gets the same tokens whatever else is in the batch.
     score_from: index of a prompt token; the log-probabilities of the prompt tokens from there on
     are returned with the first output, each with the prompt_logprobs best ones of its place.
@@ -46,6 +47,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     eos_ramp: float = 0.0
+    length_penalty: tuple[int, float] = (0, 1.0)
     logit_bias: tuple[tuple[int, float], ...] = ()
     bad_tokens: tuple[tuple[int, ...], ...] = ()
     seed: int | None = None

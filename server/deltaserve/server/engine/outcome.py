@@ -333,4 +333,5 @@ def needs_outputs(sequence: Sequence) -> bool:
         or p.presence_penalty
         or p.frequency_penalty
         or p.eos_ramp
+        or p.length_penalty[1] != 1
     )

@@ -7,6 +7,7 @@ what a seeded request gets does not depend on the rest of the batch.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -16,6 +17,9 @@ from torch import Tensor
 from deltaserve.kernels.captured import best_of
 from deltaserve.server.engine.core import SamplingParams, TokenDisagreement, TokenLogprob
 from deltaserve.server.engine.matcher import Failed, Matcher
+
+MOST_RISE = 69.0
+"""Logarithm of 1e30."""
 
 
 @dataclass(slots=True)
@@ -69,6 +73,7 @@ def _adjusts(row: Row) -> bool:
         or p.presence_penalty
         or p.frequency_penalty
         or p.eos_ramp
+        or p.length_penalty[1] != 1
         or (len(row.output_ids) < p.min_tokens)
     )
 
@@ -145,9 +150,10 @@ def adjust(scores: Tensor, row: Row) -> Tensor:
     """Bias and penalties, then exclusions (-inf), in place. repetition_penalty: over prompt and
     outputs, divides positive logits and multiplies negative ones (Keskar et al. 2019); presence and
     frequency: over outputs, subtracted once and per occurrence (OpenAI); eos_ramp: once per output,
-    added to the ends of sequence (Hewitt et al. 2024). Excluded are the ends that min_tokens holds
-    back, the last tokens of bad sequences whose others are there already, and what the constraint
-    does not allow. Raises Failed for a constraint that cannot be followed."""
+    added to the ends of sequence (Hewitt et al. 2024); length_penalty: behind the start, |logit|
+    (factor^(outputs - start) - 1) likewise (transformers' exponential decay). Excluded are the ends
+    that min_tokens holds back, the last tokens of bad sequences whose others are there already, and
+    what the constraint does not allow. Raises Failed for a constraint that cannot be followed."""
     p = row.sampling
     if p.logit_bias:
         ids = torch.tensor([i for i, _ in p.logit_bias])
@@ -163,6 +169,10 @@ def adjust(scores: Tensor, row: Row) -> Tensor:
         scores[ids] -= p.presence_penalty + p.frequency_penalty * counts
     if p.eos_ramp and row.eos:
         scores[torch.tensor(row.eos)] += p.eos_ramp * len(row.output_ids)
+    if (rise := _rise(p.length_penalty, len(row.output_ids))) and row.eos:
+        eos = torch.tensor(row.eos)
+        old = scores[eos]
+        scores[eos] = torch.where(old.isfinite(), old + rise * old.abs(), old)
     if len(row.output_ids) < p.min_tokens:
         held = [*p.stop_token_ids, *(() if p.ignore_eos else row.eos)]
         if held:
@@ -175,6 +185,13 @@ def adjust(scores: Tensor, row: Row) -> Tensor:
             scores[torch.tensor(row.eos)] = float("-inf")
         scores.masked_fill_(~row.matcher.allowed(row.output_ids), float("-inf"))
     return scores
+
+
+def _rise(length_penalty: tuple[int, float], outputs: int) -> float:
+    """factor^(outputs - start) - 1 behind the start, else 0; what a float32 cannot hold, times any
+    logit, is cut off."""
+    start, factor = length_penalty
+    return math.expm1(min(max(outputs - start, 0) * math.log(factor), MOST_RISE))
 
 
 def _last_of_bad(

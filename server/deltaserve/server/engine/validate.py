@@ -156,6 +156,9 @@ def _check_sampling(p: SamplingParams, limits: Limits, prompt: int) -> None:
     _range("presence_penalty", p.presence_penalty, -100.0, 100.0)
     _range("frequency_penalty", p.frequency_penalty, -100.0, 100.0)
     _range("eos_ramp", p.eos_ramp, -100.0, 100.0)
+    start, factor = p.length_penalty
+    _range("length_penalty.start", start, 0, 1 << 20)
+    _range("length_penalty.factor", factor, 1.0, 10.0)
     if p.seed is not None:
         _range("seed", p.seed, -(1 << 63), (1 << 63) - 1)
     if p.logprobs is not None:

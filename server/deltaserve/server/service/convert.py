@@ -41,6 +41,8 @@ _PATHS = {
     "stop": "stop.strings",
     "stop_token_ids": "stop.token_ids",
     "bad_tokens": "sampling.bad_token_sequences",
+    "length_penalty.start": "sampling.length_penalty.start",
+    "length_penalty.factor": "sampling.length_penalty.factor",
     "messages": "chat.messages",
     "variables_json": "chat.variables_json",
     **{name: f"speculation.{name}" for name in pb.Speculation.DESCRIPTOR.fields_by_name},
@@ -100,6 +102,9 @@ def sampling(request: GenerateRequest, choice: int = 0) -> SamplingParams:
         presence_penalty=_set(given, "presence_penalty", default.presence_penalty),
         frequency_penalty=_set(given, "frequency_penalty", default.frequency_penalty),
         eos_ramp=_set(given, "eos_ramp", default.eos_ramp),
+        length_penalty=(given.length_penalty.start, given.length_penalty.factor)
+        if given.HasField("length_penalty")
+        else default.length_penalty,
         logit_bias=tuple(sorted(given.logit_bias.items())),
         bad_tokens=_bad_tokens(given),
         seed=given.seed + choice if given.HasField("seed") else None,

@@ -36,6 +36,8 @@ _PATHS = {
         for name in tgis.SamplingParameters.DESCRIPTOR.fields_by_name
     },
     "sampling.repetition_penalty": "params.decoding.repetition_penalty",
+    "sampling.length_penalty.start": "params.decoding.length_penalty.start_index",
+    "sampling.length_penalty.factor": "params.decoding.length_penalty.decay_factor",
     "constraint": "params.decoding.guided",
     "constraint.json_object": "params.decoding.format",
     **{
@@ -156,23 +158,21 @@ def _sampling(params: tgis.Parameters, seed: int) -> pb.SamplingParams:
     decoding, given = params.decoding, params.sampling
     if params.method not in (tgis.GREEDY, tgis.SAMPLE):
         refuse("params.method", str(params.method), "GREEDY or SAMPLE")
-    penalty = decoding.length_penalty
-    if decoding.HasField("length_penalty") and penalty.decay_factor != 1:
-        found = f"decay_factor {penalty.decay_factor:g}"
-        refuse("params.decoding.length_penalty", found, "left out: this server has none")
-    found_penalty = decoding.repetition_penalty or 1.0
+    found = pb.SamplingParams(repetition_penalty=decoding.repetition_penalty or 1.0)
+    if decoding.HasField("length_penalty"):
+        found.length_penalty.start = decoding.length_penalty.start_index
+        found.length_penalty.factor = decoding.length_penalty.decay_factor
     if params.method == tgis.GREEDY:
-        return pb.SamplingParams(repetition_penalty=found_penalty)
+        return found
     if given.typical_p not in (0, 1):
-        found = f"{given.typical_p:g}"
-        refuse("params.sampling.typical_p", found, "left out: this server does not have it")
-    return pb.SamplingParams(
-        temperature=given.temperature if given.HasField("temperature") else 1.0,
-        top_k=given.top_k,
-        top_p=given.top_p or 1.0,
-        repetition_penalty=found_penalty,
-        seed=seed if _draws(params) else None,
-    )
+        shown = f"{given.typical_p:g}"
+        refuse("params.sampling.typical_p", shown, "left out: this server does not have it")
+    found.temperature = given.temperature if given.HasField("temperature") else 1.0
+    found.top_k = given.top_k
+    found.top_p = given.top_p or 1.0
+    if _draws(params):
+        found.seed = seed
+    return found
 
 
 def _constraint(decoding: tgis.DecodingParameters) -> pb.Constraint | None:
