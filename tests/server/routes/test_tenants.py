@@ -14,7 +14,7 @@ from deltaserve.server.identity.book import Book
 from deltaserve.server.identity.caller import Role
 from deltaserve.server.service.identity import Identity
 
-WORK = (Role.GENERATE, Role.ADAPTERS, Role.ROUTES)
+WORK = (Role.GENERATE, Role.ADAPTERS, Role.ROUTES, Role.FEEDBACK)
 
 
 def arms(*models: str) -> list[dict[str, str]]:
@@ -50,6 +50,17 @@ async def test_tenants() -> None:
                 await change()
         with pytest.raises(errors.PermissionDenied, match="the operator's"):
             await evil.put_route("all", arms(""))
+        with pytest.raises(errors.NotFound, match="no route named 'r'"):
+            await evil.get_report("r")
+        with pytest.raises(errors.PermissionDenied, match="the operator's"):
+            await evil.get_report("all")
+        answer = await acme.generate("x", "all", max_tokens=1, user="u")
+        with pytest.raises(errors.NotFound, match="no route gave an answer"):
+            await evil.record_feedback(answer.request_id, 0.0)
+        with pytest.raises(errors.FailedPrecondition):
+            await evil.record_feedback(route="all", user="u", reward=0.0)
+        await acme.record_feedback(answer.request_id, 1.0)
+        assert sum(arm.rewarded_users for arm in (await ops.get_report("all")).arms) == 1
         for tenant, client in (("acme", acme), ("evil", evil)):
             for user in map(str, range(12)):
                 said = (await client.generate("x", "all", max_tokens=1, user=user)).served_by

@@ -20,6 +20,7 @@ from postgres import open_to_all, running_postgres
 from deltaserve.adapters.options import DEFAULT, LoadOptions
 from deltaserve.server.config import ConfigError
 from deltaserve.server.errors import StateUnavailable
+from deltaserve.server.ledger import tables as ledger
 from deltaserve.server.state import database, key_tables, routes
 from deltaserve.server.state.records import AdapterRecord, Entry, dump, parse
 from deltaserve.server.state.store import StateError, Store
@@ -106,7 +107,7 @@ async def test_loads_of_one_name(tmp_path: Path) -> None:
 
 async def test_the_migrations_make_the_tables(tmp_path: Path) -> None:
     await opened(tmp_path / "s.db")
-    assert {key_tables.KEYS, key_tables.TENANTS} < set(METADATA.sorted_tables)
+    assert {key_tables.KEYS, key_tables.TENANTS, ledger.TRIALS} < set(METADATA.sorted_tables)
     with sqlite3.connect(tmp_path / "s.db") as opened_file:
         for table in METADATA.sorted_tables:
             made = [
