@@ -110,6 +110,7 @@ async def test_arms(tmp_path: Path) -> None:
     with sqlite3.connect(path) as file:
         columns = "epoch, etag, began, changed, owner, tenant, state, reason, weights, bandit_at"
         row = f"INSERT INTO routes SELECT ?, ?, {columns} FROM routes WHERE name = 'r'"
+        file.execute("DELETE FROM adapters WHERE name = 'b'")
         file.execute(row, ("broken", '{"name": "broken", "arms": 3}'))
         file.execute(row, ("renamed", '{"name": "other", "arms": [{"name": "x"}]}'))
         file.execute(row, ("a", '{"name": "a", "arms": [{"name": "x"}]}'))
@@ -122,11 +123,15 @@ async def test_arms(tmp_path: Path) -> None:
                 route.start_time,
             )
             assert (again.control, again.weights) == ("tuned", route.weights)
+            whose = {arm: user for user, arm in sticky.items()}
+            for why in ("no adapter named 'b'", "'b' has digest"):
+                for arm in ("mix", "hot"):
+                    refused = f"route 'r', arm '{arm}': .*{why}"
+                    with pytest.raises(errors.FailedPrecondition, match=refused):
+                        await client.generate(PROMPT, "r", user=whose[arm])
+                await client.load_adapter("b", str(roots / "b"))
             for user, arm in sticky.items():
-                if arm in ("mix", "hot"):
-                    with pytest.raises(errors.FailedPrecondition, match=f"arm '{arm}': .*'b'"):
-                        await client.generate(PROMPT, "r", user=user)
-                else:
+                if arm in ("base", "tuned"):
                     answer = await client.generate(
                         PROMPT, "r", user=user, max_tokens=8, ignore_eos=True
                     )
