@@ -14,7 +14,15 @@ from deltaserve.server.config import (
     Patch,
     RpcConfig,
 )
-from deltaserve.server.flags import child_and_parent, max_error, name_and_path, patch, size, task
+from deltaserve.server.flags import (
+    child_and_parent,
+    http_port,
+    max_error,
+    name_and_path,
+    patch,
+    size,
+    task,
+)
 
 HERE = Path(__file__).parent
 
@@ -70,6 +78,8 @@ def parents(*pairs: tuple[str, str]) -> AdapterConfig:
         (lambda: parents(("a", "a")), "--parent"),
         (lambda: parents(("a", "b"), ("a", "b")), "--parent"),
         (lambda: size("--kv-cache-bytes", "12 apples"), "--kv-cache-bytes"),
+        (lambda: http_port("on"), "--http-port"),
+        (lambda: RpcConfig(http_port=65536), "--http-port"),
     ],
 )
 def test_refusals(make, flag: str) -> None:  # type: ignore[no-untyped-def]
@@ -90,4 +100,6 @@ def test_sizes_and_pairs() -> None:
     assert name_and_path("a=b=c") == ("a", Path("b=c"))
     assert patch("a=b@0.5=c") == Patch("a", Path("b@0.5=c"), 1.0)
     assert patch("a@-0.5=b") == Patch("a", Path("b"), -0.5)
+    found = [http_port(text) for text in (None, "off", "0", "81")]
+    assert found == [(8000, False), (None, True), (0, True), (81, True)]
     assert parents(("a", "b")).in_order() == [("b", HERE, ""), ("a", HERE, "b")]

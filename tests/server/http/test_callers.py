@@ -64,6 +64,26 @@ async def test_every_path_needs_its_role() -> None:
             assert (await client.get(path)).status_code == 200
 
 
+async def test_a_page_cannot_reach_an_open_server_by_its_own_name() -> None:
+    book = Book()
+    async with served(http_port=0) as s, httpx2.AsyncClient(base_url=s.http) as client:
+        for host in ("evil.example", "evil.example:80", "localhost.evil.example", "", "x]:["):
+            answer = await client.get("/v1/models", headers={"host": host})
+            assert answer.status_code == 403, host
+        for host in ("localhost", "localhost:9", "127.0.0.1", "[::1]:8000", "10.0.0.1"):
+            answer = await client.get("/v1/models", headers={"host": host})
+            assert answer.status_code == 200, host
+        answer = await client.get("/health", headers={"host": "evil.example"})
+        assert answer.status_code == 200
+    _, shown = issue(book, Role.GENERATE)
+    headers = {"host": "models.example", "authorization": f"Bearer {shown}"}
+    async with (
+        served(identity=Identity(book), http_port=0) as s,
+        httpx2.AsyncClient(base_url=s.http, headers=headers) as client,
+    ):
+        assert (await client.get("/v1/models")).status_code == 200
+
+
 async def test_a_stream_ends_when_its_key_is_revoked() -> None:
     book = Book()
     key, shown = issue(book, Role.GENERATE)

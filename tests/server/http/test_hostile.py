@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from served import Served, served
 
+from deltaserve.clients import AsyncClient
+from deltaserve.server.config import ConfigError
 from deltaserve.server.http import fields, protocol
 
 JSON = {"content-type": "application/json"}
@@ -253,12 +255,12 @@ async def test_who_does_not_read_is_cut_off() -> None:
         _, writer = await connected(s)
         body = {"prompt": "x", "max_tokens": 4000, "n": 64, "stream": True}
         data = json.dumps(body).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n"
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: [::1]\r\ncontent-length: {len(data)}\r\n"
         writer.write(head.encode() + b"content-type: application/json\r\n\r\n" + data)
         await writer.drain()
-        while not engine.submitted:
-            await asyncio.sleep(0.01)
         async with asyncio.timeout(20):
+            while not engine.submitted:
+                await asyncio.sleep(0.01)
             while engine.in_flight:
                 await asyncio.sleep(0.02)
         assert engine.cancelled
@@ -290,6 +292,22 @@ async def test_headers_that_never_end(monkeypatch: pytest.MonkeyPatch) -> None:
         writer.close()
         async with httpx2.AsyncClient(base_url=s.http) as client:
             assert (await client.get("/health")).status_code == 200
+
+
+@pytest.mark.parametrize("required", [True, False])
+async def test_a_port_that_is_taken(required: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """gRPC is served without HTTP only where nobody asked for that port."""
+    async with served(http_port=0) as s:
+        port = int(s.http.rpartition(":")[2])
+        if required:
+            with pytest.raises(ConfigError, match=f"^--http-port {port}: cannot listen"):
+                async with served(http_port=port):
+                    pass
+            return
+        async with served(http_port=port, http_required=False) as other:
+            assert other.http == "http://" and "no HTTP" in caplog.text
+            async with AsyncClient(other.address) as client:
+                assert (await client.generate("x", max_tokens=1)).text
 
 
 async def test_a_drain_waits_for_what_runs_and_refuses_what_is_new() -> None:

@@ -25,7 +25,7 @@ word for it."""
 
 
 def head(kind: str, id: str, model: str) -> dict[str, Any]:
-    """What every answer and every piece begins with. kind: OpenAI's name for it."""
+    """What every answer and every piece of one begins with. kind: OpenAI's name for it."""
     return {"id": id, "object": kind, "created": int(time.time()), "model": model}
 
 

@@ -29,7 +29,7 @@ def application(
 ) -> ASGIApp:
     """Other pages are added here: a router whose calls go through the gate."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    gate = Gate(services.traffic, doorman)
+    gate = Gate(services.traffic, doorman, config.host)
     for part in (
         Generate(services, gate, config),
         Models(services, gate, config),

@@ -4,17 +4,20 @@ server drains, and turns whatever is raised into an error of OpenAI's shape."""
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 from collections.abc import Coroutine
 from contextlib import ExitStack
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deltaserve.server.errors import Cancelled
+from deltaserve.server.errors import Cancelled, Forbidden
 from deltaserve.server.http import errors
 from deltaserve.server.identity.caller import Credentials, Role
 from deltaserve.server.identity.doorman import Doorman
+from deltaserve.server.identity.exposure import loopback
 from deltaserve.server.metrics import Metrics
 from deltaserve.server.service.call import Call
 from deltaserve.server.service.traffic import Traffic
@@ -27,11 +30,13 @@ BEARER = "bearer "
 
 
 class Gate:
-    """Asks of each request who it is from, and whether it can be taken."""
+    """Asks of each request who it is from, and whether it can be taken. host: where the server
+    listens."""
 
-    def __init__(self, traffic: Traffic, doorman: Doorman) -> None:
+    def __init__(self, traffic: Traffic, doorman: Doorman, host: str) -> None:
         self._traffic = traffic
         self._doorman = doorman
+        self._local = loopback(host)
 
     def enter(self, request: Request, role: Role) -> Call:
         """Who calls, if the call can be taken."""
@@ -40,7 +45,10 @@ class Gate:
 
     def identify(self, request: Request, role: Role) -> Call:
         """Who calls, whether or not the server drains."""
-        return Call(self._doorman.admit(credentials(request), role))
+        caller = self._doorman.admit(credentials(request), role)
+        if self._local and not caller.key:
+            _check_host(request.headers.get("host", ""))
+        return Call(caller)
 
     def confirm(self, call: Call) -> None:
         """For what goes on: Unauthenticated once the caller's key is valid no more."""
@@ -90,6 +98,20 @@ def endless(request: Request) -> None:
     """A shutdown does not wait for the answer to this request."""
     held: ExitStack = request.scope["state"]["held"]
     held.close()
+
+
+def _check_host(given: str) -> None:
+    """A web page may have a name of its own point to this machine (DNS rebinding): its browser then
+    calls us by that name."""
+    try:
+        name = urlsplit(f"//{given}").hostname or ""
+        if name != "localhost":
+            ipaddress.ip_address(name)
+    except ValueError:
+        raise Forbidden(
+            f"host: {given[:64]!r} is not possible: a server without API keys that listens on the "
+            "loopback is called by its address or as localhost"
+        ) from None
 
 
 def credentials(request: Request) -> Credentials:

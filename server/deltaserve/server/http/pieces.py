@@ -29,6 +29,7 @@ class Pieces:
 
     def __init__(self, asked: Asked, usage: Told) -> None:
         self._asked = asked
+        self._head = answers.head(self.kind, asked.id, asked.model)
         self._told = usage
         self._used: dict[int, pb.Usage] = defaultdict(pb.Usage)
         self._fingerprint: str | None = None
@@ -86,8 +87,7 @@ class Pieces:
             used.completion_tokens += len(delta.token_ids)
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        made = answers.head(self.kind, self._asked.id, self._asked.model)
-        made |= {"system_fingerprint": self._fingerprint, "choices": choices}
+        made = {**self._head, "system_fingerprint": self._fingerprint, "choices": choices}
         if self._told is Told.NEVER:
             return made
         always = self._told is Told.ALWAYS

@@ -8,7 +8,7 @@ import ipaddress
 def dangers(host: str, *, closed: bool, certified: bool, encrypted: bool) -> list[str]:
     """Sentences; none on the loopback. closed: nobody is let in without a key. certified: nor
     without a client certificate. encrypted: by TLS."""
-    if _loopback(host):
+    if loopback(host):
         return []
     found = []
     if not closed and not certified:
@@ -25,7 +25,8 @@ def dangers(host: str, *, closed: bool, certified: bool, encrypted: bool) -> lis
     return found
 
 
-def _loopback(host: str) -> bool:
+def loopback(host: str) -> bool:
+    """Whether only this machine reaches it."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
