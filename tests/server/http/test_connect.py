@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gzip
 import json
 import struct
 from collections.abc import AsyncIterator
@@ -129,7 +130,6 @@ async def test_what_else_is_refused() -> None:
         assert (await client.get(path)).status_code == 405
         assert (await client.post(ADAPTERS + "Nothing", json={})).status_code == 404
         for header, value in (
-            ("content-encoding", "gzip"),
             ("connect-timeout-ms", "soon"),
             ("connect-protocol-version", "2"),
         ):
@@ -155,6 +155,40 @@ async def test_streams() -> None:
         assert [i for m in found for d in m.deltas for i in d.token_ids] == ids
 
 
+async def test_what_is_sent_may_be_in_gzip() -> None:
+    async with (
+        served(http_port=0, max_message_bytes=1000) as s,
+        httpx.AsyncClient(base_url=s.http) as client,
+    ):
+        s.engine.adapters.load("a", "/a").result()
+        path, zipped = ADAPTERS + "GetAdapter", gzip.compress(b'{"name": "a"}')
+        headers = {"content-type": "application/json", "content-encoding": "gzip"}
+
+        async def told(data: bytes) -> tuple[int, Any]:
+            answer = await client.post(path, content=data, headers=headers)
+            return answer.status_code, answer.json()
+
+        assert (await told(zipped))[1]["adapter"]["name"] == "a"
+        bomb = gzip.compress(b" " * 500_000)
+        for data, status, says in (
+            (zipped[:-4], 400, "cut off"),
+            (zipped * 2, 400, "cut off, or not one"),
+            (b"{}", 400, "is not"),
+            (bomb, 429, "larger than 1000 bytes"),
+        ):
+            code, error = await told(data)
+            assert code == status and says in error["message"]
+        headers["content-encoding"] = "br"
+        code, error = await told(zipped)
+        assert code == 501 and error["code"] == "unimplemented"
+        hello = gzip.compress(b'{"text": "hello", "stop": {"maxTokens": 2}}')
+        how = {"connect-content-encoding": "gzip"}
+        pieces, end = await streamed(client, STREAM, envelope(hello, flags=1), **how)
+        assert pieces and end == {}
+        _, end = await streamed(client, STREAM, envelope(bomb, flags=1), **how)
+        assert end["error"]["code"] == "resource_exhausted"
+
+
 async def test_streams_end_with_their_error() -> None:
     async with served(http_port=0) as s, httpx.AsyncClient(base_url=s.http) as client:
         bad = envelope(b'{"text": "x", "model": "nobody"}')
@@ -164,7 +198,7 @@ async def test_streams_end_with_their_error() -> None:
             (b"", "one enveloped message"),
             (envelope(b"{}")[:-1], "says 2 bytes"),
             (envelope(b"{}") * 2, "says 2 bytes"),
-            (envelope(b"{}", flags=1), "compressed"),
+            (envelope(b"{}", flags=1), "flags 1"),
             (envelope(b"x"), "no GenerateStreamRequest"),
         ):
             pieces, end = await streamed(client, STREAM, data)

@@ -37,11 +37,11 @@ async def read(request: Request, most: int) -> bytes:
     try:
         async with asyncio.timeout(BODY_SECONDS):
             if announced.isdecimal() and int(announced) > most:
-                raise _too_large(most)
+                raise too_large(most)
             async for chunk in request.stream():
                 data += chunk
                 if len(data) > most:
-                    raise _too_large(most)
+                    raise too_large(most)
     except TimeoutError:
         text = f"the body did not arrive within {BODY_SECONDS:g} s"
         raise HttpError(408, text, code="request_timeout", close=True) from None
@@ -50,7 +50,8 @@ async def read(request: Request, most: int) -> bytes:
     return bytes(data)
 
 
-def _too_large(most: int) -> HttpError:
+def too_large(most: int) -> HttpError:
+    """most: bytes."""
     text = f"the body is larger than {most} bytes, the most that is taken"
     return HttpError(413, text, code="request_too_large")
 

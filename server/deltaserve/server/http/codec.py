@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import struct
+import zlib
 from typing import Any, TypeVar
 
 from google.protobuf import any_pb2, json_format
@@ -14,12 +15,14 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc import StatusCode
 
 from deltaserve.server.errors import InvalidRequest
+from deltaserve.server.http.body import too_large
 
 JSON, PROTO = "json", "proto"
 _LARGE = 64 << 10
 """Bytes of a message; a larger one is written on another thread."""
 _HEAD = struct.Struct(">BI")
 _COMPRESSED, _END = 0b01, 0b10
+_GZIP = zlib.MAX_WBITS | 16
 
 Request = TypeVar("Request", bound=Message)
 
@@ -89,16 +92,32 @@ def envelope(data: bytes, *, end: bool = False) -> bytes:
     return _HEAD.pack(_END if end else 0, len(data)) + data
 
 
-def opened(data: bytes) -> bytes:
-    """The one message that the client of a server's stream sends. Raises InvalidRequest."""
+def unzipped(data: bytes, most: int) -> bytes:
+    """Out of gzip. most: bytes. Raises InvalidRequest, HttpError."""
+    unzip = zlib.decompressobj(_GZIP)
+    try:
+        found = unzip.decompress(data, most + 1)
+    except zlib.error as error:
+        raise InvalidRequest(f"the message is said to be in gzip and is not: {error}") from None
+    if len(found) > most:
+        raise too_large(most)
+    if not unzip.eof or unzip.unused_data:
+        raise InvalidRequest("the message in gzip is cut off, or not one")
+    return found
+
+
+def opened(data: bytes, *, gzip: bool, most: int) -> bytes:
+    """The one message that the client of a server's stream sends. gzip: it may be compressed so,
+    and is then at most so many bytes. Raises InvalidRequest, HttpError."""
     if len(data) < _HEAD.size:
         raise InvalidRequest(f"the body is {len(data)} bytes; it must be one enveloped message")
     flags, size = _HEAD.unpack_from(data)
-    if flags & _COMPRESSED:
-        raise InvalidRequest("the message is compressed; it must be sent as it is")
-    if flags or size != len(data) - _HEAD.size:
+    compressed = flags == _COMPRESSED and gzip
+    if (flags and not compressed) or size != len(data) - _HEAD.size:
         raise InvalidRequest(
             f"the body's envelope has flags {flags} and says {size} bytes, and there are "
-            f"{len(data) - _HEAD.size}; it must be one message, with flags 0"
+            f"{len(data) - _HEAD.size}; it must be one message, with flags 0, or 1 if it is "
+            "compressed as connect-content-encoding says"
         )
-    return data[_HEAD.size :]
+    message = data[_HEAD.size :]
+    return unzipped(message, most) if compressed else message

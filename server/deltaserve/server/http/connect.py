@@ -57,12 +57,15 @@ class Connect:
         return endpoint
 
     async def _answer(self, method: Method, request: Request) -> Response:
-        form = _form(request, _UNARY)
+        form, most = _form(request, _UNARY), self._config.max_message_bytes
         if form is None:
             return _unsupported(_UNARY)
         try:
             call = self._call(method, request)
-            message = codec.decode(await self._read(request), method.request, form)
+            gzip = _is_gzip(request, "content-encoding")
+            data = await body.read(request, most)
+            data = codec.unzipped(data, most) if gzip else data
+            message = codec.decode(data, method.request, form)
             answer: Message = await unless_gone(request, method.run(message, call))
             data = await codec.encode(answer, form)
         except Exception as error:
@@ -74,13 +77,15 @@ class Connect:
         return Response(data, headers=_NO_STORE, media_type=_UNARY + form)
 
     async def _stream(self, method: Method, request: Request) -> Response:
-        form = _form(request, _STREAM)
+        form, most = _form(request, _STREAM), self._config.max_message_bytes
         if form is None:
             return _unsupported(_STREAM)
         source: AsyncGenerator[Message, None]
         try:
             call = self._call(method, request)
-            message = codec.decode(codec.opened(await self._read(request)), method.request, form)
+            gzip = _is_gzip(request, "connect-content-encoding")
+            data = codec.opened(await body.read(request, most), gzip=gzip, most=most)
+            message = codec.decode(data, method.request, form)
             source = self._confirmed(method.run(message, call), call)
             if method.endless:
                 endless(request)
@@ -116,13 +121,6 @@ class Connect:
         finally:
             self._metrics.on_rpc(method.path, code.name)
 
-    async def _read(self, request: Request) -> bytes:
-        for header in ("content-encoding", "connect-content-encoding"):
-            given = request.headers.get(header, "identity")
-            if given != "identity":
-                raise InvalidRequest(f"{header}: {body.shown(given)}; it must be identity")
-        return await body.read(request, self._config.max_message_bytes)
-
     def _call(self, method: Method, request: Request) -> Call:
         version = request.headers.get(_VERSION, "1")
         if version != "1":
@@ -143,7 +141,11 @@ class Connect:
 
 
 _NO_STORE = {"cache-control": "no-store"}
-_HTTP = {408: StatusCode.DEADLINE_EXCEEDED, 413: StatusCode.RESOURCE_EXHAUSTED}
+_HTTP = {
+    408: StatusCode.DEADLINE_EXCEEDED,
+    413: StatusCode.RESOURCE_EXHAUSTED,
+    501: StatusCode.UNIMPLEMENTED,
+}
 
 
 def _told(error: Exception) -> tuple[StatusCode, dict[str, Any]]:
@@ -164,6 +166,15 @@ def _form(request: Request, prefix: str) -> str | None:
     given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     form = given.removeprefix(prefix)
     return form if given.startswith(prefix) and form in (codec.JSON, codec.PROTO) else None
+
+
+def _is_gzip(request: Request, header: str) -> bool:
+    """Whether what was sent is compressed."""
+    given = request.headers.get(header, "identity")
+    if given not in ("identity", "gzip"):
+        text = f"{header}: {body.shown(given)} is not possible; it must be gzip or identity"
+        raise HttpError(501, text, code="unimplemented", close=True)
+    return given == "gzip"
 
 
 def _unsupported(prefix: str) -> Response:
