@@ -41,6 +41,7 @@ function frame(show: Show, from?: number, to?: number): EChartsCoreOption {
       axisLine: { lineStyle: { color: grid } },
       axisLabel: { color: muted, fontSize: 11, hideOverlap: true, ...clock(from) },
       splitLine: { show: false },
+      splitNumber: 4,
     },
     yAxis: {
       type: "value",

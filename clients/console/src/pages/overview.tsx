@@ -112,6 +112,7 @@ function Charts({ now, points, gauges }: ChartsProps) {
         [line("out", (p) => p.completionTokens), line("in", (p) => p.promptTokens)],
         rate, from, to,
       ),
+      requests: lines([line("ended", (p) => p.requests)], rate, from, to),
       first: lines(quantile("first", (p) => p.firstTokenSeconds), seconds, from, to, dots),
       between: lines(quantile("between", (p) => p.interTokenSeconds), seconds, from, to, dots),
       queue: lines(
@@ -156,6 +157,12 @@ function Charts({ now, points, gauges }: ChartsProps) {
         legend={["p50", "p99"]}
         summary={two(now.interTokenSeconds)}
         option={options.between}
+      />
+      <Chart
+        title="Requests per second"
+        legend={["ended"]}
+        summary={`${count(now.requests)} ended during the last minute`}
+        option={options.requests}
       />
       <Chart
         title="Memory"

@@ -54,7 +54,7 @@ export function ReportView({ route, control }: { route: string; control: string 
           ))}
           <p class="hint">
             Counted since {moment(found.startTime)}. The intervals hold however often one looks.
-            {ratio && !ratio.mismatch && ` Sample ratio: p = ${decimal(ratio.anytimePValue)}, as it should be.`}
+            {ratio && !ratio.mismatch && ` No sample ratio mismatch (p = ${decimal(ratio.anytimePValue)}).`}
           </p>
           <ReportTable report={found} control={control} />
           <ReportCharts report={found} control={control} />
