@@ -20,6 +20,7 @@ from deltaserve.server.doors import Doors
 from deltaserve.server.engine.engine import Engine
 from deltaserve.server.engine.text import Text
 from deltaserve.server.model import BaseModel
+from deltaserve.server.service.identity import Identity
 
 
 @dataclass
@@ -41,7 +42,12 @@ class Serving:
 
 @contextmanager
 def serving(
-    model: BaseModel, roots: Sequence[Path], *, http: bool = False, **config: Any
+    model: BaseModel,
+    roots: Sequence[Path],
+    *,
+    http: bool = False,
+    identity: Identity | None = None,
+    **config: Any,
 ) -> Iterator[Serving]:
     with running(model, roots, **config) as engine:
         loop = asyncio.new_event_loop()
@@ -50,7 +56,7 @@ def serving(
 
         async def start() -> tuple[Doors, list[str]]:
             ports = RpcConfig(port=0, http_port=0 if http else None)
-            server = doors(engine, Text(model.folder), ports)
+            server = doors(engine, Text(model.folder), ports, identity=identity)
             return server, await server.start()
 
         server, (address, *others) = asyncio.run_coroutine_threadsafe(start(), loop).result(30)

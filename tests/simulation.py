@@ -71,6 +71,7 @@ class Simulation:
         adapter: str = "",
         *,
         tenant: str = "",
+        user: str = "",
         prompt: int = 16,
         answer: int = 8,
         priority: int = 0,
@@ -79,7 +80,8 @@ class Simulation:
         self._made += 1
         sampling = SamplingParams(max_tokens=answer)
         ids = tuple(self._made * 1000 + i for i in range(prompt))
-        request = Request(f"s{self._made}", ids, sampling, priority=priority, tenant=tenant)
+        name = f"s{self._made}"
+        request = Request(name, ids, sampling, priority=priority, tenant=tenant, user=user)
         held = (self.adapter(adapter),) if adapter else ()
         made = Sequence(request, Nowhere(), held, Detokenizer(None, ()))
         made.spans = (Span(0, tuple((a.slot, 1.0) for a in held)),)

@@ -39,6 +39,22 @@ def test_a_tenant_with_many_adapters_gets_no_more_than_one_with_one() -> None:
     assert max(rich) < 1.4 * min(rich)
 
 
+def test_tenants_share_before_their_users_do() -> None:
+    """Also where all of them ask the same adapter."""
+    sim, tokens = Simulation(adapter_bytes=0), Counter[str]()
+    for who, users in (("many", 4), ("one", 1)):
+        for user in range(users):
+            for _ in range(100 if user else 400):  # one of them asks more than its colleagues
+                sim.submit("a", tenant=who, user=f"u{user}", prompt=20, answer=6)
+    while sim.now < 5.0:
+        for part in sim.step().parts:
+            request = part.sequence.request
+            tokens[f"{request.tenant}/{request.user}"] += part.count
+    many = [tokens[f"many/u{i}"] for i in range(4)]
+    assert sum(many) == pytest.approx(tokens["one/u0"], rel=0.15)
+    assert max(many) < 1.4 * min(many)
+
+
 def test_bytes_of_an_adapter_are_paid_by_who_asks_for_it() -> None:
     """A flow whose adapter takes long to read gets fewer tokens in the same time."""
     sim = Simulation()

@@ -247,6 +247,7 @@ def load_adapter(
     register_only: Annotated[
         bool, typer.Option(help="Check it; the first request that asks for it loads it.")
     ] = False,
+    shared: Annotated[bool, typer.Option(help="Every tenant may use it.")] = False,
     parent: Annotated[str, typer.Option(help="The adapter that its files are relative to.")] = "",
     task_id: Annotated[
         int | None, typer.Option(min=0, help="Which task of an adapter that holds several.")
@@ -269,6 +270,7 @@ def load_adapter(
             uri,
             pinned,
             register_only=register_only,
+            shared=shared,
             timeout=timeout,
             parent=parent,
             task_id=task_id,

@@ -34,12 +34,14 @@ def connected(address: str, ca: Path | None) -> Iterator[Client]:
     certificate = os.environ.get("DELTASERVE_CERTIFICATE") or None
     key = os.environ.get("DELTASERVE_CERTIFICATE_KEY") or None
     try:
-        with Client(address, token=token, ca=ca, certificate=certificate, key=key) as client:
-            yield client
+        made = Client(address, token=token, ca=ca, certificate=certificate, key=key)
     except (OSError, ValueError) as error:
         where = f"--ca {ca}, DELTASERVE_CERTIFICATE and DELTASERVE_CERTIFICATE_KEY: {error}"
         Console(stderr=True).print(where, style="red", markup=False)
         raise typer.Exit(2) from None
+    try:
+        with made as client:
+            yield client
     except errors.DeltaserveError as error:
         Console(stderr=True).print(f"{error.code.name}: {error}", style="red", markup=False)
         raise typer.Exit(1) from None

@@ -11,9 +11,12 @@ from pathlib import Path
 import grpc
 import pytest
 from issue import issue
+from rig import load_base
 from served import Served, served
+from serving import serving
+from variants import make_base
 
-from deltaserve.clients import AsyncClient, DeltaserveError, errors
+from deltaserve.clients import AsyncClient, Client, DeltaserveError, errors
 from deltaserve.server.identity.book import Book
 from deltaserve.server.identity.caller import Role
 from deltaserve.server.identity.sight import Owner, Sight
@@ -202,6 +205,29 @@ async def test_what_the_engine_is_told_of_tenants() -> None:
     async with served() as s, AsyncClient(s.address) as client:
         await client.generate("x", max_tokens=1, user="u", cache_salt="s")
         assert [(r.tenant, r.user, r.salt) for r in s.engine.submitted] == [("u", "", "s")]
+
+
+def test_prefix_caches_are_apart(tmp_path: Path) -> None:
+    """Of a real engine: a tenant's second request finds what its first one left, another tenant's
+    does not, whatever it gives as its salt; and the answers are the same."""
+    make_base(tmp_path, "llama")
+    book, prompt = Book(), list(range(5, 45))
+    tokens = [issue(book, Role.GENERATE, tenant=t)[1] for t in ("acme", "acme", "evil", "me")]
+    with serving(load_base(tmp_path), [], identity=Identity(book)) as s:
+
+        def cached(token: str, salt: str = "") -> int:
+            with Client(s.address, token=token, timeout=60) as client:
+                answer = client.generate(prompt, max_tokens=3, ignore_eos=True, cache_salt=salt)
+            said.add(tuple(answer.choices[0].token_ids))
+            return answer.usage.cached_tokens
+
+        said: set[tuple[int, ...]] = set()
+        acme, colleague, evil, other = tokens
+        assert cached(acme) == 0 and cached(acme) == cached(colleague) == 32
+        assert [cached(evil, salt) for salt in ("", "acme", "acme/")] == [0, 0, 0]
+        assert cached(other, "acme") == 0 and cached(evil) == 32
+        assert cached(acme, "mine") == 0 and cached(colleague, "mine") == 32
+        assert len(said) == 1
 
 
 async def test_owners_outlive_the_server(tmp_path: Path) -> None:

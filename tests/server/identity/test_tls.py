@@ -131,6 +131,28 @@ async def test_certificates_are_renewed(pki: Pki) -> None:
             await anext(aiter(stream))
 
 
+async def test_other_authorities_of_clients(pki: Pki) -> None:
+    """From then on, for new connections: theirs, and no longer the old one's."""
+    (pki.folder / "next").mkdir()
+    after = Pki(pki.folder / "next")
+    old, new = pki.client("old", "a.example"), {**after.client("new", "a.example"), "ca": pki.file}
+    config = pki.config(clients=True)
+    config["tls_client_ca"] = pki.folder / "clients.pem"
+    config["tls_client_ca"].write_bytes(pki.file.read_bytes())
+    async with served(**config) as s:
+
+        async def let_in(shown: dict[str, Path]) -> bool:
+            async with AsyncClient(at(s.address), **shown, options=ALONE) as client:
+                try:
+                    return await client.ready(timeout=5)
+                except errors.Unavailable:
+                    return False
+
+        assert [await let_in(old), await let_in(new)] == [True, False]
+        config["tls_client_ca"].write_bytes(after.file.read_bytes())
+        assert [await let_in(old), await let_in(new)] == [False, True]
+
+
 ALONE = [("grpc.use_local_subchannel_pool", 1)]
 """A connection of its own."""
 
