@@ -9,20 +9,12 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from issue import issue
 from served import served
 
-from deltaserve.server.identity import token
 from deltaserve.server.identity.book import Book
 from deltaserve.server.identity.caller import Role
-from deltaserve.server.identity.records import Key
 from deltaserve.server.service.identity import Identity
-
-
-def issue(book: Book, *roles: Role, **fields: Any) -> tuple[Key, str]:
-    name, shown = token.make()
-    key = Key(name, "acme", frozenset(roles), token.digest(shown), **fields)
-    book.put(key)
-    return key, shown
 
 
 PATHS: list[tuple[str, str, Any, Role]] = [
