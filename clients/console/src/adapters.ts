@@ -29,6 +29,12 @@ export async function refresh(signal: AbortSignal): Promise<void> {
   if (known.length) put(...known);
 }
 
+/** Those that there are now, up to a page of them: names to choose from. */
+export async function list(signal: AbortSignal): Promise<void> {
+  const request = { pageSize: PAGE };
+  put(...(await call<{ adapters: Adapter[] }>("AdapterService/ListAdapters", request, signal)).adapters);
+}
+
 /** Follows every change of state while the page that calls this is shown. */
 export function useAdapters(): void {
   useEffect(() => {

@@ -1,6 +1,6 @@
 import { useSignal } from "@preact/signals";
 import { useEffect, useId, useRef } from "preact/hooks";
-import { adapters, useAdapters } from "../adapters";
+import { adapters, list } from "../adapters";
 import { ColumnView } from "../playground/column";
 import { addColumn, columns, settings, type Settings } from "../playground/model";
 import { run } from "../playground/run";
@@ -10,7 +10,6 @@ import { info, infoError } from "../server";
 
 /** One prompt to several adapters, their answers side by side as they come. */
 export function PlaygroundPage() {
-  useAdapters();
   const names = useId();
   const running = useSignal(false);
   const stop = useRef<AbortController | null>(null);
@@ -18,12 +17,17 @@ export function PlaygroundPage() {
   const change = (some: Partial<Settings>) => (settings.value = { ...settings.value, ...some });
 
   useEffect(() => {
-    loadRoutes().catch(() => undefined); // names to choose from, no more
+    // names to choose from, no more; a watch would take one of the six connections that browsers open
+    const end = new AbortController();
+    Promise.all([list(end.signal), loadRoutes(end.signal)]).catch(() => undefined);
     if (columns.value.length === 0) {
       addColumn();
       addColumn();
     }
-    return () => stop.current?.abort();
+    return () => {
+      end.abort();
+      stop.current?.abort();
+    };
   }, []);
 
   const base = info.value?.base;
