@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import dashboards
+import openai
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -51,6 +52,7 @@ def server(files: Path) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]
         command(
             *("--base", files / "base", "--adapter", f"first={files / 'adapters' / 'lora'}"),
             *("--adapter-root", files / "adapters", "--metrics-port", 0, *SMALL),
+            *("--http-port", 0),
             *("--adapter-dir", files / "many"),
         ),
         stdout=subprocess.PIPE,
@@ -85,6 +87,18 @@ def test_the_preloaded_adapter_answers_as_peft_does(files: Path, server: tuple) 
     assert answer.logprobs == pytest.approx(chosen, abs=1e-3)
     assert score.logprobs == pytest.approx(chosen, abs=1e-3) and score.greedy
     assert answer.top_logprobs is not None and len(answer.top_logprobs[0]) == 2
+
+
+def test_openais_api_is_where_the_log_says(server: tuple) -> None:  # type: ignore[type-arg]
+    found = re.findall(r"OpenAI's API on (http://127\.0\.0\.1:\d+/v1)", "".join(server[2]))
+    assert len(found) == 1
+    with openai.OpenAI(base_url=found[0], api_key="none", max_retries=0) as http:
+        assert "first" in {model.id for model in http.models.list()}
+        answer = http.completions.create(model="first", prompt="an odd prompt", temperature=0)
+    with Client(server[1]) as client:
+        assert client.generate("an odd prompt", "first", max_tokens=16).text == (
+            answer.choices[0].text
+        )
 
 
 def test_adapters_over_the_wire(files: Path, server: tuple) -> None:  # type: ignore[type-arg]

@@ -16,7 +16,6 @@ from deltaserve.server.identity.book import Book
 from deltaserve.server.identity.caller import Role
 from deltaserve.server.service.identity import Identity
 
-
 PATHS: list[tuple[str, str, Any, Role]] = [
     ("POST", "/v1/completions", {"prompt": "x"}, Role.GENERATE),
     ("POST", "/v1/chat/completions", {"messages": []}, Role.GENERATE),
