@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc
 import numpy as np
 import pytest
 from served import served
 
-from deltaserve.clients import AsyncClient
+from deltaserve.clients import AsyncClient, Client
 from deltaserve.server.identity import token
 from deltaserve.server.identity.book import Book
 from deltaserve.server.identity.caller import Role
@@ -91,11 +93,17 @@ async def test_over_the_wire() -> None:
             found = await stub.GetStats(server_pb2.GetStatsRequest(history_seconds=300))
             with pytest.raises(grpc.aio.AioRpcError, match=r"history_seconds.*301.*at most 300"):
                 await stub.GetStats(server_pb2.GetStatsRequest(history_seconds=301))
-        assert (await client.server_info()).running_requests == 0
+        told = await client.stats()
+        with Client(s.address) as blocking:
+            same = await asyncio.to_thread(blocking.stats)
     assert (found.prompt_tokens, found.completion_tokens, found.shed_requests) == (5, 4, 1)
     assert [(m.model, m.completion_tokens) for m in found.models] == [("a", 3), ("", 1)]
     assert found.first_token_seconds.p99 == pytest.approx(0.5, rel=0.05)
     assert found.inter_token_seconds.p50 == pytest.approx(0.02, rel=0.05)
+    assert [m.model for m in told.models] == ["a", ""] and told.models == same.models
+    assert (told.completion_tokens, told.shed_requests, told.running_requests) == (4, 1, 0)
+    assert told.first_token_seconds is not None and told.first_token_seconds.mean == 0.5
+    assert told.inter_token_seconds == same.inter_token_seconds
     assert (found.load.kv_blocks_used, found.memory.kv_used_bytes) == (4, 4 * 960)
 
 

@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from deltaserve.clients import answers, errors, requests, types
+from deltaserve.clients import answers, errors, requests, statistics, types
 from deltaserve.clients.channel import (
     CHANNEL_OPTIONS,
     POLL_SECONDS,
@@ -272,6 +272,14 @@ class AsyncClient(AsyncRouteCalls, AsyncIdentityCalls):
                 server_pb2.GetServerInfoRequest(), timeout=timeout or self._timeout
             )
         return answers.server_info(response)
+
+    async def stats(self, *, timeout: float | None = None) -> statistics.Stats:
+        """What the server did in the last minute, and does now."""
+        with _typed():
+            response = await self._server.GetStats(
+                server_pb2.GetStatsRequest(), timeout=timeout or self._timeout
+            )
+        return statistics.stats(response)
 
     async def ready(self, *, timeout: float | None = None) -> bool:
         """Whether the server takes requests now."""

@@ -10,7 +10,7 @@ from typing import Any, Self, Unpack
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from deltaserve.clients import answers, errors, requests, types
+from deltaserve.clients import answers, errors, requests, statistics, types
 from deltaserve.clients.channel import CHANNEL_OPTIONS, POLL_SECONDS, Bearer, tls
 from deltaserve.clients.errors import typed as _typed
 from deltaserve.clients.identity_calls import IdentityCalls
@@ -259,6 +259,14 @@ class Client(RouteCalls, IdentityCalls):
                 server_pb2.GetServerInfoRequest(), timeout=timeout or self._timeout
             )
         return answers.server_info(response)
+
+    def stats(self, *, timeout: float | None = None) -> statistics.Stats:
+        """What the server did in the last minute, and does now."""
+        with _typed():
+            response = self._server.GetStats(
+                server_pb2.GetStatsRequest(), timeout=timeout or self._timeout
+            )
+        return statistics.stats(response)
 
     def ready(self, *, timeout: float | None = None) -> bool:
         """Whether the server takes requests now."""
