@@ -250,7 +250,7 @@ async def connected(s: Served) -> tuple[asyncio.StreamReader, asyncio.StreamWrit
 
 
 async def test_who_does_not_read_is_cut_off() -> None:
-    engine = FakeEngine(step_seconds=0)
+    engine = FakeEngine(step_seconds=0.004)
     async with served(engine, http_port=0, write_seconds=0.3) as s:
         _, writer = await connected(s)
         body = {"prompt": "x", "max_tokens": 4000, "n": 64, "stream": True}
