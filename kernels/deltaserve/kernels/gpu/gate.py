@@ -88,7 +88,8 @@ def _gemms(spec: GroupSpec, buckets: Sequence[int], arch: int) -> Iterator[Varia
 
 def _layer(arch: int) -> list[Variant]:
     """Of Llama-3.1-8B's layer: its norms and rotations, attention that gives sums, products that
-    give sums and take finer ones. Of another's: norms of heads, and heads turned in part."""
+    give sums and take finer ones. Of another's: norms of heads, and heads turned in part; gate and
+    up in one module."""
     qkv, o, gate_up, down = llama_8b("int4")
     spec = LayerSpec((qkv, o, gate_up, down), 32, 8, 128, 128)
     other = LayerSpec(spec.groups, 16, 8, 128, 96, head_norms=True)
@@ -98,6 +99,8 @@ def _layer(arch: int) -> list[Variant]:
     cut, h_split = gemm_config(gate_up.key, 16, arch), aux_config(16, 4096, arch).h_split
     for apart in (False, True):
         found.append(gemm_variant(gate_up, cut, 16, h_split, y_step=64, apart=apart))
+    joined = replace(gate_up, name="gate_up joined", parts=(sum(gate_up.parts),))
+    found.append(gemm_variant(joined, cut, 16, h_split, y_step=64))
     found.append(gemm_variant(down, gemm_config(down.key, 16, arch), 16, h_split, step=64))
     found.append(inputs_variant(down, 16, 64, Uses(True, False, True, True), given=True))
     return found
