@@ -43,6 +43,7 @@ test: install  ## the whole test suite (JOBS=workers, ARGS="-k ...")
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
 
 aot: install  ## compile the GPU kernels without a GPU, hold them to their budgets (ARGS="--all")
+	$(PYTHON) tests/aot/launches.py
 	$(PYTHON) tests/aot/gate.py $(ARGS)
 
 check: install  ## lint, format and types

@@ -88,7 +88,12 @@ class _Cut:
 
     @property
     def tokens(self) -> int:
-        return max(self.config.bm, self.aux.block if self.aux else 0, 16)
+        return max(self.fewer, self.aux.block if self.aux else 0)
+
+    @property
+    def fewer(self) -> int:
+        """Tokens of a tile where no adapter acts on the group, while some do elsewhere."""
+        return max(self.config.bm, 16)
 
     @property
     def step(self) -> int:
@@ -123,7 +128,8 @@ def _of_step(spec: LayerSpec, bucket: int, adapters: bool, arch: int) -> Iterato
             yield norm_variant(replace(cut.spec, parts=(1,), format="dense"), 16, 0, adapters)
             yield from _inputs(cut, 0)
         else:
-            yield norm_variant(cut.spec, cut.tokens, cut.step, adapters)
+            for tokens in {cut.tokens, cut.fewer}:  # tuned norms alone are adapters too
+                yield norm_variant(cut.spec, tokens, cut.step, adapters)
     for tuned in {False, adapters and spec.head_norms}:
         yield rope_variant(spec, dtype, tuned)
     mixed = sum_step(spec.dim, o.step_of_x) if o.step_of_x else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -192,8 +192,10 @@ def quantize_variant(spec: GroupSpec, tokens: int, step: int, pdl: bool = True) 
 
 
 def of_group(spec: GroupSpec, buckets: Sequence[int], arch: int) -> Iterator[Variant]:
-    """What a group needs for these numbers of tokens, with adapters and without."""
+    """What a group needs for these numbers of tokens, with adapters and without; of a step without
+    any, the base as one linear (`GpuLinear`)."""
     seen: set[tuple[object, ...]] = set()
+    one = replace(spec, name=f"{spec.name} as one", parts=(sum(spec.parts),))
     for bucket in buckets:
         config = spec.config(bucket, arch)
         own = aux_config(bucket, spec.in_features, arch)
@@ -202,6 +204,7 @@ def of_group(spec: GroupSpec, buckets: Sequence[int], arch: int) -> Iterator[Var
         step = config.summed(spec.format, spec.key.group_size)
         found = [
             gemm_variant(spec, config, alone, 0),
+            gemm_variant(one, config, alone, 0),
             gemm_variant(spec, config, tokens, own.h_split),
             aux_variant(spec, own, tokens, arch),
             gate_variant(spec.dtype, tokens, own.h_split),
@@ -214,8 +217,8 @@ def of_group(spec: GroupSpec, buckets: Sequence[int], arch: int) -> Iterator[Var
             wanted = step or spec.ordered or any((scaled, turned, biased))
             if wanted and (own.gathers > 1 or not turned):
                 found.append(inputs_variant(spec, tokens, step, uses))
-        if (step or spec.ordered) and tokens != alone:
-            found.append(inputs_variant(spec, alone, step, Uses()))
+        if step or spec.ordered:
+            found += [inputs_variant(linear, alone, step, Uses()) for linear in (spec, one)]
         for variant in found:
             if variant.identity not in seen:
                 seen.add(variant.identity)
