@@ -171,6 +171,7 @@ def test_what_begins_a_new_epoch() -> None:
         {"arms": [{"name": "x", "sampling": {"temperature": 0}}, TWO[1]]},
         {"arms": [{"name": "x", "stop": {"max_tokens": 5}}, TWO[1]]},
         {"guardrails": rails("refusal", 0.1, refusals=["No"])},
+        {"arms": [TWO[0], {**TWO[1], "weight": 0, "shadow": 0.5}]},
     ]
     for options in other:
         assert made(**options).counted != first

@@ -118,7 +118,7 @@ class Route:
     def counted(self) -> tuple[object, ...]:
         """What outcomes depend on: where it is another, they are counted anew."""
         arms = [
-            (a.name, a.model, *(_bytes(m) for m in (*a.adapters, a.sampling, a.stop)))
+            (a.name, a.model, a.shadow > 0, *map(_bytes, (*a.adapters, a.sampling, a.stop)))
             for a in self.arms.values()
         ]
         refusal = self.guardrails.get(Metric.REFUSAL)
