@@ -39,7 +39,8 @@ async def test_random_traffic_is_counted_as_the_raw_records_are() -> None:
                 ended=ended,
                 seconds=seconds,
                 first_token=seconds / 10,
-                completion_tokens=tokens,
+                completion_tokens=2 * tokens,
+                longest=tokens,
                 weights=HALVES,
                 **said,
             )
@@ -57,7 +58,7 @@ async def test_random_traffic_is_counted_as_the_raw_records_are() -> None:
         "empty": lambda t: t.empty,
         "slow": lambda t: t.ended is Ended.ANSWERED and t.seconds > 5,
         "slow_first_token": lambda t: t.ended is Ended.ANSWERED and t.first_token > 0.3,
-        "long": lambda t: t.ended is Ended.ANSWERED and t.completion_tokens > 350,
+        "long": lambda t: t.ended is Ended.ANSWERED and t.longest > 350,
         "negative_feedback": lambda t: False,
     }
     assert set(found.arms) == {"a", "b", "s"} == set(by_arm)

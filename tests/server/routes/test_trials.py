@@ -9,7 +9,7 @@ import pytest
 from served import served
 
 from deltaserve.clients import AsyncClient, errors
-from deltaserve.server.errors import EngineFailure, Overloaded
+from deltaserve.server.errors import EngineFailure, Overloaded, QuotaExceeded
 from deltaserve.server.ledger.trial import Ended, Trial
 
 RAILS: Any = [
@@ -55,7 +55,9 @@ async def test_trials() -> None:
         assert trial.user == "" and trial.weights == {}
 
         await client.generate(LETTER, "r", max_tokens=3, n=2, user="u")
-        assert not (await last()).long, "each choice is an answer"
+        trial = await last()
+        assert not trial.long, "each choice is an answer"
+        assert (trial.longest, trial.completion_tokens) == (3, 6)
         async for _ in client.stream(SPACE, "r", max_tokens=4, user="u"):
             pass
         trial = await last()
@@ -73,6 +75,7 @@ async def test_trials() -> None:
         failures: list[tuple[Exception, Ended, Any]] = [
             (EngineFailure("broken"), Ended.ERROR, errors.Internal),
             (Overloaded("full"), Ended.REFUSED, errors.ResourceExhausted),
+            (QuotaExceeded("spent"), Ended.REFUSED, errors.ResourceExhausted),
         ]
         for failure, ended, kind in failures:
             s.engine.fail = failure

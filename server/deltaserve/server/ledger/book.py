@@ -286,4 +286,4 @@ def _meet(row: Any, trial: Trial) -> None:
     if answered:
         row["seconds"] = max(row["seconds"], trial.seconds)
         row["first_token"] = max(row["first_token"], trial.first_token)
-        row["tokens"] = max(row["tokens"], trial.completion_tokens)
+        row["tokens"] = max(row["tokens"], trial.longest)

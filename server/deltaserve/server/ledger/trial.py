@@ -23,8 +23,9 @@ class Trial:
     in durations and tokens alone. shadow: the answer was not returned. at: `time.time()`, of its
     end. first_token, seconds: from arrival, 0 where there was none. refusal: the text looks like
     one. slow, slow_first_token, long: more than the route's guardrail of that metric tolerates;
-    False without such a guardrail. weights: of the arms that could have been its, as they were at
-    the assignment, adding up to 1; empty where `user` is."""
+    False without such a guardrail. longest: tokens of the longest of its choices. weights: of the
+    arms that could have been its, as they were at the assignment, adding up to 1; empty where
+    `user` is."""
 
     request_id: str
     route: str
@@ -44,4 +45,5 @@ class Trial:
     slow: bool = False
     slow_first_token: bool = False
     long: bool = False
+    longest: int = 0
     weights: Mapping[str, float] = field(default_factory=dict)

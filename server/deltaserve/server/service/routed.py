@@ -18,6 +18,7 @@ from deltaserve.server.errors import (
     Cancelled,
     InvalidRequest,
     Overloaded,
+    QuotaExceeded,
     RouteUnavailable,
     ShuttingDown,
     SlowReader,
@@ -33,7 +34,7 @@ ASSIGNMENTS: dict[Assignment, Any] = {
 }
 Asked = TypeVar("Asked", pb.GenerateRequest, pb.GenerateStreamRequest, pb.ScoreRequest)
 
-NOT_THE_ARMS = (InvalidRequest, Overloaded, ShuttingDown)
+NOT_THE_ARMS = (InvalidRequest, Overloaded, QuotaExceeded, ShuttingDown)
 """What was asked for was turned away before an arm could do anything right or wrong."""
 GONE = (Cancelled, SlowReader, asyncio.CancelledError, GeneratorExit)
 MISSING = (AdapterUnknown, AdapterUnavailable, AdapterBusy)
@@ -84,6 +85,7 @@ class Measured:
         heard = self.heard.values()
         slow, first = rails.get(Metric.SLOW), rails.get(Metric.SLOW_FIRST_TOKEN)
         long = rails.get(Metric.LONG)
+        longest = max((h.tokens for h in heard), default=0)
         answered = ended is Ended.ANSWERED
         counted = user if placement.assignment is Assignment.STICKY or arm.shadow else ""
         return Trial(
@@ -103,7 +105,8 @@ class Measured:
             empty=answered and spoken and any(h.blank for h in heard),
             slow=slow is not None and answered and self.seconds > slow.seconds,
             slow_first_token=first is not None and answered and self.first_token > first.seconds,
-            long=long is not None and any(h.tokens > long.tokens for h in heard),
+            long=long is not None and longest > long.tokens,
+            longest=longest,
             weights=placement.weights,
         )
 
