@@ -8,6 +8,7 @@ import pytest
 from served import served
 
 from deltaserve.clients import AsyncClient, errors
+from deltaserve.server.routes.book import SERVER
 from deltaserve.server.state.routes import routes
 from deltaserve.server.state.store import Store
 from deltaserve.server.state.url import parse
@@ -31,13 +32,18 @@ async def test_a_database_that_is_gone(tmp_path: Path) -> None:
             with pytest.raises(errors.Unavailable, match="unable to open"):
                 await change
         assert await client.list_routes() == [first]
-        with pytest.raises(errors.Unavailable, match="'r' is rolled_back, but that is not kept"):
+        with pytest.raises(errors.Unavailable, match="'r' is rolled_back, but that is not written"):
             await client.roll_back_route("r", "harm")
         assert (await client.get_route("r")).state == "rolled_back"
+        watch = s.server.services._watch
+        await watch.look()
         away.rename(path)
-        await client.roll_back_route("r", "harm")
+        assert [r.state for r in await routes(store)] == ["active"]
+        await watch.look()
         assert [(r.name, r.state) for r in await routes(store)] == [("r", "rolled_back")]
+        await s.server.services._routes.roll_back(SERVER, "r", "of another epoch", epoch=1)
         with pytest.raises(errors.InvalidArgument):
             await client.put_route("r", [])
         audit = [(e.verb, e.name, e.outcome) for e in await store.audit()]
         assert audit[-2:] == [("RollBackRoute", "r", "OK"), ("PutRoute", "r", "INVALID_REQUEST")]
+        assert sum(verb == "RollBackRoute" for verb, _, _ in audit) == 1, "what changes nothing"

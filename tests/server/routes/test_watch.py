@@ -143,6 +143,16 @@ async def test_a_gated_ramp_waits_until_it_is_safe() -> None:
     assert (await scene.after()).state is State.ROLLED_BACK
 
 
+async def test_a_gated_ramp_does_not_wait_for_an_arm_that_nobody_gets() -> None:
+    scene = Scene()
+    rail = {"metric": "error", "tolerated": 0.1, "versus_control": True}
+    await scene.put(ramp={"points": POINTS, "shape": "step", "gated": True}, guardrails=[rail])
+    scene.told = {"base": tally(900)}
+    assert (await scene.after(50)).state is State.ACTIVE
+    found = await scene.after(50)
+    assert found.waits and found.shares(scene.now) == {"base": 0, "tuned": 1}
+
+
 async def test_a_bandit_moves_its_weights_at_intervals() -> None:
     scene = Scene()
     await scene.put(bandit={"interval": 60, "floor": 0.1, "least_users": 30})

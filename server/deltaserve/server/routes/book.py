@@ -18,10 +18,9 @@ from deltaserve.server.errors import (
     RouteUnavailable,
     StateUnavailable,
 )
-from deltaserve.server.experiments.errors import InvalidExperiment
-from deltaserve.server.experiments.layers import check_slices
 from deltaserve.server.identity.caller import Caller
-from deltaserve.server.routes.check import check, refuse
+from deltaserve.server.routes.check import check, check_layer, refuse
+from deltaserve.server.routes.pending import Pending
 from deltaserve.server.routes.pins import Adapters, Pins
 from deltaserve.server.routes.route import Lost, Route, Standing, State
 from deltaserve.server.routes.seen import check_owned, sees, unknown
@@ -60,6 +59,7 @@ class RouteBook:
     ) -> None:
         self._base = base
         self._shelf = shelf
+        self._pending = Pending(shelf)
         self._clock = clock
         self._standings: dict[str, Standing] = {}
         self._failed: dict[str, Lost] = {}
@@ -152,8 +152,7 @@ class RouteBook:
             async with self._lock:
                 known = self._standings.get(name) or self._failed.get(name)
                 check_owned(caller, name, known)
-                if self._shelf is not None:
-                    await self._shelf.remove(name, entry)
+                await self._pending.remove(name, entry)
                 self._standings.pop(name, None)
                 self._failed.pop(name, None)
 
@@ -214,13 +213,18 @@ class RouteBook:
                     return
                 now = self._clock()
                 changed = replace(known, weights=dict(weights), bandit_at=now, changed=now)
-                if self._shelf is not None:
-                    await self._shelf.put(changed, entry)
+                await self._pending.put(changed, entry)
                 if self._standings.get(name) is known:  # it may have been rolled back
                     self._standings[name] = changed
                 log.info("route=%s weights: %s", name, shown)
 
         await self._whole.run(entry, reweight())
+
+    async def write(self) -> None:
+        """What holds and could not be written. StateUnavailable."""
+        if self._pending:
+            async with self._lock:
+                await self._pending.write()
 
     async def _put(self, caller: Caller, given: pb.Route, entry: Entry) -> Standing:
         async with self._lock:
@@ -242,8 +246,7 @@ class RouteBook:
             standing = made(route, known, caller, self._clock())
             with self._coming_as(route.name):
                 self._check_free(route, standing.tenant)
-                if self._shelf is not None:
-                    await self._shelf.put(standing, entry)
+                await self._pending.put(standing, entry)
                 if self._standings.get(route.name) is not before:  # it was rolled back meanwhile
                     raise Changed(
                         f"route {route.name!r} was rolled back while it was changed; put it again",
@@ -260,21 +263,26 @@ class RouteBook:
         """Change it, then write it. What was being written at that moment is changed as well."""
         known = self.get(name)
         if (now := change(known)) is not known:
-            self._standings[name] = stamped(now, self._clock())
+            self._change(now, entry)
         async with self._lock:
             changed = self.get(name)
             if (now := change(changed)) is not changed:
-                changed = self._standings[name] = stamped(now, self._clock())
-            log.info("route=%s %s: %s", name, changed.state.value, changed.reason)
-            if self._shelf is not None:
+                changed = self._change(now, entry)
+            if name in self._pending:
                 try:
-                    await self._shelf.put(changed, entry)
+                    await self._pending.put(changed, entry)
                 except StateUnavailable as error:
                     raise StateUnavailable(
-                        f"route {name!r} is {changed.state.value}, but that is not kept: it holds "
-                        f"until the server ends. {error}. Ask again when that is mended"
+                        f"route {name!r} is {changed.state.value}, but that is not written yet: it "
+                        f"holds, and is tried again every few seconds. {error}"
                     ) from error
             return changed
+
+    def _change(self, now: Standing, entry: Entry) -> Standing:
+        changed = self._standings[now.route.name] = stamped(now, self._clock())
+        self._pending.add(changed, entry)
+        log.info("route=%s %s: %s", now.route.name, now.state.value, now.reason)
+        return changed
 
     def _check_free(self, route: Route, tenant: str) -> None:
         """NameTaken or InvalidRequest if it cannot be beside what there is."""
@@ -287,14 +295,7 @@ class RouteBook:
         if len(others) >= MAX_ROUTES:
             refuse("route.name", f"one more than {MAX_ROUTES} routes", "that of a route there is")
         if route.layer is not None:
-            layer, part = route.layer
-            own = (o.route.layer for o in others if o.tenant == tenant)
-            slices = [other[1] for other in own if other is not None and other[0] == layer]
-            try:
-                check_slices([*slices, part])
-            except InvalidExperiment as error:
-                text = f"route.layer: in layer {layer!r}, {error}"
-                raise InvalidRequest(text, field="route.layer") from None
+            check_layer(*route.layer, [o.route.layer for o in others if o.tenant == tenant])
 
     @contextmanager
     def _coming_as(self, name: str) -> Iterator[None]:

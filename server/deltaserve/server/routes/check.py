@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NoReturn
 
 import regex
@@ -88,6 +88,16 @@ def check(given: pb.Route, base: str, pin: Pin) -> Route:
         _bandit(message.bandit, live) if message.HasField("bandit") else None,
         message,
     )
+
+
+def check_layer(name: str, part: Slice, others: Iterable[tuple[str, Slice] | None]) -> None:
+    """Refuse a slice that overlaps one of the others of its layer."""
+    slices = [other[1] for other in others if other is not None and other[0] == name]
+    try:
+        check_slices([*slices, part])
+    except InvalidExperiment as error:
+        text = f"route.layer: in layer {name!r}, {error}"
+        raise InvalidRequest(text, field="route.layer") from None
 
 
 def _arm(field: str, given: pb.Arm, base: str, pin: Pin) -> Arm:

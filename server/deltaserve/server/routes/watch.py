@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 
-from deltaserve.server.errors import RequestError
+from deltaserve.server.errors import RequestError, StateUnavailable
 from deltaserve.server.experiments.bandit import mean_shares, rate_shares
 from deltaserve.server.experiments.guardrails import Decision, Loss, Rate, judge
 from deltaserve.server.experiments.samples import Sample
@@ -47,7 +47,8 @@ class Watch:
             await self.look()
 
     async def look(self) -> None:
-        """At every route, once. What goes wrong with one does not keep the others from it."""
+        """At every route, once. What goes wrong with one does not keep the others from it. Then
+        write what could not be written when it changed."""
         for standing in self._book.all():
             try:
                 await self._look(standing)
@@ -55,6 +56,10 @@ class Watch:
                 log.warning("route=%s: %s", standing.route.name, error)
             except Exception:
                 log.exception("route=%s: its outcomes could not be judged", standing.route.name)
+        try:
+            await self._book.write()
+        except StateUnavailable as error:
+            log.warning("routes hold that are not written: %s", error)
 
     async def _look(self, standing: Standing) -> None:
         route, name, epoch = standing.route, standing.route.name, standing.epoch
@@ -84,12 +89,16 @@ class Watch:
                 await self._book.reweight(name, epoch, weights)
 
     async def _gate(self, standing: Standing, decision: Decision) -> None:
+        """An arm that nobody gets now does not keep its ramp waiting: it might for ever."""
         name, epoch = standing.route.name, standing.epoch
-        if decision.verdict == "hold" and standing.state is State.ACTIVE:
-            unknown = [f for f in decision.findings if f.verdict == "unknown"]
+        idle = tuple(_of(a) for a, share in standing.shares(self._clock()).items() if not share)
+        unknown = [
+            f for f in decision.findings if f.verdict == "unknown" and not f.name.endswith(idle)
+        ]
+        if unknown and standing.state is State.ACTIVE:
             why = "; ".join(f"{f.name}: {f.why}" for f in unknown)
             await self._book.hold(name, WAITS + why, epoch)
-        elif decision.verdict == "proceed" and standing.waits:
+        elif not unknown and standing.waits:
             await self._book.resume(name, epoch)
 
     def _due(self, standing: Standing) -> bool:
@@ -107,7 +116,7 @@ def judged(route: Route, tallies: Tallies) -> Decision | None:
             continue
         tally = tallies.arms.get(arm, Tally())
         for rail in route.guardrails.values():
-            name = f"{rail.metric.value} of arm {arm!r}"
+            name = rail.metric.value + _of(arm)
             if rail.metric is Metric.REWARD:
                 found.append(Loss(name, tally.rewards, control.rewards, rail.tolerated))
                 continue
@@ -116,6 +125,10 @@ def judged(route: Route, tallies: Tallies) -> Decision | None:
             versus_control = versus if rail.versus_control else None
             found.append(Rate(name, met, tally.users, rail.tolerated, versus_control))
     return judge(found, LEVEL) if found else None
+
+
+def _of(arm: str) -> str:
+    return f" of arm {arm!r}"
 
 
 def drawn(route: Route, tallies: Tallies, seed: int) -> Mapping[str, float]:

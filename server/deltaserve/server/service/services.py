@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 
 from deltaserve.server.config import RpcConfig
+from deltaserve.server.errors import StateUnavailable
 from deltaserve.server.identity.book import Book
 from deltaserve.server.identity.quotas import Quotas
 from deltaserve.server.ledger.ledger import Ledger
@@ -119,6 +121,8 @@ class Services:
         self.generation.shadows.close()
         if self._watching is not None:
             self._watching.cancel()
+        with contextlib.suppress(StateUnavailable):
+            await self._routes.write()
         await self.ledger.close()
         self.encoders.close()
         self._constrainer.close()
