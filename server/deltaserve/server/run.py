@@ -131,7 +131,10 @@ async def _serve(
     if config.rpc.http_port is not None:
         opened.append(HttpDoor(*given))
     doors = Doors(services, opened, config.rpc.grace_seconds)
-    return await serve_until_signal(doors, lambda a: print(f"listening on {a[0]}", flush=True))
+    try:
+        return await serve_until_signal(doors, lambda a: print(f"listening on {a[0]}", flush=True))
+    except StateUnavailable as error:  # when what was kept was to be brought back
+        raise StartError(f"--state: {error}") from error
 
 
 async def _identity(config: Config, store: Store | None, sight: Sight | None) -> Identity:
