@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from fake_engine import FakeEngine, FakeText
 from served import served
 
 from deltaserve.clients import AsyncClient, errors
-from deltaserve.server.routes.book import SERVER
+from deltaserve.server.config import RpcConfig
+from deltaserve.server.errors import StateUnavailable
+from deltaserve.server.metrics import Metrics
+from deltaserve.server.routes.book import SERVER, RouteBook
+from deltaserve.server.run import StartError, _serve
 from deltaserve.server.state.routes import routes
 from deltaserve.server.state.store import Store
 from deltaserve.server.state.url import parse
@@ -47,3 +54,16 @@ async def test_a_database_that_is_gone(tmp_path: Path) -> None:
         audit = [(e.verb, e.name, e.outcome) for e in await store.audit()]
         assert audit[-2:] == [("RollBackRoute", "r", "OK"), ("PutRoute", "r", "INVALID_REQUEST")]
         assert sum(verb == "RollBackRoute" for verb, _, _ in audit) == 1, "what changes nothing"
+
+
+async def test_a_database_that_cannot_be_read_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def gone(book: RouteBook) -> None:
+        raise StateUnavailable("it is gone")
+
+    monkeypatch.setattr(RouteBook, "restore", gone)
+    engine = FakeEngine()
+    config: Any = SimpleNamespace(
+        rpc=RpcConfig(port=0), keys=None, engine=SimpleNamespace(max_queue=4)
+    )
+    with pytest.raises(StartError, match="--state: it is gone"):
+        await _serve(cast(Any, engine), cast(Any, FakeText()), config, Metrics(), None)
