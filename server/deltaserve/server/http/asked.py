@@ -27,6 +27,9 @@ context."""
 TEMPERATURE = 1.0
 """As with OpenAI; gRPC's default is 0."""
 MAX_PROMPTS = 1024
+MAX_CHOICES = 1024
+"""Of all prompts of one request together. It is taken in by one step of the event loop, in which
+nobody else is served."""
 _SAMPLING = ("top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -54,6 +57,7 @@ def completion(given: CompletionFields, id: str, info: EngineInfo) -> Asked:
     refused.check(given, template=False)
     names: dict[str, str] = {}
     found = _prompts(given.prompt)
+    _check_choices(given, len(found))
     made = []
     for i, prompt in enumerate(found):
         message = _message(given, info, names, given.max_tokens, COMPLETION_TOKENS)
@@ -111,6 +115,15 @@ def _prompts(given: Any) -> Sequence[str | Sequence[int]]:
         if not (isinstance(one, str) or _ids(one)):
             refuse(f"prompt.{i}", shown(one), right)
     return given
+
+
+def _check_choices(given: CompletionFields, prompts: int) -> None:
+    """What one prompt may have is checked by our services."""
+    field = "n" if given.best_of is None else "best_of"
+    each = (given.n if given.best_of is None else given.best_of) or 1
+    if prompts > 1 and each * prompts > MAX_CHOICES:
+        right = f"at most {MAX_CHOICES} choices of all prompts together"
+        refuse(field, f"{each} for each of {prompts} prompts", right)
 
 
 def _ids(given: Any) -> bool:
