@@ -63,6 +63,8 @@ async def test_what_a_browser_is_told() -> None:
     async with served(http_port=0) as s, httpx.AsyncClient(base_url=s.http) as client:
         moved = await client.get("/console")
         assert moved.status_code == 308 and moved.headers["location"] == "console/"
+        first = await client.get("/")
+        assert first.status_code == 308 and first.headers["location"] == "console/"
         page = await client.get("/console/")
         assert page.content == (ASSETS / "index.html").read_bytes()
         for name in ("console.js", "console.css", "echarts.js"):
@@ -107,4 +109,5 @@ async def test_there_may_be_none() -> None:
         served(http_port=0, console=False) as s,
         httpx.AsyncClient(base_url=s.http) as client,
     ):
-        assert (await client.get("/console/")).status_code == 404
+        for path in ("/", "/console/"):
+            assert (await client.get(path)).status_code == 404

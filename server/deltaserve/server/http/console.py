@@ -73,7 +73,8 @@ class Console:
     def __init__(self) -> None:
         self._assets = assets()
         self.router = APIRouter()
-        self.router.add_api_route(PATH, self._page, methods=["GET", "HEAD"])
+        for path in ("/", PATH):
+            self.router.add_api_route(path, self._page, methods=["GET", "HEAD"])
         self.router.add_api_route(PATH + "/{name}", self._asset, methods=["GET", "HEAD"])
         self.router.add_api_route(PATH + "/", self._index, methods=["GET", "HEAD"])
 
