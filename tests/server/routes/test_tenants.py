@@ -31,8 +31,10 @@ async def test_tenants() -> None:
         await acme.load_adapter("secret", "/s")
         await acme.load_adapter("lent", "/l", shared=True)
         await ops.load_adapter("open", "/o")
-        with pytest.raises(errors.NotFound, match="'secret'"):
-            await evil.put_route("r", arms("secret"))
+        for name in ("secret", "nobodys"):
+            said = f"route.arms\\[1\\].model: no adapter named '{name}' is registered"
+            with pytest.raises(errors.NotFound, match=f"^{said}$"):
+                await evil.put_route("r", arms("", name))
         await acme.put_route("r", arms("", "secret"), layer={"name": "l", "start": 0, "end": 1})
         await ops.put_route("all", arms("", "open"))
         names = {t: [r.name for r in await c.list_routes()] for t, c in clients.items()}

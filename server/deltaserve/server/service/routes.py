@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from deltaserve.server.engine import validate
 from deltaserve.server.engine.core import Request
-from deltaserve.server.errors import InvalidRequest
-from deltaserve.server.identity.sight import Sight
+from deltaserve.server.errors import AdapterUnknown, InvalidRequest
+from deltaserve.server.identity.sight import Sight, unknown
 from deltaserve.server.ledger.ledger import Ledger
 from deltaserve.server.metrics import Metrics
 from deltaserve.server.routes.book import RouteBook
@@ -49,8 +49,13 @@ class RouteService:
     async def PutRoute(self, request: pb.PutRouteRequest, call: Call) -> pb.PutRouteResponse:
         for i, arm in enumerate(request.route.arms):
             self._check_overrides(f"route.arms[{i}].", arm)
-            for name in (arm.model, *(adapter.name for adapter in arm.adapters)):
-                self._sight.check(call.caller, name, f"route.arms[{i}]")
+            named = [("model", arm.model)]
+            named += [(f"adapters[{j}].name", one.name) for j, one in enumerate(arm.adapters)]
+            for field, name in named:
+                if not self._sight.sees(call.caller, name):  # said as of one that nobody has
+                    path = f"route.arms[{i}].{field}"
+                    error = unknown(name.partition("@")[0], path)
+                    raise AdapterUnknown(f"{path}: {error}", field=path)
         standing = await self._book.put(call.caller, request.route)
         return pb.PutRouteResponse(route=shown(standing))
 
