@@ -125,6 +125,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/completions", {"prompt": "x", "temperature": 101}, "temperature"),
     ("/v1/completions", {"prompt": "x", "top_p": 0}, "top_p"),
     ("/v1/completions", {"prompt": "x", "n": 65}, "n"),
+    ("/v1/completions", {"prompt": ["x"] * 33, "n": 32}, "n"),
+    ("/v1/completions", {"prompt": ["x"] * 33, "best_of": 32}, "best_of"),
     ("/v1/completions", {"prompt": "x", "n": 2, "best_of": 1}, "best_of"),
     ("/v1/completions", {"prompt": "x", "n": 1, "best_of": 2, "stream": True}, "best_of"),
     ("/v1/completions", {"prompt": "x", "stop": ["x"] * 65}, "stop"),
@@ -310,6 +312,18 @@ async def test_a_port_that_is_taken(required: bool, caplog: pytest.LogCaptureFix
                 assert (await client.generate("x", max_tokens=1)).text
 
 
+STATS = "deltaserve.v1.ServerService/GetStats"
+
+
+async def half_sent(s: Served, path: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A request whose client sends a part of its body, and no more."""
+    reader, writer = await connected(s)
+    head = f"POST /{path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    writer.write(f"{head}content-length: 99\r\n\r\n{{".encode())
+    await writer.drain()
+    return reader, writer
+
+
 async def test_a_drain_waits_for_what_runs_and_refuses_what_is_new() -> None:
     engine = FakeEngine(step_seconds=0.01)
     async with (
@@ -323,11 +337,15 @@ async def test_a_drain_waits_for_what_runs_and_refuses_what_is_new() -> None:
             await anext(pieces)
             while len(engine.submitted) < 2:
                 await asyncio.sleep(0.01)
+            halves = [await half_sent(s, path) for path in ("v1/completions", STATS)]
             draining = asyncio.create_task(s.server.drain())
             await asyncio.sleep(0.05)
             assert (await client.get("/health")).status_code == 503
             refused = await client.post("/v1/completions", json=body)
             assert refused.status_code == 503 and error(refused)["code"] == "shutting_down"
+            for reader, writer in halves:
+                assert (await reader.readline()).startswith(b"HTTP/1.1 503 ")
+                writer.close()
             assert (await client.get("/metrics")).status_code == 200
             assert not draining.done()
             rest = [piece async for piece in pieces]

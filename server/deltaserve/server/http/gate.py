@@ -61,7 +61,9 @@ class Gate:
 
 
 class Counted:
-    """ASGI middleware: counts requests from their arrival to their last byte."""
+    """ASGI middleware: counts requests from their arrival to their last byte. One that has not
+    arrived wholly when the server begins to drain is refused as a new one is: a client that sends
+    no more would hold the shutdown up."""
 
     def __init__(self, app: ASGIApp, traffic: Traffic, metrics: Metrics) -> None:
         self._app = app
@@ -80,11 +82,21 @@ class Counted:
                 status = message["status"]
             await send(message)
 
+        whole = False
+
+        async def arriving() -> Message:
+            nonlocal whole
+            if whole:
+                return await receive()
+            message = await self._traffic.unless_draining(receive())
+            whole = message["type"] != "http.request" or not message.get("more_body", False)
+            return message
+
         with ExitStack() as held:
             held.enter_context(self._traffic.running())
             scope["state"]["held"] = held
             try:
-                await self._app(scope, receive, watched)
+                await self._app(scope, arriving, watched)
             except Exception as error:
                 if status:
                     raise
