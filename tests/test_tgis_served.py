@@ -13,6 +13,7 @@ from rig import load_base
 from serving import Serving, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deltaserve.clients import errors
 from deltaserve.tgis import generation_pb2 as tgis
 from deltaserve.tgis.generation_pb2_grpc import GenerationServiceStub
 
@@ -154,6 +155,17 @@ def test_a_route_is_asked_for_like_an_adapter(served: Any) -> None:
     )
     count = stub.Tokenize(request).responses[0].token_count
     assert count == len(serving.client.tokenize(TEXTS[0])) == answer.input_token_count
+    batch = tgis.BatchedGenerationRequest(
+        adapter_id="sorting", requests=[tgis.GenerationRequest(text=text) for text in TEXTS]
+    )
+    named = [("x-correlation-id", "rated")]
+    stub.Generate(batch, metadata=named, timeout=60)
+    single = tgis.SingleGenerationRequest(adapter_id="sorting", request=batch.requests[0])
+    assert list(stub.GenerateStream(single, metadata=named, timeout=60))
+    for answer_id in ("rated-0", "rated-1", "rated"):
+        assert serving.client.record_feedback(answer_id, reward=1.0).arm == "only"
+    with pytest.raises(errors.NotFound):
+        serving.client.record_feedback("rated-2", reward=1.0)
 
 
 def test_offsets_are_those_of_the_tokenizer(served: Any, tokenizer: Any) -> None:
