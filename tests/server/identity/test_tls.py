@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
@@ -207,6 +209,51 @@ async def test_the_http_door(pki: Pki) -> None:
     assert seen[1] == seen[0]
     with pytest.raises(ssl.SSLCertVerificationError):
         await connect(pki.file)
+    listening.close()
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_other_authorities_of_http_clients(pki: Pki, version: ssl.TLSVersion) -> None:
+    """They hold for new connections, also of who had one and resumes its session."""
+    (pki.folder / "next").mkdir()
+    after = Pki(pki.folder / "next")
+    authorities = pki.folder / "clients.pem"
+    authorities.write_bytes(pki.file.read_bytes())
+    context = tls.Certificates(*pki.server.values(), authorities).context()
+    clients = []
+    for shown in (pki.client("old", "a.x"), after.client("new", "a.x")):
+        made = ssl.create_default_context(cafile=str(pki.file))
+        made.load_cert_chain(shown["certificate"], shown["key"])
+        made.maximum_version = version
+        clients.append(made)
+    old, new = clients
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(await reader.read(1))
+        writer.close()
+
+    listening = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=context)
+    port = listening.sockets[0].getsockname()[1]
+
+    def ask(made: ssl.SSLContext, session: ssl.SSLSession | None = None) -> Any:
+        """The session, if the server answers."""
+        try:
+            with (
+                socket.create_connection(("127.0.0.1", port), timeout=5) as plain,
+                made.wrap_socket(plain, server_hostname="localhost", session=session) as found,
+            ):
+                found.sendall(b"x")
+                return found.session if found.recv(1) == b"x" else None
+        except OSError:
+            return None
+
+    session = await asyncio.to_thread(ask, old)
+    assert session and await asyncio.to_thread(ask, old, session)
+    assert not await asyncio.to_thread(ask, new)
+    authorities.write_bytes(after.file.read_bytes())
+    assert await asyncio.to_thread(ask, new)
+    assert not await asyncio.to_thread(ask, old)
+    assert not await asyncio.to_thread(ask, old, session)
     listening.close()
 
 

@@ -60,17 +60,20 @@ class Certificates:
         return pem
 
     def context(self) -> ssl.SSLContext:
-        """For a server of this process that takes such: it renews the certificate itself, but
-        not the clients' authorities."""
+        """For a server of this process that takes such: it renews the files' contents itself."""
         self.load()
         base = latest = self._made()
 
-        def renew(connection: ssl.SSLObject | ssl.SSLSocket, *_: object) -> None:
+        def renew(connection: ssl.SSLObject | ssl.SSLSocket, *_: object) -> int | None:
             nonlocal latest
             if self.renewed() is not None:
                 latest = self._made()
-            if latest is not base:
-                connection.context = latest
+            if latest is base:
+                return None
+            connection.context = latest
+            if connection.session_reused and self._client_ca is not None:  # TLS 1.2, by its id
+                return ssl.ALERT_DESCRIPTION_BAD_CERTIFICATE
+            return None
 
         base.sni_callback = renew
         return base
@@ -82,6 +85,9 @@ class Certificates:
         if self._client_ca is not None:
             context.verify_mode = ssl.CERT_REQUIRED
             context.load_verify_locations(self._client_ca)
+            # who resumes a session shows no certificate: its authority may be one no longer
+            context.num_tickets = 0
+            context.options |= ssl.OP_NO_TICKET
         return context
 
     def _stamps(self) -> tuple[tuple[int, int, int], ...]:
