@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections import defaultdict
 from dataclasses import replace
@@ -9,17 +10,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy import stats
-from trials import HALVES, trial
+from trials import HALVES, START, trial
 
 from deltaserve.server.experiments import srm
 from deltaserve.server.experiments.assignment import assign
 from deltaserve.server.ledger import histogram, looks
+from deltaserve.server.ledger import users as users_module
 from deltaserve.server.ledger.balance import Balance
 from deltaserve.server.ledger.book import Totals
 from deltaserve.server.ledger.histogram import Histogram
 from deltaserve.server.ledger.ledger import Ledger
 from deltaserve.server.ledger.looks import Look, Looks
 from deltaserve.server.ledger.trial import Ended, Trial
+from deltaserve.server.service.report import see
 
 
 async def test_random_traffic_is_counted_as_the_raw_records_are() -> None:
@@ -185,11 +188,38 @@ def test_quantiles() -> None:
     assert len(found.buckets) < 1500
 
 
+async def test_others_have_their_turn_while_users_are_gone_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ledger, turns = Ledger(), 0
+    for i in range(100):
+        ledger.record(trial(f"u{i}", "ab"[i % 2], ended=Ended.ERROR if i % 5 else Ended.ANSWERED))
+    whole = await ledger.tallies("r", 1)
+    book = ledger.book("r", 1)
+    assert book is not None
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(users_module, "PAGE", 9)
+    other = asyncio.create_task(take_turns())
+    assert await ledger.tallies("r", 1) == whole and whole.arms["a"].met["error"] == 40
+    assert turns >= 11
+    seen = await see(book, 2, START)
+    assert seen.rows.tolist() == book.users.rows.tolist() and turns >= 33
+    other.cancel()
+
+
 def test_looks_are_thinned() -> None:
     kept = Looks()
     for minute in range(3000):
         for second in (0, 30):
-            kept.look(60.0 * minute + second, dict)
+            if kept.begin(60.0 * minute + second):
+                kept.keep(60.0 * minute + second, {})
+                kept.begun = False
     assert len(kept.kept) <= looks.MOST and kept.seconds > looks.SECONDS
     times = [look.at for look in kept.kept]
     assert times == sorted(times) and times[0] < 60 * 100 and times[-1] > 60 * 2900

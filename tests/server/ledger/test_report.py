@@ -37,13 +37,17 @@ def standing(arms: str = "ab", *rails: Guardrail, **fields: object) -> Standing:
     return Standing(route, 1, "e", 0.0, 0.0)
 
 
-def reported(ledger: Ledger, of: Standing, asked: Asked = DEFAULT) -> route_pb2.GetReportResponse:
-    book = ledger.book("r", 1)
+async def reported(
+    ledger: Ledger, of: Standing, asked: Asked = DEFAULT
+) -> route_pb2.GetReportResponse:
+    book, crossed = ledger.book("r", 1), 0
     response = route_pb2.GetReportResponse(arms=totals(of.route, book))
     if book is not None:
         response.sample_ratio.CopyFrom(ratio(book))
-        fill(response, of.route, see(book, asked.points, START + 1e6), asked)
-    response.warnings.extend(caveats(response, of, book, asked.cuped))
+        seen = await see(book, asked.points, START + 1e6)
+        crossed = seen.crossed
+        fill(response, of.route, seen, asked)
+    response.warnings.extend(caveats(response, of, book, asked.cuped, crossed))
     return response
 
 
@@ -76,7 +80,7 @@ async def test_the_numbers_are_those_of_the_raw_records() -> None:
             await ledger.feedback(Feedback("t", START, t.request_id, reward=float(reward)))
         slow[user], y[user] = times.max() > 3, said.mean()
     values = {a: np.array([y[u] for u in y if arms[u] == a]) for a in weights}
-    found = reported(ledger, of, Asked(tuned_for=200))
+    found = await reported(ledger, of, Asked(tuned_for=200))
     assert [a.arm for a in found.arms] == ["a", "b", "c", "s"]
     for report in found.arms[:3]:
         mine, control = values[report.arm], values["a"]
@@ -120,7 +124,7 @@ async def test_the_numbers_are_those_of_the_raw_records() -> None:
     assert not found.warnings
 
     # CUPED is the regression of y on the arms and x, those without x having the mean
-    cuped = reported(ledger, of, Asked(cuped=True, tuned_for=200))
+    cuped = await reported(ledger, of, Asked(cuped=True, tuned_for=200))
     mean = np.mean([x[u] for u in x])
     covariate = np.array([x.get(u, mean) for u in y])
     dummies = np.array([[arms[u] == a for a in weights] for u in y], float)
@@ -152,7 +156,7 @@ async def test_a_thousand_experiments_under_continuous_peeking() -> None:
             t = trial(f"u{i}", "ab"[arm], at=START + 3 * i)
             ledger.record(t)
             await ledger.feedback(Feedback("t", t.at, t.request_id, reward=reward))
-        report = reported(ledger, of, Asked(points=200, tuned_for=130))
+        report = await reported(ledger, of, Asked(points=200, tuned_for=130))
         b = [p for p in report.history if p.arm == "b" and math.isfinite(p.difference.low)]
         assert len(report.history) == 2 * (users / 20 + 1)
         missed.append(any(not p.difference.low <= effect <= p.difference.high for p in b))
@@ -182,9 +186,10 @@ async def test_the_history_says_what_reports_said() -> None:
         t = trial(f"u{i}", "ab"[i % 2], at=START + 61 * i)
         ledger.record(t)
         await ledger.feedback(Feedback("t", t.at, t.request_id, reward=(i * 7919 % 101) / 10))
-        report = reported(ledger, of)
+        report = await reported(ledger, of)
         said.append((report.arms[1].difference, report.arms[1].reward))
-    history = [p for p in reported(ledger, of, Asked(points=200)).history if p.arm == "b"]
+    drawn = await reported(ledger, of, Asked(points=200))
+    history = [p for p in drawn.history if p.arm == "b"]
     assert len(history) == 200 and history[-1].rewarded_users == 130
     assert math.isinf(history[0].difference.low) and math.isfinite(history[-1].difference.low)
     by_time = {round(START + 61 * i): one for i, one in enumerate(said)}
@@ -195,28 +200,28 @@ async def test_the_history_says_what_reports_said() -> None:
 async def test_warnings() -> None:
     of = standing()
 
-    def warned(ledger: Ledger, of: Standing = of, asked: Asked = DEFAULT) -> str:
-        return "\n".join(reported(ledger, of, asked).warnings)
+    async def warned(ledger: Ledger, of: Standing = of, asked: Asked = DEFAULT) -> str:
+        return "\n".join((await reported(ledger, of, asked)).warnings)
 
     ledger = Ledger()
-    assert warned(ledger) == "nothing was recorded since counting began"
+    assert await warned(ledger) == "nothing was recorded since counting began"
     ledger.record(trial("u", "a", weights={"a": 1.0}))
-    assert "no user was assigned at random" in warned(ledger)
+    assert "no user was assigned at random" in await warned(ledger)
     ledger.record(trial("u", "b"))
-    text = warned(ledger, asked=Asked(cuped=True))
+    text = await warned(ledger, asked=Asked(cuped=True))
     assert "'b' has 0 users with a reward" in text and "no rewards were adjusted" in text
     assert "no user was" not in text and "changed" not in text and "outside" not in text
     ledger.record(trial("u", "a"))
     ledger.record(trial("", "a", weights={}))
     ledger.record(trial("v", "a", weights={"a": 0.9, "b": 0.1}))
-    text = warned(ledger)
+    text = await warned(ledger)
     assert "1 users were answered by more than one arm" in text and "weights changed while" in text
     assert "1 of 5 requests had no user" in text and "mismatch" not in text
     for i in range(60):
         ledger.record(trial(f"w{i}", "a"))
-    report = reported(ledger, of)
+    report = await reported(ledger, of)
     assert report.sample_ratio.mismatch and "sample_ratio" in report.warnings[0]
     bandit = standing(bandit=Bandit(0.05, 60.0, 20))
-    assert "follow the rewards" in warned(ledger, bandit)
+    assert "follow the rewards" in await warned(ledger, bandit)
     rolled = replace(of, state=State.ROLLED_BACK, reason="it harms")
-    assert "rolled back: it harms" in warned(ledger, rolled)
+    assert "rolled back: it harms" in await warned(ledger, rolled)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -24,6 +25,9 @@ _PLAIN = ("shadow", "requests", "anonymous", "prompt_tokens", "completion_tokens
 _ERROR, _REFUSAL, _EMPTY = int(Met.ERROR), int(Met.REFUSAL), int(Met.EMPTY)
 _SLOW, _SLOW_FIRST_TOKEN, _LONG = int(Met.SLOW), int(Met.SLOW_FIRST_TOKEN), int(Met.LONG)
 _RANDOMIZED, _CROSSED, _SHADOW = int(Met.RANDOMIZED), int(Met.CROSSED), int(Met.SHADOW)
+
+
+NONE: Numbers = np.zeros(0)
 
 
 class Counts(IntEnum):
@@ -164,7 +168,7 @@ class Book:
         row = self.users.row(self.users.index[user])
         return Counts.EXPERIMENT if row["met"] & _RANDOMIZED else Counts.BEFORE
 
-    def reward(self, user: int, counts: Counts, reward: float, times: int, at: float) -> None:
+    def reward(self, user: int, counts: Counts, reward: float, times: int) -> None:
         """Give a reward to a user who is here, or take it back with times = -1."""
         row = self.users.row(self.users.index[user])
         before = counts is Counts.BEFORE and row["met"] & _RANDOMIZED
@@ -173,7 +177,6 @@ class Book:
         row[total] = row[total] + times * reward if row[n] else 0.0
         if not before:
             row["negative"] += times * (reward < 0)
-            self.looks.look(at, self.samples)
 
     def remember(self, past: Mapping[int, tuple[float, int]]) -> None:
         """Rewards from before the epoch, as in `past`, of users who may be here."""
@@ -200,37 +203,59 @@ class Book:
         rest = {user: past for user, past in self.past.items() if past[1]}
         return {**rest, **dict(zip(users, found, strict=True))}
 
-    def of(self, arm: str, *, randomized: bool | None = None) -> Rows:
-        """The arm's users. randomized: only those that were, or were not, assigned at random."""
-        if arm not in self.arms:
-            return self.users.rows[:0]
-        rows = self.users.rows
-        chosen = rows["arm"] == self.arms.index(arm)
-        if randomized is not None:
-            chosen &= ((rows["met"] & Met.RANDOMIZED) > 0) == randomized
-        found: Rows = rows[chosen]
-        return found
-
     def randomized(self) -> bool:
         """Whether any user was assigned at random."""
         return bool(self.balance.found)
 
-    def samples(self) -> dict[str, Sample]:
-        """The rewards of each arm, of the users that a report is of."""
-        random = self.randomized() or None
+    async def samples(self) -> dict[str, Sample]:
+        """The rewards of each arm that answers, of the users that a report is of."""
+        found: dict[str, list[Numbers]] = {}
+        random = self.randomized()
+        async for page in self.users.pages():
+            for arm, rows in self._by_arm(page, random):
+                found.setdefault(arm, []).append(values(rows))
         return {
-            arm: sample(values(self.of(arm, randomized=random)))
+            arm: sample(np.concatenate(found[arm])) if arm in found else sample(NONE)
             for arm, totals in zip(self.arms, self.totals, strict=True)
             if not totals.shadow
         }
 
-    def tallies(self, limits: Mapping[str, float]) -> Tallies:
+    async def look(self, at: float) -> None:
+        """Keep a point of the history if it is time."""
+        if self.looks.begin(at):
+            try:
+                self.looks.keep(at, await self.samples())
+            finally:
+                self.looks.begun = False
+
+    async def tallies(self, limits: Mapping[str, float]) -> Tallies:
         """limits: for `met`."""
-        arms = {}
-        for arm in self.arms:
-            rows = self.of(arm)
-            arms[arm] = Tally(len(rows), met(rows, limits), sample(values(rows)))
+        users: Counter[str] = Counter()
+        happened: dict[str, Counter[str]] = {}
+        rewards: dict[str, list[Numbers]] = {}
+        async for page in self.users.pages():
+            for arm, rows in self._by_arm(page):
+                users[arm] += len(rows)
+                happened.setdefault(arm, Counter()).update(met(rows, limits))
+                rewards.setdefault(arm, []).append(values(rows))
+        arms = {
+            arm: Tally(users[arm], dict(happened[arm]), sample(np.concatenate(rewards[arm])))
+            for arm in rewards
+        }
         return Tallies(arms, self.balance.anytime_p_value)
+
+    def _by_arm(self, rows: Rows, random: bool = False) -> Iterator[tuple[str, Rows]]:
+        """random: only those of a report in which users were assigned at random."""
+        if random:
+            rows = drawn(rows)
+        for i, arm in enumerate(self.arms):
+            yield arm, rows[rows["arm"] == i]
+
+
+def drawn(rows: Rows) -> Rows:
+    """The users that were assigned at random, and those of shadows."""
+    found: Rows = rows[(rows["met"] & (Met.RANDOMIZED | Met.SHADOW)) > 0]
+    return found
 
 
 def met(rows: Rows, limits: Mapping[str, float]) -> dict[str, int]:

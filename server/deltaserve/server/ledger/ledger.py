@@ -93,8 +93,10 @@ class Ledger:
         given = Given(feedback.key(), feedback.at, answer, feedback.reward, labels)
         if self._writer is None:
             given = self._settled(given)
-            self._apply(given, self._given.pop(given.key, None))
+            changed = self._apply(given, self._given.pop(given.key, None))
             _remember(self._given, given.key, given)
+            if changed is not None:
+                await changed.look(given.at)
         else:
             await self._writer.put(given)
         return answer
@@ -106,7 +108,7 @@ class Ledger:
         ``slow`` and ``slow_first_token`` in seconds, of ``long`` in tokens; without one, what the
         trials said of their own limit counts, whatever that was when they ended."""
         book = self.book(route, epoch)
-        return Tallies() if book is None else book.tallies(limits or {})
+        return Tallies() if book is None else await book.tallies(limits or {})
 
     def book(self, route: str, epoch: int) -> Book | None:
         """Of the newest epoch; None for others and where nothing was recorded."""
@@ -187,7 +189,7 @@ class Ledger:
                 continue
             book, user = self._counted(one.answer), one.answer.user
             if book is not None and user is not None:
-                book.reward(user, one.answer.counts, one.reward, times, given.at)
+                book.reward(user, one.answer.counts, one.reward, times)
                 changed = book
             elif one.answer.counts is Counts.BEFORE and user is not None:
                 newest = self._books.get(one.answer.route)

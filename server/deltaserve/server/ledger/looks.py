@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import astuple
 from typing import Any, NamedTuple
 
@@ -24,14 +24,20 @@ class Looks:
     def __init__(self) -> None:
         self.kept: list[Look] = []
         self.seconds = SECONDS
+        self.begun = False
         self.fresh = False
         """Whether there is one that the database does not have."""
 
-    def look(self, at: float, samples: Callable[[], Mapping[str, Sample]]) -> None:
-        """Keep one if it is time; the first is due at once."""
-        if self.kept and at < self.kept[-1].at + self.seconds:
-            return
-        self.kept.append(Look(at, samples()))
+    def begin(self, at: float) -> bool:
+        """Whether it is time for one, the first at once, and none is `begun`."""
+        if self.begun or (self.kept and at < self.kept[-1].at + self.seconds):
+            return False
+        self.begun = True
+        return True
+
+    def keep(self, at: float, samples: Mapping[str, Sample]) -> None:
+        """One that has begun."""
+        self.kept.append(Look(at, samples))
         self.fresh = True
         if len(self.kept) > MOST:
             self.kept = self.kept[1::2]

@@ -147,13 +147,17 @@ class Writer:
                 book.looks.fresh = True
             _refuse(queue, error)
             raise
-        for one, earlier in zip(given, replaced, strict=True):
-            changed = self._apply(one, earlier)
-            if changed is not None and changed.looks.fresh:
-                self._books[changed.id] = changed
-        for _, done in queue:
-            if not done.done():
-                done.set_result(None)
+        changed = [self._apply(one, old) for one, old in zip(given, replaced, strict=True)]
+        try:
+            for one, in_book in zip(given, changed, strict=True):
+                if in_book is not None:
+                    await in_book.look(one.at)
+                    if in_book.looks.fresh:
+                        self._books[in_book.id] = in_book
+        finally:  # it is kept, whatever comes of the history
+            for _, done in queue:
+                if not done.done():
+                    done.set_result(None)
         if self._lost:
             log.warning("%d requests are counted, but not kept one by one", self._lost)
             self._lost = 0

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from deltaserve.server.experiments.sequences import START
 from deltaserve.server.ledger.book import Book
-from deltaserve.server.ledger.users import Met
 from deltaserve.server.routes.route import Standing, State
 from deltaserve.v1 import route_pb2 as pb
 
 
 def caveats(
-    response: pb.GetReportResponse, standing: Standing, book: Book | None, cuped: bool
+    response: pb.GetReportResponse,
+    standing: Standing,
+    book: Book | None,
+    cuped: bool,
+    crossed: int = 0,
 ) -> Iterator[str]:
-    """response: complete but for these."""
+    """response: complete but for these. crossed: users that several arms answered."""
     if standing.state is not State.ACTIVE:
         yield f"the route is {standing.state.value.replace('_', ' ')}: {standing.reason}"
     if book is None:
@@ -55,8 +56,7 @@ def caveats(
             f"{nobodys} of {requests} requests had no user or were outside of the experiment: they "
             "count in durations and tokens alone"
         )
-    rows = book.users.rows
-    if crossed := int(np.count_nonzero(rows["met"] & Met.CROSSED)):
+    if crossed:
         yield (
             f"{crossed} users were answered by more than one arm, since the weights changed: they "
             "count for the first, with what that arm answered"

@@ -14,7 +14,7 @@ from deltaserve.server.experiments.power import detectable_anytime
 from deltaserve.server.experiments.rates import bounds
 from deltaserve.server.experiments.samples import Pairs, Sample
 from deltaserve.server.experiments.sequences import difference_sequence, mean_sequence
-from deltaserve.server.ledger.book import Book, Totals, met, sample, values
+from deltaserve.server.ledger.book import Book, Totals, drawn, met, sample, values
 from deltaserve.server.ledger.histogram import Histogram
 from deltaserve.server.ledger.looks import Look
 from deltaserve.server.ledger.users import Met, Rows
@@ -41,28 +41,34 @@ class Asked:
 @dataclass(frozen=True, slots=True)
 class Seen:
     """What a report is made of, which does not change any more. rows: of all users. random: some
-    were assigned at random, so the others do not count. looks: for the history, the last of now."""
+    were assigned at random, so the others do not count. crossed: users that several arms answered.
+    looks: for the history, the last of now."""
 
     arms: Sequence[str]
     rows: Rows
     random: bool
+    crossed: int
     looks: Sequence[Look]
 
     def of(self, arm: str) -> Rows:
         """The users of an arm that count."""
         if arm not in self.arms:
             return self.rows[:0]
-        chosen = self.rows["arm"] == self.arms.index(arm)
-        if self.random:
-            chosen &= (self.rows["met"] & (Met.RANDOMIZED | Met.SHADOW)) > 0
-        found: Rows = self.rows[chosen]
-        return found
+        found: Rows = self.rows[self.rows["arm"] == self.arms.index(arm)]
+        return drawn(found) if self.random else found
 
 
-def see(book: Book, points: int, now: float) -> Seen:
+async def see(book: Book, points: int, now: float) -> Seen:
     """In the event loop of the book. now: `time.time()`."""
-    looks = book.looks.chosen(points, Look(now, book.samples())) if points else []
-    return Seen(list(book.arms), book.users.rows.copy(), book.randomized(), looks)
+    looks = book.looks.chosen(points, Look(now, await book.samples())) if points else []
+    random, crossed = book.randomized(), 0
+    rows = np.empty(len(book.users), book.users.rows.dtype)
+    filled = 0
+    async for page in book.users.pages():
+        rows[filled : filled + len(page)] = page[: len(rows) - filled]
+        filled += len(page)
+        crossed += int(np.count_nonzero(page["met"] & Met.CROSSED))
+    return Seen(list(book.arms), rows, random, crossed, looks)
 
 
 def totals(route: Route, book: Book | None) -> list[pb.ArmReport]:

@@ -100,11 +100,13 @@ class RouteService:
             start_time=stamp(standing.epoch / 1000),
             arms=totals(route, book),
         )
+        crossed = 0
         if book is not None:
             response.sample_ratio.CopyFrom(ratio(book))
-            seen = see(book, asked_for.points, time.time())
+            seen = await see(book, asked_for.points, time.time())
+            crossed = seen.crossed
             await asyncio.to_thread(fill, response, route, seen, asked_for)
-        response.warnings.extend(caveats(response, standing, book, asked_for.cuped))
+        response.warnings.extend(caveats(response, standing, book, asked_for.cuped, crossed))
         return response
 
     def _check_overrides(self, path: str, arm: pb.Arm) -> None:
