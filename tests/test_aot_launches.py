@@ -8,10 +8,13 @@ SCRIPT = Path(__file__).parent / "aot" / "asked.py"
 
 
 def test_what_is_asked_for_is_what_is_made() -> None:
-    """Of linears of every format and decoder layers, for every number of tokens that is compiled
-    for, with a table of measurements and without."""
+    """Of linears of every format, such that no adapter may act on too, and decoder layers, for
+    every number of tokens that is compiled for, with a table of measurements and without."""
     run = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     cases = [line for line in run.stdout.splitlines() if line.endswith(" forms")]
-    assert len(cases) == 16 and all(int(line.split()[-2]) > 40 for line in cases)
+    alone = [line for line in cases if line.startswith("alone")]
+    assert len(alone) == 11 and all(int(line.split()[-2]) > 1 for line in alone)
+    others = [line for line in cases if line not in alone]
+    assert len(others) == 16 and all(int(line.split()[-2]) > 40 for line in others)
     assert "missing" not in run.stdout and "unused" not in run.stdout, run.stdout

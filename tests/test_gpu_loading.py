@@ -17,8 +17,9 @@ from engine_pair import check
 from rig import load_base, request, running
 from variants import VARIANTS, make_base
 
-from deltaserve.kernels.gpu import gemm, selftest
+from deltaserve.kernels.gpu import backend, gemm, selftest
 from deltaserve.kernels.gpu.backend import TritonBackend
+from deltaserve.kernels.gpu.variants import GroupSpec
 from deltaserve.server.config import AdapterConfig, Config, ConfigError, EngineConfig, ModelConfig
 from deltaserve.server.engine import build
 from deltaserve.server.engine.block_pool import BlockPool
@@ -29,7 +30,7 @@ from deltaserve.server.engine.kv_memory import Moves
 from deltaserve.server.engine.kv_pool import KVShape
 from deltaserve.server.engine.loader_process import AVAILABLE, Fresh, LoaderProcesses
 from deltaserve.server.engine.observer import NullObserver
-from deltaserve.server.model import load
+from deltaserve.server.model import load, probe
 
 NAMES = ("a", "b", "c")
 
@@ -158,13 +159,27 @@ def config(family: Path, **adapters: int) -> Config:
 def test_a_server_starts_on_kernels_that_are_right(
     gpu: TritonBackend, family: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What is made ready is every linear, such that no adapter may act on too."""
     monkeypatch.setattr(build, "open_backend", lambda device: gpu)
     monkeypatch.setattr(selftest, "BUCKETS", (16,))
+    by_token = probe._by_token
+    odd = "model.layers.1.mlp.down_proj"
+    monkeypatch.setattr(probe, "_by_token", lambda *given: {*by_token(*given)} - {odd})
+    found: list[GroupSpec] = []
+    make_ready = backend.make_ready
+
+    def spy(groups: set[GroupSpec], *given: Any) -> None:
+        found.extend(groups)
+        make_ready(groups, *given)
+
+    monkeypatch.setattr(backend, "make_ready", spy)
     said: list[str] = []
     engine, _ = build.build_engine(
         config(family), NullObserver(), lambda share, what: said.append(what)
     )
     assert said[-1] == "testing kernels" and engine.info().device == "cuda"
+    (alone,) = (spec for spec in found if not spec.adapters)
+    assert (alone.in_features, alone.parts) == (96, (64,)) and len(found) > 1
     right = gemm.launch
 
     def short(kernel: object, grid: tuple[int, ...], *rest: object, **named: object) -> None:

@@ -19,6 +19,7 @@ import triton  # noqa: E402
 from aot.serving import ARCH, BLOCK, Driver, Group, Layer, be_served  # noqa: E402
 
 from deltaserve.kernels.gpu import config  # noqa: E402
+from deltaserve.kernels.gpu.base import GpuLinear  # noqa: E402
 from deltaserve.kernels.gpu.config import BUCKETS, GemmConfig  # noqa: E402
 from deltaserve.kernels.gpu.layer_variants import of_layer, spec_of_layer  # noqa: E402
 from deltaserve.kernels.gpu.precompile import compile_variant  # noqa: E402
@@ -33,6 +34,8 @@ TUNED = {
     "64": asdict(GemmConfig(32, 64, 32, 1, "sums", 4, 4)),
 }
 """A table of measurements, by tokens, that is not what the rule would say."""
+MEASURED = {**dict.fromkeys(map(str, SIZES), TUNED["16"]), "1024": TUNED["64"]}
+"""One that leaves to the rule nothing but more tokens than are compiled for."""
 BF16, FP16, FP32, OUTS = torch.bfloat16, torch.float16, torch.float32, (128, 64)
 GROUPS: dict[str, dict[str, Any]] = {
     "int4": {"quantize": "int4", "bias": True},
@@ -55,10 +58,10 @@ LAYERS: dict[str, dict[str, Any]] = {
 
 
 class Table(dict[str, Any]):
-    """Of any linear."""
+    """The same of any linear."""
 
     def get(self, key: str, default: object = None) -> Any:
-        return TUNED
+        return dict(self)
 
 
 def forms(run: Callable[[], object]) -> dict[tuple[str, str], str]:
@@ -98,6 +101,17 @@ def group(what: str, dtype: torch.dtype = BF16, outs: tuple[int, ...] = OUTS, **
     own = Group(256, outs, dtype, **how)
     spec = spec_of(own.base, own.deltas.group)
     compare(f"linears, {what}", of_group(spec, SIZES, ARCH), own.serve)
+    alone(what, own.base)
+
+
+def alone(what: str, base: GpuLinear) -> None:
+    """A linear that no adapter may act on, with more rows than a step has tokens too."""
+
+    def serve(tokens: int) -> None:
+        for rows in (tokens, 2 * tokens, 4 * tokens):
+            base(torch.zeros(rows, base.in_features, dtype=base.dtype))
+
+    compare(f"alone, {what}", of_group(spec_of(base, None), SIZES, ARCH), serve)
 
 
 def layer(what: str, **how: Any) -> None:
@@ -112,6 +126,8 @@ if __name__ == "__main__":
         group(what, **how)
     for what, how in LAYERS.items():
         layer(what, **how)
-    config.table = lambda arch: Table()
+    config.table = lambda arch: Table(TUNED)
     group("tuned", quantize="int4", whole=False)
     layer("tuned", quantize="int4")
+    config.table = lambda arch: Table(MEASURED)
+    alone("measured", Group(256, (192,), BF16, quantize="int4").base)

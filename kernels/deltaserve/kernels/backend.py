@@ -238,7 +238,7 @@ class Backend(Layout, Protocol):
 
     def make_ready(
         self,
-        linears: Iterable[tuple[Any, Group]],
+        linears: Iterable[tuple[Any, Group | None]],
         attention: Iterable[AttentionSpec],
         layers: Iterable[tuple[DecoderLayer, int]],
         dtype: torch.dtype,
@@ -248,9 +248,9 @@ class Backend(Layout, Protocol):
         progress: Callable[[float, str], None],
     ) -> None:
         """Compile what a loaded model's steps need, and test it. linears: each group's base with
-        its shape. layers: those that this backend runs, each with the elements of a head that its
-        positions turn. max_tokens: of a step. progress: called with the share done (0 to 1) and
-        what is done now. Raises KernelError."""
+        its shape, None where no adapter may act on it. layers: those that this backend runs, each
+        with the elements of a head that its positions turn. max_tokens: of a step. progress: called
+        with the share done (0 to 1) and what is done now. Raises KernelError."""
         ...
 
     def graphs(

@@ -67,7 +67,7 @@ class CpuBackend:
 
     def make_ready(
         self,
-        linears: Iterable[tuple[Any, Group]],
+        linears: Iterable[tuple[Any, Group | None]],
         attention: Iterable[AttentionSpec],
         layers: Iterable[tuple[DecoderLayer, int]],
         dtype: torch.dtype,

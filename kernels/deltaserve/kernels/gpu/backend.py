@@ -114,7 +114,7 @@ class TritonBackend:
 
     def make_ready(
         self,
-        linears: Iterable[tuple[GpuLinear, Group]],
+        linears: Iterable[tuple[GpuLinear, Group | None]],
         attention: Iterable[AttentionSpec],
         layers: Iterable[tuple[DecoderLayer, int]],
         dtype: torch.dtype,

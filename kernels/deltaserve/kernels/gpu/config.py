@@ -85,6 +85,11 @@ def gemm_config(key: GroupKey, tokens: int, arch: int) -> GemmConfig:
     return GemmConfig(**found) if found else rule(key, tokens, arch)
 
 
+def measured(key: GroupKey, arch: int) -> list[int]:
+    """The numbers of tokens that the table has something about."""
+    return [int(tokens) for tokens in table(arch).get(str(key), {})]
+
+
 def rule(key: GroupKey, tokens: int, arch: int) -> GemmConfig:
     """Without a measurement: small token tiles while the weights' bytes are the cost, then square
     ones. Before sm_90 the matrix instruction's operands are all registers, and tiles half as large

@@ -21,6 +21,7 @@ from deltaserve.kernels.gpu.config import (
     GroupKey,
     aux_config,
     gemm_config,
+    measured,
 )
 from deltaserve.kernels.gpu.device import NAMES
 from deltaserve.kernels.gpu.gemm_kernel import gemm_kernel
@@ -55,7 +56,8 @@ COMPUTE = frozenset({
 class GroupSpec:
     """A group of linears of a model, as its kernels know it. group_size: inputs of one scale, 0 for
     a scale per row; None: 128 of 4 bits, rows of others. wide_scales: scales and zeros are float32
-    where they could be of 16 bits. whole_zeros, ordered: see `Weights`."""
+    where they could be of 16 bits. whole_zeros, ordered: see `Weights`. adapters: whether any may
+    act on it; the rows of one without are not the step's tokens and may be more."""
 
     name: str
     format: str
@@ -69,6 +71,7 @@ class GroupSpec:
     wide_scales: bool = False
     whole_zeros: bool = True
     ordered: bool = False
+    adapters: bool = True
 
     @property
     def key(self) -> GroupKey:
@@ -93,8 +96,11 @@ class GroupSpec:
         return gemm.fitted(config, self.format, self.dtype, self.whole_zeros)
 
 
-def spec_of(base: GpuLinear, group: Group) -> GroupSpec:
-    """A group of linears of a loaded model, whose outputs are those of `base`."""
+def spec_of(base: GpuLinear, group: Group | None) -> GroupSpec:
+    """A group of linears of a loaded model, whose outputs are those of `base`; None: no adapter may
+    act on them."""
+    adapters = group is not None
+    group = group or Group(base.in_features, (base.out_features,), base.dtype)
     wide = base.format in WITH_ZEROS and base.weights.scale.dtype != torch.int32
     return GroupSpec(
         name=f"{group.in_features} to {', '.join(map(str, group.out_features))}",
@@ -107,6 +113,7 @@ def spec_of(base: GpuLinear, group: Group) -> GroupSpec:
         wide_scales=wide,
         whole_zeros=base.weights.whole_zeros,
         ordered=base.weights.order is not None,
+        adapters=adapters,
     )
 
 
@@ -193,36 +200,56 @@ def quantize_variant(spec: GroupSpec, tokens: int, step: int, pdl: bool = True) 
 
 def of_group(spec: GroupSpec, buckets: Sequence[int], arch: int) -> Iterator[Variant]:
     """What a group needs for these numbers of tokens, with adapters and without; of a step without
-    any, the base as one linear (`GpuLinear`)."""
+    any, the base as one linear (`GpuLinear`). One that no adapter may act on: that alone, for any
+    number of rows."""
     seen: set[tuple[object, ...]] = set()
     one = replace(spec, name=f"{spec.name} as one", parts=(sum(spec.parts),))
+    if not spec.adapters:
+        buckets = sorted({*buckets, *measured(spec.key, arch)})
+        buckets.append(buckets[-1] + 256)  # what the rule says of more
     for bucket in buckets:
-        config = spec.config(bucket, arch)
-        own = aux_config(bucket, spec.in_features, arch)
-        tokens = max(config.bm, own.block, 16)
-        alone = max(config.bm, 16)  # without adapters
-        step = config.summed(spec.format, spec.key.group_size)
-        found = [
-            gemm_variant(spec, config, alone, 0),
-            gemm_variant(one, config, alone, 0),
-            gemm_variant(spec, config, tokens, own.h_split),
-            aux_variant(spec, own, tokens, arch),
-            gate_variant(spec.dtype, tokens, own.h_split),
-        ]
-        if spec.whole:
-            found += [quantize_variant(spec, n, step) for n in {alone, tokens}]
-            step = 0
-        for scaled, turned, biased in product((False, True), repeat=3):
-            uses = Uses(scaled, False, turned, biased)
-            wanted = step or spec.ordered or any((scaled, turned, biased))
-            if wanted and (own.gathers > 1 or not turned):
-                found.append(inputs_variant(spec, tokens, step, uses))
-        if step or spec.ordered:
-            found += [inputs_variant(linear, alone, step, Uses()) for linear in (spec, one)]
+        found = _of_base(one, bucket, arch)
+        if spec.adapters:
+            found += _of_base(spec, bucket, arch) + _with_adapters(spec, bucket, arch)
         for variant in found:
             if variant.identity not in seen:
                 seen.add(variant.identity)
                 yield variant
+
+
+def _of_base(spec: GroupSpec, bucket: int, arch: int) -> list[Variant]:
+    """In steps without adapters."""
+    config = spec.config(bucket, arch)
+    tokens = max(config.bm, 16)
+    step = config.summed(spec.format, spec.key.group_size)
+    found = [gemm_variant(spec, config, tokens, 0)]
+    if spec.whole:
+        found.append(quantize_variant(spec, tokens, step))
+        step = 0
+    if step or spec.ordered:
+        found.append(inputs_variant(spec, tokens, step, Uses()))
+    return found
+
+
+def _with_adapters(spec: GroupSpec, bucket: int, arch: int) -> list[Variant]:
+    config = spec.config(bucket, arch)
+    own = aux_config(bucket, spec.in_features, arch)
+    tokens = max(config.bm, own.block, 16)
+    step = config.summed(spec.format, spec.key.group_size)
+    found = [
+        gemm_variant(spec, config, tokens, own.h_split),
+        aux_variant(spec, own, tokens, arch),
+        gate_variant(spec.dtype, tokens, own.h_split),
+    ]
+    if spec.whole:
+        found.append(quantize_variant(spec, tokens, step))
+        step = 0
+    for scaled, turned, biased in product((False, True), repeat=3):
+        uses = Uses(scaled, False, turned, biased)
+        wanted = step or spec.ordered or any((scaled, turned, biased))
+        if wanted and (own.gathers > 1 or not turned):
+            found.append(inputs_variant(spec, tokens, step, uses))
+    return found
 
 
 def variant_of(

@@ -64,7 +64,10 @@ def build_engine(
     )
     try:
         backend.make_ready(
-            [(g.base, g.deltas.group) for g in model.modules.groups.values() if g.deltas],
+            [
+                (g.base, None if g.deltas is None else g.deltas.group)
+                for g in model.modules.groups.values()
+            ],
             {la.spec for la in model.attention},
             [(fused.layer, fused.turned) for fused in fused_layers(model.model)],
             model.dtype,
