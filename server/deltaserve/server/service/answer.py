@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
@@ -111,6 +112,23 @@ def _disagreements(
         generation_pb2.TokenDisagreement(divergence=d.divergence, logprobs=d.logprobs)
         for d in entries
     ]
+
+
+def piece(
+    outputs: Sequence[Output], indices: Mapping[str, int]
+) -> generation_pb2.GenerateStreamResponse:
+    """Of a stream. indices: of the choices, by the engine's ids of their requests."""
+    by_choice: dict[int, list[Output]] = defaultdict(list)
+    for output in outputs:
+        by_choice[indices[output.request_id]].append(output)
+    return generation_pb2.GenerateStreamResponse(
+        deltas=[delta(i, found) for i, found in sorted(by_choice.items())],
+        finishes=[
+            finish(i, found[-1])
+            for i, found in sorted(by_choice.items())
+            if found[-1].finish_reason is not None
+        ],
+    )
 
 
 def delta(index: int, outputs: Sequence[Output]) -> generation_pb2.StreamDelta:

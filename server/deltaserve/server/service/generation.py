@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from deltaserve.server.engine.core import Output, Request, SamplingParams, ServedAdapter
-from deltaserve.server.errors import InvalidRequest, RequestUnknown
+from deltaserve.server.errors import RequestUnknown
 from deltaserve.server.identity.quotas import Quotas
 from deltaserve.server.identity.sight import Sight
 from deltaserve.server.service import answer, combined, convert
@@ -20,10 +19,11 @@ from deltaserve.server.service.asked import Asked, extras
 from deltaserve.server.service.call import Call
 from deltaserve.server.service.constrain import Constrainer
 from deltaserve.server.service.encode import Encoder, Encoders
-from deltaserve.server.service.outbox import LoopOutbox, Stream
+from deltaserve.server.service.outbox import LoopOutbox
 from deltaserve.server.service.routed import Routed
 from deltaserve.server.service.routing import Routing
 from deltaserve.server.service.shadows import Shadows
+from deltaserve.server.service.submit import Submitter, engine_id, name_of
 from deltaserve.v1 import generation_pb2 as pb
 
 if TYPE_CHECKING:
@@ -52,12 +52,10 @@ class GenerationService:
         self._info = engine.info()
         self._encoders = encoders
         self._constrainer = constrainer
-        self._outbox = outbox
+        self._submitter = Submitter(engine, outbox, quotas)
         self._routing = routing
         self._sight = sight
-        self._quotas = quotas
-        self._tenants: dict[str, str] = {}  # of the requests in flight, by their engine's ids
-        unpaid = partial(self._submitted, paid=False)
+        unpaid = partial(self._submitter.submitted, paid=False)
         self.shadows = Shadows(engine, routing, self._asked, unpaid)
         self._max_seconds = max_seconds
 
@@ -73,13 +71,13 @@ class GenerationService:
     ) -> pb.GenerateResponse:
         asked = await self._asked(routed.request, call)
         outputs: dict[str, list[Output]] = {r.request_id: [] for r in asked.requests}
-        async with self._submitted(asked.requests, call) as stream:
+        async with self._submitter.submitted(asked.requests, call) as stream:
             while not stream.done:
                 for output in routed.heard(asked.heard(_checked(await stream.take()))):
                     outputs[output.request_id].append(output)
         each = list(outputs.values())
         lasts = [found[-1] for found in each]
-        name = _name(asked.requests[0])
+        name = name_of(asked.requests[0].request_id)
         _log(name, lasts, routed.shown)
         best = asked.best(each)
         routed.answered_by(found[-1].request_id for found in best)
@@ -107,13 +105,13 @@ class GenerationService:
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         asked = await self._asked(routed.request, call)
         indices = {r.request_id: i for i, r in enumerate(asked.requests)}
-        name = _name(asked.requests[0])
+        name = name_of(asked.requests[0].request_id)
         started = False
-        async with self._submitted(asked.requests, call) as stream:
+        async with self._submitter.submitted(asked.requests, call) as stream:
             while not stream.done:
                 heard = routed.heard(asked.heard(_checked(await stream.take())))
                 outputs = asked.shown(heard)
-                message = _message(outputs, indices)
+                message = answer.piece(outputs, indices)
                 if not started and outputs[0].served_by is not None:
                     started = True
                     message.start.request_id = name
@@ -142,7 +140,7 @@ class GenerationService:
         asked = await combined.to_score(request, base, encoder)
         requests = [
             Request(
-                request_id=_engine_id(name, i),
+                request_id=engine_id(name, i),
                 prompt_ids=ids,
                 sampling=SamplingParams(max_tokens=0, score_from=start, prompt_logprobs=1),
                 adapters=adapters,
@@ -157,7 +155,7 @@ class GenerationService:
             for i, (ids, start, combination) in enumerate(asked)
         ]
         lasts: dict[str, Output] = {}
-        async with self._submitted(requests, call) as stream:
+        async with self._submitter.submitted(requests, call) as stream:
             while not stream.done:
                 for output in routed.heard(_checked(await stream.take())):
                     lasts[output.request_id] = output
@@ -171,8 +169,7 @@ class GenerationService:
         )
 
     async def SetWeights(self, request: pb.SetWeightsRequest, call: Call) -> pb.SetWeightsResponse:
-        own = (i for i, tenant in self._tenants.items() if tenant == call.caller.tenant)
-        called = [i for i in own if _name_of(i) == request.request_id]
+        called = self._submitter.called(request.request_id, call.caller.tenant)
         if len({i.rpartition("#")[0] for i in called}) < len(called):  # choices of one are numbered
             found = f"{request.request_id!r}, as several requests in flight are called,"
             convert.refuse("request_id", found, "the name of one alone")
@@ -241,7 +238,7 @@ class GenerationService:
         name = request.request_id or uuid.uuid4().hex
         deadline = call.deadline(self._max_seconds)
         tenant, user = call.caller.behalf(request.user)
-        ids = [_engine_id(name, i) for i in range(wanted.choices)]
+        ids = [engine_id(name, i) for i in range(wanted.choices)]
         requests = [
             Request(
                 request_id=ids[i],
@@ -269,33 +266,6 @@ class GenerationService:
         shown = await encoder.decode(prompt, keep_special_tokens=request.keep_special_tokens)
         return Asked(requests, wanted, shown)
 
-    @asynccontextmanager
-    async def _submitted(
-        self, requests: Sequence[Request], call: Call, *, paid: bool = True
-    ) -> AsyncIterator[Stream]:
-        """paid: out of the tenant's quotas."""
-        stream = self._outbox.open([r.request_id for r in requests])
-        self._tenants.update(dict.fromkeys(stream.ids, call.caller.tenant))
-        prompts = sum(_prompt_tokens(r) for r in requests if not r.sibling)
-        most = prompts + sum(r.sampling.max_tokens for r in requests)
-        try:
-            with self._quotas.admitted(call.caller.tenant if paid else "", most) as charge:
-                for request in requests:
-                    self._engine.submit(request, self._outbox)
-                charge.used = prompts
-                try:
-                    yield stream
-                finally:
-                    charge.used += stream.tokens
-        except InvalidRequest as error:
-            raise convert.in_request(error) from None
-        finally:
-            for request_id in stream.unfinished:
-                self._engine.cancel(request_id)
-            self._outbox.close(stream)
-            for request_id in stream.ids:
-                del self._tenants[request_id]
-
 
 def _checked(outputs: list[Output]) -> list[Output]:
     """The same, unless one of them is a failure."""
@@ -303,40 +273,6 @@ def _checked(outputs: list[Output]) -> list[Output]:
         if output.error is not None:
             raise output.error
     return outputs
-
-
-def _message(outputs: list[Output], indices: dict[str, int]) -> pb.GenerateStreamResponse:
-    by_choice: dict[int, list[Output]] = defaultdict(list)
-    for output in outputs:
-        by_choice[indices[output.request_id]].append(output)
-    return pb.GenerateStreamResponse(
-        deltas=[answer.delta(i, found) for i, found in sorted(by_choice.items())],
-        finishes=[
-            answer.finish(i, found[-1])
-            for i, found in sorted(by_choice.items())
-            if found[-1].finish_reason is not None
-        ],
-    )
-
-
-def _prompt_tokens(request: Request) -> int:
-    """As in its usage."""
-    each = request.combination.members if request.combination is not None else ()
-    own = [request.prompt_ids if m.prompt_ids is None else m.prompt_ids for m in each]
-    return sum(map(len, own or [request.prompt_ids]))
-
-
-def _engine_id(name: str, index: int) -> str:
-    """A client may repeat its names; the engine's ids are unique."""
-    return f"{name}#{index}#{uuid.uuid4().hex[:8]}"
-
-
-def _name(request: Request) -> str:
-    return _name_of(request.request_id)
-
-
-def _name_of(engine_id: str) -> str:
-    return engine_id.rsplit("#", 2)[0]
 
 
 def _log(name: str, lasts: list[Output], route: str) -> None:
