@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from fake_engine import FakeAdapters
@@ -12,10 +13,11 @@ from hypothesis import strategies as st
 
 from deltaserve.clients import route_messages
 from deltaserve.server.errors import InvalidRequest, RequestError
+from deltaserve.server.routes import refusals
 from deltaserve.server.routes.assign import key_of, place
 from deltaserve.server.routes.check import check
 from deltaserve.server.routes.pins import Pins
-from deltaserve.server.routes.refusals import OPENING, refuses
+from deltaserve.server.routes.refusals import OPENING, SECONDS, refuses
 from deltaserve.server.routes.route import Standing, State
 from deltaserve.v1 import route_pb2 as pb
 
@@ -208,13 +210,32 @@ def test_answers_that_refuse() -> None:
         "As an AI model, I",
         "I am unable to say",
     ):
-        assert refuses(text, ())
+        assert refuses([text], ())
     for text in ("", "Here you are. I'm sorry.", "I can do that", "Sorry about the rain, it is"):
-        assert not refuses(text, ())
+        assert not refuses([text], ())
     rail = made(guardrails=[{"metric": "refusal", "tolerated": 0, "refusals": ["Nein", "(a+)+$"]}])
     patterns = next(iter(rail.guardrails.values())).refusals
-    assert refuses("Nein!", patterns) and not refuses("I cannot", patterns)
-    assert not refuses("a" * (OPENING - 1) + "b", patterns), "it takes too long"
+    assert refuses(["-", "Nein!"], patterns) and not refuses(["I cannot"], patterns)
+    slow = "a" * (OPENING - 1) + "b"
+    assert not refuses([slow], patterns), "it takes too long"
+
+
+def test_all_patterns_and_texts_share_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, tried = 0.0, []
+
+    class Slow:
+        pattern = "slow"
+
+        def match(self, text: str, timeout: float) -> None:
+            nonlocal now
+            tried.append(timeout)
+            now += min(timeout, 0.6 * SECONDS)
+            if timeout < 0.6 * SECONDS:
+                raise TimeoutError
+
+    monkeypatch.setattr(refusals, "time", SimpleNamespace(monotonic=lambda: now))
+    assert not refuses(["a"] * 9, [cast(Any, Slow())] * 9)
+    assert tried == pytest.approx([SECONDS, 0.4 * SECONDS])
 
 
 def test_what_is_pinned() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 
 import regex
@@ -26,14 +27,16 @@ OPENING = 512
 """Characters of an answer that are looked at."""
 
 
-def refuses(opening: str, patterns: Sequence[regex.Pattern[str]]) -> bool:
-    """One of the patterns, or of the default ones if there are none, matches where the text begins,
-    spaces apart. A pattern that takes longer than `SECONDS` does not match."""
-    text = opening.lstrip()
+def refuses(openings: Sequence[str], patterns: Sequence[regex.Pattern[str]]) -> bool:
+    """One of the patterns, or of the default ones if there are none, matches where one of the texts
+    begins, spaces apart. All of it has `SECONDS`: what is not tried by then does not match."""
+    texts, ends = [text.lstrip() for text in openings], time.monotonic() + SECONDS
     for pattern in patterns or DEFAULT:
-        try:
-            if pattern.match(text, timeout=SECONDS):
-                return True
-        except TimeoutError:
-            log.warning("refusals: %r took longer than %g s", pattern.pattern[:64], SECONDS)
+        for text in texts:
+            try:
+                if pattern.match(text, timeout=max(ends - time.monotonic(), 1e-6)):
+                    return True
+            except TimeoutError:
+                log.warning("refusals: %r and what is left took too long", pattern.pattern[:64])
+                return False
     return False

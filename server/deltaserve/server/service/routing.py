@@ -21,6 +21,9 @@ from deltaserve.server.service.routed import Asked, Routed, as_arm
 
 log = logging.getLogger(__name__)
 
+MOST_SLOW = 100
+"""Answers that wait for patterns of routes' own; of more nobody looks whether they refuse."""
+
 
 class Routing:
     """Belongs to one event loop. ledger: None keeps no trials."""
@@ -29,8 +32,11 @@ class Routing:
         self._book = book
         self._ledger = ledger
         self._metrics = metrics
-        self._judges = ThreadPoolExecutor(1, thread_name_prefix="deltaserve-refusals")
+        prefix = "deltaserve-refusals"
+        self._judges = ThreadPoolExecutor(1, thread_name_prefix=prefix)
+        self._slow_judges = ThreadPoolExecutor(1, thread_name_prefix=f"{prefix}-own")
         self._judging: set[asyncio.Future[bool]] = set()
+        self._slow = 0
 
     def of(self, request: Asked, call: Call) -> Routed[Asked]:
         """The request as its arm is to answer it; the request itself if it names no route."""
@@ -68,6 +74,7 @@ class Routing:
     def close(self) -> None:
         """End the thread."""
         self._judges.shutdown(wait=False, cancel_futures=True)
+        self._slow_judges.shutdown(wait=False, cancel_futures=True)
 
     def _check_parts(self, request: Asked, call: Call) -> None:
         """A route stands alone, in `model`."""
@@ -81,21 +88,28 @@ class Routing:
                 convert.refuse(field, f"route {name!r}", "an adapter; a route is a `model` alone")
 
     def _finish(self, placement: Placement, trial: Trial, openings: list[str]) -> None:
-        """Off the path of the tokens: patterns may take their time on a thread of their own."""
+        """Off the path of the tokens: patterns may take their time on a thread of their own; those
+        that a route brings, which may be slow, on another than the default ones."""
         self._metrics.on_route(trial.route, trial.arm, trial.ended, trial.seconds)
         if self._ledger is None:
             return
         rail = placement.standing.route.guardrails.get(Metric.REFUSAL)
         patterns = () if rail is None else rail.refusals
+        slow = bool(patterns)
+        if slow and self._slow >= MOST_SLOW:
+            log.warning("route=%s: refusals are not looked for, so slow are they", trial.route)
+            self._ledger.record(trial)
+            return
+        self._slow += slow
         loop = asyncio.get_running_loop()
-        future = loop.run_in_executor(
-            self._judges, lambda: any(refuses(text, patterns) for text in openings)
-        )
+        judges = self._slow_judges if slow else self._judges
+        future = loop.run_in_executor(judges, refuses, openings, patterns)
         self._judging.add(future)
-        future.add_done_callback(lambda done: self._record(trial, done))
+        future.add_done_callback(lambda done: self._record(trial, done, slow=slow))
 
-    def _record(self, trial: Trial, judged: asyncio.Future[bool]) -> None:
+    def _record(self, trial: Trial, judged: asyncio.Future[bool], *, slow: bool) -> None:
         self._judging.discard(judged)
+        self._slow -= slow
         assert self._ledger is not None
         refusal = not judged.cancelled() and judged.exception() is None and judged.result()
         self._ledger.record(replace(trial, refusal=refusal))
