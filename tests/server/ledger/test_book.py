@@ -102,6 +102,37 @@ async def test_a_user_counts_for_the_first_arm_that_was_drawn() -> None:
     assert book.balance.found == {"b": 1}
 
 
+async def test_only_users_that_were_drawn_are_compared() -> None:
+    """Those of before are of another time, with errors of its own."""
+    ledger = Ledger()
+    for i in range(4):
+        ledger.record(trial(f"early{i}", "a", weights={"a": 1.0, "b": 0.0}))
+    assert (await ledger.tallies("r", 1)).arms["a"].users == 4
+    ledger.record(trial("s", "s", shadow=True))
+    for arm in "ab":
+        ledger.record(trial(f"late-{arm}", arm, ended=Ended.ERROR))
+    found = (await ledger.tallies("r", 1)).arms
+    assert {a: (t.users, t.met["error"]) for a, t in found.items()} == {
+        "a": (1, 1),
+        "b": (1, 1),
+        "s": (1, 0),
+    }
+
+
+async def test_a_route_that_is_forgotten_makes_room() -> None:
+    ledger = Ledger(max_users=2)
+    for user in "xy":
+        ledger.record(trial(user, "a"))
+    ledger.forget("r")
+    ledger.record(trial("x", "a"))  # it was under way when the route was deleted
+    assert ledger.book("r", 1) is None
+    ledger.record(trial("z", "a", route="q"))
+    book = ledger.book("q", 1)
+    assert book is not None and (len(book.users), book.uncounted) == (1, 0)
+    ledger.record(trial("x", "a", epoch=2))
+    assert (await ledger.tallies("r", 2)).arms["a"].users == 1
+
+
 async def test_epochs_and_limits_of_memory() -> None:
     ledger = Ledger(max_users=2)
     for user in "xyzx":

@@ -18,7 +18,8 @@ from deltaserve.server.errors import AnswerUnknown, StateUnavailable, UserNotExp
 from deltaserve.server.experiments.assignment import assign
 from deltaserve.server.ledger import keep, writer
 from deltaserve.server.ledger import ledger as module
-from deltaserve.server.ledger.feedback import Feedback
+from deltaserve.server.ledger.batch import Batch
+from deltaserve.server.ledger.feedback import Feedback, Given
 from deltaserve.server.ledger.keep import Keeper
 from deltaserve.server.ledger.ledger import Ledger
 from deltaserve.server.ledger.tally import Tallies
@@ -239,6 +240,46 @@ async def test_a_database_that_goes_away(tmp_path: Path) -> None:
     with sqlite3.connect(path) as file:
         assert file.execute("SELECT count(*) FROM trials").fetchone() == (2,)
     assert all(b"secret" not in p.read_bytes() for p in tmp_path.glob("s.db*"))
+
+
+async def test_one_failure_answers_all_that_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise each would wait for the database by itself, one after the other."""
+    monkeypatch.setattr(writer, "CHUNK", 2)
+    monkeypatch.setattr(writer, "EACH_SECONDS", 60.0)
+    async with kept(tmp_path / "s.db") as ledger:
+        ts, tries = [trial(f"u{i}", "a") for i in range(9)], 0
+        assert ledger._keeper is not None
+        write = ledger._keeper.write
+
+        async def gone(batch: Batch) -> list[Given | None]:
+            nonlocal tries
+            tries += 1
+            await asyncio.sleep(0.01)
+            raise StateUnavailable("it hangs")
+
+        monkeypatch.setattr(ledger._keeper, "write", gone)
+        for t in ts:
+            ledger.record(t)
+        said = await asyncio.gather(
+            *(ledger.feedback(on(t, 1.0)) for t in ts), return_exceptions=True
+        )
+        assert all(isinstance(one, StateUnavailable) for one in said) and tries == 1
+        monkeypatch.setattr(ledger._keeper, "write", write)
+        await ledger.feedback(on(ts[0], 1.0))
+        assert await rewards(ledger) == {"a": (1, 1.0, 0)}
+
+
+async def test_forgotten_routes_are_not_read_back(tmp_path: Path) -> None:
+    async with kept(tmp_path / "s.db") as ledger:
+        ledger.record(trial("u", "a"))
+        ledger.record(trial("u", "a", route="q"))
+    ledger = Ledger(Keeper(await Store.open(parse(str(tmp_path / "s.db")))))
+    await ledger.open({"q"})
+    assert ledger.book("q", 1) is not None and ledger.book("r", 1) is None
+    ledger.record(trial("v", "a", epoch=2))
+    await ledger.close()
 
 
 async def test_old_requests_are_forgotten(tmp_path: Path) -> None:

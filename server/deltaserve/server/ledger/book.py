@@ -229,12 +229,13 @@ class Book:
                 self.looks.begun = False
 
     async def tallies(self, limits: Mapping[str, float]) -> Tallies:
-        """limits: for `met`."""
+        """Of the users that a report is of. limits: for `met`."""
         users: Counter[str] = Counter()
         happened: dict[str, Counter[str]] = {}
         rewards: dict[str, list[Numbers]] = {}
+        random = self.randomized()
         async for page in self.users.pages():
-            for arm, rows in self._by_arm(page):
+            for arm, rows in self._by_arm(page, random):
                 users[arm] += len(rows)
                 happened.setdefault(arm, Counter()).update(met(rows, limits))
                 rewards.setdefault(arm, []).append(values(rows))
@@ -244,7 +245,7 @@ class Book:
         }
         return Tallies(arms, self.balance.anytime_p_value)
 
-    def _by_arm(self, rows: Rows, random: bool = False) -> Iterator[tuple[str, Rows]]:
+    def _by_arm(self, rows: Rows, random: bool) -> Iterator[tuple[str, Rows]]:
         """random: only those of a report in which users were assigned at random."""
         if random:
             rows = drawn(rows)

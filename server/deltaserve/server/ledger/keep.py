@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from typing import Any
 
 from sqlalchemy import RowMapping, Table, and_, case, delete, func, select, tuple_
@@ -56,8 +56,8 @@ class Keeper:
         book, route, arm, user, counts = row
         return Answer(book, route, arm, user, Counts(counts), key)
 
-    async def books(self) -> tuple[list[Book], int]:
-        """The newest of each route, and the largest id of all."""
+    async def books(self, routes: Collection[str] | None = None) -> tuple[list[Book], int]:
+        """The newest of each of the routes, or of all, and the largest id of all."""
         newest = select(BOOKS.c.route, func.max(BOOKS.c.epoch)).group_by(BOOKS.c.route)
         both = BOOKS.outerjoin(LOOKS, LOOKS.c.book == BOOKS.c.id)
         query = select(*BOOKS.columns, LOOKS.c.looks).select_from(both)
@@ -65,7 +65,8 @@ class Keeper:
         async with self._store.transaction() as connection:
             found = (await connection.execute(query)).mappings().all()
             last = (await connection.execute(select(func.max(BOOKS.c.id)))).scalar()
-        return [await self._book(row) for row in found], last or 0
+        rows = [row for row in found if routes is None or row["route"] in routes]
+        return [await self._book(row) for row in rows], last or 0
 
     async def prune(self, before: float) -> None:
         """Forget the trials that ended earlier; what they counted for stays."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +46,12 @@ class Ledger:
         self._keeper = keeper
         self._writer = None if keeper is None else Writer(keeper, self._settled, self._apply)
 
-    async def open(self) -> None:
-        """Bring back what was kept, and keep what comes. StateUnavailable."""
+    async def open(self, routes: Collection[str] | None = None) -> None:
+        """Bring back what was kept of the routes, or of all, and keep what comes.
+        StateUnavailable."""
         if self._keeper is None or self._writer is None:
             return
-        books, self._last = await self._keeper.books()
+        books, self._last = await self._keeper.books(routes)
         for book in books:
             self._books[book.route] = book
             self._ids[book.route, book.epoch] = book.id
@@ -65,7 +66,7 @@ class Ledger:
     def record(self, trial: Trial) -> None:
         """A request has ended. At once."""
         book = self._current(trial)
-        current = book.epoch == trial.epoch
+        current = book is not None and book.epoch == trial.epoch
         number = self._ids.get((trial.route, trial.epoch))
         if number is None:
             return  # of an epoch that nothing is known of any more
@@ -74,7 +75,7 @@ class Ledger:
         user, i, counts = None, -1, Counts.NOTHING
         if trial.user:
             user = user_key(trial.route, trial.tenant, trial.user, shadow)
-        if current:
+        if book is not None and current:
             before = len(book.users)
             counts, i = book.add(trial, user, room=self._users < self._max_users)
             self._users += len(book.users) - before
@@ -115,9 +116,18 @@ class Ledger:
         book = self._books.get(route)
         return book if book is not None and book.epoch == epoch else None
 
-    def _current(self, trial: Trial) -> Book:
-        """Of the route's newest epoch, which is not the trial's if that is an older one."""
+    def forget(self, route: str) -> None:
+        """It was deleted: there is room for others' users. What was kept of it stays."""
+        book = self._books.pop(route, None)
+        if book is not None:
+            self._users -= len(book.users)
+
+    def _current(self, trial: Trial) -> Book | None:
+        """Of the route's newest epoch, which is not the trial's if that is an older one. None if
+        the route was forgotten meanwhile."""
         book = self._books.get(trial.route)
+        if book is None and (trial.route, trial.epoch) in self._ids:
+            return None
         if book is not None and book.epoch >= trial.epoch:
             return book
         past = None if book is None else book.before_next()

@@ -145,7 +145,10 @@ class Writer:
             self._books.update({book.id: book for book in books})
             for book in looked:
                 book.looks.fresh = True
-            _refuse(queue, error)
+            refused = queue
+            if isinstance(error, StateUnavailable):  # each would wait for as long again
+                refused, self._given = [*queue, *self._given], deque()
+            _refuse(refused, error)
             raise
         changed = [self._apply(one, old) for one, old in zip(given, replaced, strict=True)]
         try:

@@ -75,6 +75,7 @@ class RouteService:
     ) -> pb.DeleteRouteResponse:
         await self._book.delete(call.caller, request.name)
         self._metrics.on_route_gone(request.name)
+        self._ledger.forget(request.name)
         return pb.DeleteRouteResponse()
 
     async def RollBackRoute(

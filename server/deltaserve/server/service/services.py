@@ -12,7 +12,7 @@ from deltaserve.server.identity.book import Book
 from deltaserve.server.identity.quotas import Quotas
 from deltaserve.server.ledger.ledger import Ledger
 from deltaserve.server.metrics import Metrics
-from deltaserve.server.routes.book import RouteBook
+from deltaserve.server.routes.book import SERVER, RouteBook
 from deltaserve.server.routes.watch import Watch
 from deltaserve.server.service.adapters import AdapterService
 from deltaserve.server.service.constrain import Constrainer
@@ -80,7 +80,8 @@ class Services:
     async def start(self) -> None:
         """Bring back what the store has, before the first call. StateUnavailable."""
         await self._routes.restore()
-        await self.ledger.open()
+        routes = {standing.route.name for standing in self._routes.all()}
+        await self.ledger.open(routes | self._routes.failed(SERVER).keys())
         self._watching = asyncio.create_task(self._watch.run())
 
     @property
