@@ -17,7 +17,8 @@ class Tally:
     """One arm's users, shadows' as well; once users are assigned at random, those alone. met: how
     many of them met with what a guardrail counts, at least once, by the metric's name in lower
     case: ``error``, ``slow``, ``slow_first_token``, ``refusal``, ``empty``, ``long``,
-    ``negative_feedback``; one that is missing is 0. rewards: one value per user with feedback, the mean of theirs."""
+    ``negative_feedback``; one that is missing is 0. rewards: one value per user
+    with feedback, the mean of theirs."""
 
     users: int = 0
     met: Mapping[str, int] = field(default_factory=dict)
