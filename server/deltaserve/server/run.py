@@ -6,15 +6,15 @@ import asyncio
 import logging
 import sys
 from collections.abc import Coroutine
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-import prometheus_client
 from rich.console import Console
 
 from deltaserve.adapters.errors import AdapterError
 from deltaserve.adapters.options import LoadOptions
 from deltaserve.server import log as logs
-from deltaserve.server.config import NO_STATE, Config, ConfigError
+from deltaserve.server.config import NO_STATE, Config
 from deltaserve.server.doors import Door, Doors, serve_until_signal
 from deltaserve.server.engine.build import build_engine
 from deltaserve.server.engine.core import AdapterRef
@@ -32,6 +32,7 @@ from deltaserve.server.model.errors import ModelError
 from deltaserve.server.planner import show
 from deltaserve.server.progress import Bar
 from deltaserve.server.rpc.server import RpcDoor
+from deltaserve.server.scrape import scraped
 from deltaserve.server.service.identity import Identity
 from deltaserve.server.service.services import Services
 from deltaserve.server.tgis import service as tgis
@@ -65,8 +66,11 @@ def run(config: Config) -> int:
         if config.adapters.registered:
             with Bar() as bar:
                 register(engine, config.adapters.registered, bar)
-        _expose(metrics, engine, config)
-        with settled():
+        metrics.registry.register(EngineCollector(engine))
+        with settled(), ExitStack() as held:
+            if config.rpc.metrics_port is not None:
+                url = held.enter_context(scraped(metrics.registry, config.rpc))
+                log.info("metrics on %s", url)
             return _run_loop(_serve(engine, text, config, metrics, state))
     finally:
         engine.shutdown()
@@ -105,18 +109,6 @@ def _preload(engine: Engine, config: Config) -> None:
         engine.set_patches([AdapterRef(p.name, p.strength, patch=True) for p in given.patches])
     except RequestError as error:
         raise StartError(f"--patch: {error}") from error
-
-
-def _expose(metrics: Metrics, engine: Engine, config: Config) -> None:
-    metrics.registry.register(EngineCollector(engine))
-    port = config.rpc.metrics_port
-    if port is None:
-        return
-    try:
-        http, _ = prometheus_client.start_http_server(port, config.rpc.host, metrics.registry)
-    except OSError as error:
-        raise ConfigError(f"--metrics-port {port}: cannot listen: {error}") from error
-    log.info("metrics on http://%s:%d/metrics", config.rpc.host, http.server_port)
 
 
 async def _serve(

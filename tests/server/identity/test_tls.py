@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import trustme
 from cryptography import x509
 from issue import issue
+from prometheus_client import CollectorRegistry, Counter
 from served import served
 
 from deltaserve.clients import AsyncClient, Client, errors
@@ -21,6 +23,7 @@ from deltaserve.server.identity.book import Book
 from deltaserve.server.identity.caller import Role
 from deltaserve.server.identity.certificate import from_ssl, is_subject, subjects
 from deltaserve.server.identity.records import Key
+from deltaserve.server.scrape import scraped
 from deltaserve.server.service.identity import Identity
 
 GENERATE = frozenset({Role.GENERATE})
@@ -255,6 +258,39 @@ async def test_other_authorities_of_http_clients(pki: Pki, version: ssl.TLSVersi
     assert not await asyncio.to_thread(ask, old)
     assert not await asyncio.to_thread(ask, old, session)
     listening.close()
+
+
+def test_the_metrics_port(pki: Pki) -> None:
+    """As the other doors; a client that says nothing holds up nobody."""
+    registry = CollectorRegistry()
+    Counter("seen", "Something", registry=registry).inc()
+    shown = pki.client("scraper", "scraper.example")
+    anybody = ssl.create_default_context(cafile=pki.file)
+    known = ssl.create_default_context(cafile=pki.file)
+    known.load_cert_chain(shown["certificate"], shown["key"])
+
+    def ask(url: str, context: ssl.SSLContext | None) -> str:
+        with urllib.request.urlopen(url, timeout=10, context=context) as answer:
+            return str(answer.read().decode())
+
+    with scraped(registry, RpcConfig(metrics_port=0)) as url:
+        assert url.startswith("http://") and "seen_total 1.0" in ask(url, None)
+    for clients in (False, True):
+        config = RpcConfig(metrics_port=0, **pki.config(clients=clients))
+        with scraped(registry, config) as url:
+            assert url.startswith("https://")
+            port = int(url.split(":")[2].split("/")[0])
+            with socket.create_connection(("127.0.0.1", port)):
+                assert "seen_total 1.0" in ask(url, known)
+            if clients:
+                with pytest.raises(OSError):
+                    ask(url, anybody)
+            else:
+                assert "seen_total 1.0" in ask(url, anybody)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        busy = RpcConfig(metrics_port=taken.getsockname()[1])
+        with pytest.raises(ConfigError, match="--metrics-port"), scraped(registry, busy):
+            pass
 
 
 def test_names_of_certificates() -> None:
