@@ -21,6 +21,7 @@ from deltaserve.adapters.options import DEFAULT, LoadOptions
 from deltaserve.server.config import ConfigError
 from deltaserve.server.errors import StateUnavailable
 from deltaserve.server.ledger import tables as ledger
+from deltaserve.server.service.key_store import KeyStore
 from deltaserve.server.state import database, key_tables, routes
 from deltaserve.server.state.records import AdapterRecord, Entry, dump, parse
 from deltaserve.server.state.store import StateError, Store
@@ -218,6 +219,8 @@ def test_options() -> None:
 
 WRITER = """
 import asyncio, os, sys
+from deltaserve.server.identity.records import Key
+from deltaserve.server.service.key_store import KeyStore
 from deltaserve.server.state import routes
 from deltaserve.server.state.records import AdapterRecord, Entry
 from deltaserve.server.state.store import Store
@@ -227,7 +230,10 @@ async def write(path, life):
     store = await Store.open(parse(path))
     for i in range(10**6):
         name, text = f"{life}-{i}", "x" * 500
-        if i % 2:
+        if i % 3 == 2:
+            key = Key(name, "t", frozenset(), label=text)
+            await KeyStore(store).create(key, Entry("w", "CreateKey", name))
+        elif i % 3:
             route = routes.RouteRecord(name, text, i, "e", 1.0, 2.0, "w", "", "active", "", "", 0.0)
             await routes.put(store, route, Entry("w", "PutRoute", name))
         else:
@@ -280,4 +286,6 @@ def test_a_killed_writer_loses_nothing_that_was_acknowledged(tmp_path: Path) -> 
 
 async def _names(path: Path) -> set[str]:
     store = await opened(path)
-    return {kept.name for kept in (*await store.adapters(), *await routes.routes(store))}
+    keys, _ = await KeyStore(store).all()
+    kept = (*await store.adapters(), *await routes.routes(store))
+    return {one.name for one in kept} | {key.id for key in keys}
