@@ -1,8 +1,10 @@
 # syntax=docker/dockerfile:1
 # docker build -t deltaserve .                            with CUDA (torch's wheels bring it)
 # docker build -t deltaserve:cpu --build-arg DEVICE=cpu . for the CPU, a tenth of the size
-# docker run -p 50051:50051 -p 9090:9090 -v /models:/models:ro deltaserve \
-#     serve --base /models/base --adapter-root /models/adapters --metrics-port 9090
+# docker run -p 50051:50051 -p 8000:8000 -p 9090:9090 -v /models:/models:ro -v state:/var/lib/deltaserve \
+#     deltaserve serve --base /models/base --adapter-root /models/adapters --metrics-port 9090 \
+#     --state /var/lib/deltaserve/state.db
+# Whoever reaches the ports may do everything until there is a key: docs/identity.md.
 # With another --port, set DELTASERVE_ADDRESS=127.0.0.1:PORT for the health check.
 
 ARG PYTHON=3.12
@@ -38,7 +40,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 10001 --user-group --create-home deltaserve \
-    && install -d -o deltaserve -g deltaserve /var/cache/deltaserve
+    && install -d -o deltaserve -g deltaserve /var/cache/deltaserve /var/lib/deltaserve
 COPY --from=build /opt/deltaserve /opt/deltaserve
 ENV PATH=/opt/deltaserve/bin:$PATH \
     PYTHONUNBUFFERED=1 \
@@ -48,8 +50,8 @@ ENV PATH=/opt/deltaserve/bin:$PATH \
     HF_HUB_OFFLINE=1 \
     DELTASERVE_HOST=0.0.0.0
 USER deltaserve
-VOLUME /var/cache/deltaserve
-EXPOSE 50051 9090
+VOLUME /var/cache/deltaserve /var/lib/deltaserve
+EXPOSE 50051 8000 9090
 STOPSIGNAL SIGTERM
 # Loading a large base takes minutes; until then an unhealthy answer does not count.
 HEALTHCHECK --interval=10s --timeout=6s --start-period=15m --retries=3 \
