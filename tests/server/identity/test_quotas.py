@@ -143,7 +143,7 @@ async def test_over_the_wire() -> None:
         AsyncClient(s.address, token=two) as b,
         AsyncClient(s.address, token=other) as c,
     ):
-        quota = s.server.services.generation._quotas
+        quota = s.server.services.quotas
         quota._clock = Clock()
         for call, used in (
             (lambda: a.generate([5] * 10, max_tokens=5, n=4), 10 + 4 * 5),

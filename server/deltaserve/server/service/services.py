@@ -60,6 +60,7 @@ class Services:
         self._routing = Routing(self._routes, metrics, self.ledger)
         self._watch = Watch(self._routes, self.ledger)
         self._watching: asyncio.Task[None] | None = None
+        self.quotas = Quotas(identity.book)
         self.generation = GenerationService(
             engine,
             self.encoders,
@@ -67,7 +68,7 @@ class Services:
             self._outbox,
             self._routing,
             identity.sight,
-            Quotas(identity.book),
+            self.quotas,
             config.max_seconds,
         )
         self.adapters = AdapterService(engine, self._routes, store, identity.sight)
