@@ -358,9 +358,11 @@ class FakeEngine:
             request.request_id,
             text="" if scored else FakeText().decode([token]),
             token_ids=() if scored else (token,),
-            logprobs=(logprob(token, p.logprobs),) if p.logprobs is not None and not scored else (),
+            logprobs=(logprob(token, p.logprobs, p.ranks),)
+            if p.logprobs is not None and not scored
+            else (),
             prompt_logprobs=tuple(
-                logprob(t, p.prompt_logprobs) for t in request.prompt_ids[p.score_from :]
+                logprob(t, p.prompt_logprobs, p.ranks) for t in request.prompt_ids[p.score_from :]
             )
             if p.score_from is not None and not done
             else (),
@@ -381,12 +383,11 @@ def _usage(request: Request, done: int) -> Usage:
     return Usage(len(request.prompt_ids), done, 1, 0, 3 * speculates, 2 * speculates)
 
 
-def logprob(token: int, top: int) -> TokenLogprob:
+def logprob(token: int, top: int, rank: bool) -> TokenLogprob:
     """Even tokens are the best ones at their place."""
     best = token if token % 2 == 0 else token + 1
-    return TokenLogprob(
-        token, -token / 128, tuple((best + i, -0.5 - i) for i in range(top)), 1 + token % 2
-    )
+    tops = tuple((best + i, -0.5 - i) for i in range(top))
+    return TokenLogprob(token, -token / 128, tops, 1 + token % 2 if rank else 0)
 
 
 def failed(request: Request, error: RequestError) -> Output:

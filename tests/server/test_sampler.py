@@ -147,7 +147,19 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     assert chosen.logprob is not None
     assert abs(chosen.logprob.logprob - expected.max().item()) < 1e-5
     assert [i for i, _ in chosen.logprob.top] == logits.topk(3).indices.tolist()
-    assert logprob_of(logits, 4, 0).top == ()
+    assert logprob_of(logits, 4, 0, rank=False).top == ()
+
+
+def test_ranks_are_told_if_they_are_asked_for() -> None:
+    logits = torch.randn(30)
+    logits[7] = logits[3]  # they share a rank
+    order = logits.sort(descending=True).values.tolist()
+    for token in (3, 7, 12):
+        rank = 1 + order.index(float(logits[token]))
+        bias = ((token, 100.0),)
+        asked, left = (row(logprobs=0, ranks=r, logit_bias=bias) for r in (True, False))
+        ranks = [c.logprob.rank for c in sample(logits.expand(2, -1), [asked, left])]
+        assert ranks == [rank, 0]
 
 
 def test_rows_that_are_not_finite_are_named() -> None:

@@ -43,7 +43,7 @@ ASSIGNMENT_OUTSIDE: Assignment
 ASSIGNMENT_ROLLED_BACK: Assignment
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "adapters", "text", "token_ids", "chat", "sampling", "stop", "n", "logprobs", "user", "priority", "cache_salt", "keep_special_tokens", "request_id", "constraint", "best_of", "echo", "prompt_logprobs", "combination", "speculation", "max_wait_seconds")
+    __slots__ = ("model", "adapters", "text", "token_ids", "chat", "sampling", "stop", "n", "logprobs", "user", "priority", "cache_salt", "keep_special_tokens", "request_id", "constraint", "best_of", "echo", "prompt_logprobs", "combination", "speculation", "max_wait_seconds", "ranks")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +65,7 @@ class GenerateRequest(_message.Message):
     COMBINATION_FIELD_NUMBER: _ClassVar[int]
     SPECULATION_FIELD_NUMBER: _ClassVar[int]
     MAX_WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
     model: str
     adapters: _containers.RepeatedCompositeFieldContainer[WeightedAdapter]
     text: str
@@ -86,7 +87,8 @@ class GenerateRequest(_message.Message):
     combination: Combination
     speculation: Speculation
     max_wait_seconds: float
-    def __init__(self, model: _Optional[str] = ..., adapters: _Optional[_Iterable[_Union[WeightedAdapter, _Mapping]]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopParams, _Mapping]] = ..., n: _Optional[int] = ..., logprobs: _Optional[int] = ..., user: _Optional[str] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., keep_special_tokens: _Optional[bool] = ..., request_id: _Optional[str] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ..., best_of: _Optional[int] = ..., echo: _Optional[bool] = ..., prompt_logprobs: _Optional[int] = ..., combination: _Optional[_Union[Combination, _Mapping]] = ..., speculation: _Optional[_Union[Speculation, _Mapping]] = ..., max_wait_seconds: _Optional[float] = ...) -> None: ...
+    ranks: bool
+    def __init__(self, model: _Optional[str] = ..., adapters: _Optional[_Iterable[_Union[WeightedAdapter, _Mapping]]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopParams, _Mapping]] = ..., n: _Optional[int] = ..., logprobs: _Optional[int] = ..., user: _Optional[str] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., keep_special_tokens: _Optional[bool] = ..., request_id: _Optional[str] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ..., best_of: _Optional[int] = ..., echo: _Optional[bool] = ..., prompt_logprobs: _Optional[int] = ..., combination: _Optional[_Union[Combination, _Mapping]] = ..., speculation: _Optional[_Union[Speculation, _Mapping]] = ..., max_wait_seconds: _Optional[float] = ..., ranks: _Optional[bool] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "choices", "served_by", "usage", "timings", "prompt_logprobs")
@@ -105,7 +107,7 @@ class GenerateResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., choices: _Optional[_Iterable[_Union[Choice, _Mapping]]] = ..., served_by: _Optional[_Union[ServedBy, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ...) -> None: ...
 
 class GenerateStreamRequest(_message.Message):
-    __slots__ = ("model", "adapters", "text", "token_ids", "chat", "sampling", "stop", "n", "logprobs", "user", "priority", "cache_salt", "keep_special_tokens", "request_id", "constraint", "best_of", "echo", "prompt_logprobs", "combination", "speculation", "max_wait_seconds")
+    __slots__ = ("model", "adapters", "text", "token_ids", "chat", "sampling", "stop", "n", "logprobs", "user", "priority", "cache_salt", "keep_special_tokens", "request_id", "constraint", "best_of", "echo", "prompt_logprobs", "combination", "speculation", "max_wait_seconds", "ranks")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +129,7 @@ class GenerateStreamRequest(_message.Message):
     COMBINATION_FIELD_NUMBER: _ClassVar[int]
     SPECULATION_FIELD_NUMBER: _ClassVar[int]
     MAX_WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
     model: str
     adapters: _containers.RepeatedCompositeFieldContainer[WeightedAdapter]
     text: str
@@ -148,7 +151,8 @@ class GenerateStreamRequest(_message.Message):
     combination: Combination
     speculation: Speculation
     max_wait_seconds: float
-    def __init__(self, model: _Optional[str] = ..., adapters: _Optional[_Iterable[_Union[WeightedAdapter, _Mapping]]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopParams, _Mapping]] = ..., n: _Optional[int] = ..., logprobs: _Optional[int] = ..., user: _Optional[str] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., keep_special_tokens: _Optional[bool] = ..., request_id: _Optional[str] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ..., best_of: _Optional[int] = ..., echo: _Optional[bool] = ..., prompt_logprobs: _Optional[int] = ..., combination: _Optional[_Union[Combination, _Mapping]] = ..., speculation: _Optional[_Union[Speculation, _Mapping]] = ..., max_wait_seconds: _Optional[float] = ...) -> None: ...
+    ranks: bool
+    def __init__(self, model: _Optional[str] = ..., adapters: _Optional[_Iterable[_Union[WeightedAdapter, _Mapping]]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopParams, _Mapping]] = ..., n: _Optional[int] = ..., logprobs: _Optional[int] = ..., user: _Optional[str] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., keep_special_tokens: _Optional[bool] = ..., request_id: _Optional[str] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ..., best_of: _Optional[int] = ..., echo: _Optional[bool] = ..., prompt_logprobs: _Optional[int] = ..., combination: _Optional[_Union[Combination, _Mapping]] = ..., speculation: _Optional[_Union[Speculation, _Mapping]] = ..., max_wait_seconds: _Optional[float] = ..., ranks: _Optional[bool] = ...) -> None: ...
 
 class GenerateStreamResponse(_message.Message):
     __slots__ = ("start", "deltas", "finishes")

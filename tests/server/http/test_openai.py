@@ -114,6 +114,20 @@ async def test_several_prompts_in_one_request() -> None:
         assert chunk.usage is not None and chunk.usage.prompt_tokens == sum(map(len, ids))
 
 
+async def test_ranks_are_computed_for_those_answers_that_tell_them() -> None:
+    async with asked() as (s, client):
+        given = {"model": "fake-base", "prompt": "abc", "max_tokens": 1}
+        body = given | {"prompt_logprobs": 0}
+        told = await client.post("/completions", body=body, cast_to=dict)
+        await client.completions.create(**given, logprobs=2)  # type: ignore[call-overload]
+    places = told["choices"][0]["prompt_logprobs"]
+    ids = FakeText().encode("abc")
+    assert [p[str(i)]["rank"] for i, p in zip(ids[1:], places[1:], strict=True)] == [
+        1 + i % 2 for i in ids[1:]
+    ]
+    assert [r.sampling.ranks for r in s.engine.submitted] == [True, False]
+
+
 async def test_log_probabilities_in_both_shapes() -> None:
     async with asked() as (_, client):
         answer = await client.completions.create(

@@ -123,10 +123,11 @@ async def test_tokens_and_their_details() -> None:
         top_n_tokens=2,
     )
     stopping = tgis.StoppingCriteria(max_new_tokens=3)
-    async with stub() as (_, client):
+    async with stub() as (s, client):
         answer = (await client.Generate(batch("hi", response=shown, stopping=stopping))).responses
         shown = tgis.ResponseOptions(generated_tokens=True)
         plain = (await client.Generate(batch("hi", response=shown, stopping=stopping))).responses
+    assert [r.sampling.ranks for r in s.engine.submitted] == [True, False]
     ids = tokens("hi", 3)
     assert answer[0].text == "hi" + said(ids)
     assert [t.text for t in answer[0].tokens] == [f"<{i}>" for i in ids]

@@ -30,7 +30,8 @@ class SamplingParams:
     the logits before anything else. bad_tokens: sequences of tokens that are never generated; all
     but the last token of one may be the prompt's. logprobs: None for none, k for the chosen token's
     and the k best; of the raw model distribution, before penalties, temperature and truncation.
-    length_penalty: (start, factor), factor 1 is off.
+    ranks: tell the ranks of the tokens that log-probabilities are
+    returned of. length_penalty: (start, factor), factor 1 is off.
     seed: None draws one; a request with a seed gets the same tokens whatever else is in the batch.
     score_from: index of a prompt token; the log-probabilities of the prompt tokens from there on
     are returned with the first output, each with the prompt_logprobs best ones of its place.
@@ -57,6 +58,7 @@ class SamplingParams:
     logprobs: int | None = None
     score_from: int | None = None
     prompt_logprobs: int = 0
+    ranks: bool = False
     skip_special_tokens: bool = True
 
 
@@ -144,7 +146,7 @@ class Request:
 class TokenLogprob:
     """Log-probability of one token, NaN for a prompt's first, and of the best ones at its position
     ((token id, logprob)). rank: one more than there are tokens with a greater one; 0 for a prompt's
-    first."""
+    first, and if it was not asked for."""
 
     token_id: int
     logprob: float

@@ -94,9 +94,9 @@ class StepOutputs:
     def _score(self, row: LogitRow, logits: Tensor, apart: Tensor | None) -> None:
         """Keep the log-probability of the prompt token behind this row."""
         sequence = row.part.sequence
-        top = sequence.request.sampling.prompt_logprobs
+        p = sequence.request.sampling
         token = sequence.tokens[row.position + 1]
-        entry = logprob_of(logits, token, top)
+        entry = logprob_of(logits, token, p.prompt_logprobs, rank=p.ranks)
         sequence.scores.append(entry)
         if (told := _told(sequence, apart, token)) is not None:
             sequence.disagreements.append(told)

@@ -95,8 +95,9 @@ def sample(logits: Tensor, rows: list[Row], best: Tensor | None = None) -> list[
         choice = Choice(token, bool(finite))
         if finite and not plain(row):
             _choose(choice, own[i], row)
-        if choice.sound and row.sampling.logprobs is not None:
-            choice.logprob = logprob_of(own[i], choice.token_id, row.sampling.logprobs)
+        p = row.sampling
+        if choice.sound and p.logprobs is not None:
+            choice.logprob = logprob_of(own[i], choice.token_id, p.logprobs, rank=p.ranks)
         choices.append(choice)
     return choices
 
@@ -109,9 +110,9 @@ def _in_host_memory(logits: Tensor, rows: list[Row]) -> Tensor | dict[int, Tenso
     return dict(zip(more, logits[more].cpu(), strict=True)) if more else {}
 
 
-def logprob_of(logits: Tensor, token_id: int, top: int) -> TokenLogprob:
+def logprob_of(logits: Tensor, token_id: int, top: int, *, rank: bool) -> TokenLogprob:
     """The token's and the `top` best log-probabilities of one row of logits [vocabulary], those of
-    tokens without probability left out, and the token's rank."""
+    tokens without probability left out, and the token's rank, or 0: it is one more pass."""
     logprobs = torch.log_softmax(logits.float(), -1)
     best: tuple[tuple[int, float], ...] = ()
     if top:
@@ -119,7 +120,8 @@ def logprob_of(logits: Tensor, token_id: int, top: int) -> TokenLogprob:
         pairs = zip(ids.tolist(), values.tolist(), strict=True)
         best = tuple(pair for pair in pairs if pair[1] > float("-inf"))
     own = logprobs[token_id]
-    return TokenLogprob(token_id, float(own), best, 1 + int((logprobs > own).sum()))
+    place = 1 + int((logprobs > own).sum()) if rank else 0
+    return TokenLogprob(token_id, float(own), best, place)
 
 
 def _choose(choice: Choice, logits: Tensor, row: Row) -> None:

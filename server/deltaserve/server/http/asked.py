@@ -165,6 +165,7 @@ def _message(
     stop.ignore_eos = bool(given.ignore_eos)
     for field in ("n", "prompt_logprobs", "max_wait_seconds"):
         _set(message, field, getattr(given, field))
+    message.ranks = given.prompt_logprobs is not None  # which tells them, with vLLM
     message.user = given.user or given.safety_identifier or ""
     message.priority = -(given.priority or 0)  # the lowest goes first, with vLLM
     message.cache_salt = given.cache_salt or ""

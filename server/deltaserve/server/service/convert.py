@@ -112,6 +112,7 @@ def sampling(request: GenerateRequest, choice: int = 0) -> SamplingParams:
         stop_token_ids=tuple(stop.token_ids),
         ignore_eos=stop.ignore_eos,
         logprobs=request.logprobs if request.HasField("logprobs") else None,
+        ranks=request.ranks,
         skip_special_tokens=not request.keep_special_tokens,
     )
 

@@ -94,7 +94,7 @@ class Answer:
         return tgis.TokenInfo(
             text=name,
             logprob=score.logprob if asked.logprobs else 0,
-            rank=score.rank if asked.ranks else 0,
+            rank=score.rank,
             top_tokens=[
                 tgis.TokenInfo.TopToken(text=text, logprob=top.logprob if asked.logprobs else 0)
                 for text, top in zip(

@@ -121,6 +121,7 @@ def generate(
         ),
         logprobs=top if shown.generated_tokens else None,
         prompt_logprobs=top if shown.input_tokens else None,
+        ranks=asked.ranks,
         constraint=_constraint(params.decoding),
         request_id=request_id,
     )
