@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from deltaserve.adapters import errors as adapter_errors
 from deltaserve.adapters.options import DEFAULT, LoadOptions
+from deltaserve.server.called import parse
 from deltaserve.server.engine.chat import Chat
 from deltaserve.server.engine.constraint import Constraint
 from deltaserve.server.engine.core import (
@@ -28,6 +29,7 @@ from deltaserve.server.engine.core import (
     TokenLogprob,
     Usage,
 )
+from deltaserve.server.engine.group import located
 from deltaserve.server.engine.kv_pool import KVShape
 from deltaserve.server.engine.plan import Fit, MemoryPlan
 from deltaserve.server.engine.stats import EngineInfo, EngineStats
@@ -165,7 +167,7 @@ class FakeAdapters:
 
     def own_text(self, called: str) -> Future[None]:
         done: Future[None] = Future()
-        self.get(called.partition("@")[0])
+        self.resolve(called)
         done.set_result(None)
         return done
 
@@ -186,8 +188,19 @@ class FakeAdapters:
     def get(self, name: str) -> AdapterInfo:
         with self._lock:
             if name not in self._infos:
-                raise AdapterUnknown(f"no adapter named {name!r} is registered", field="model")
+                raise AdapterUnknown(f"no adapter named {name!r} is registered", field="name")
             return self._infos[name]
+
+    def resolve(self, called: str) -> None:
+        """As `Registry.resolve`."""
+        name, digest = parse(called)
+        if name not in self._infos:
+            raise AdapterUnknown(f"no adapter named {name!r} is registered", field="model")
+        known = self._infos[name]
+        if known.state is AdapterState.UNLOADING:
+            raise AdapterUnknown(f"{name!r} is being unloaded", field="model")
+        if not known.digest.startswith(digest):
+            raise AdapterUnknown(f"{name!r} has digest {known.digest}", field="model")
 
     def list(self) -> list[AdapterInfo]:
         with self._lock:
@@ -265,13 +278,10 @@ class FakeEngine:
             raise self.fail
         check(request, LIMITS)
         members = request.combination.members if request.combination is not None else ()
-        for ref in (*request.adapters, *(ref for m in members for ref in m.adapters)):
-            name, _, digest = ref.name.partition("@")
-            known = self.adapters.get(name)
-            if known.state is AdapterState.UNLOADING:
-                raise AdapterUnknown(f"{ref.name!r} is being unloaded", field="model")
-            if not known.digest.startswith(digest):
-                raise AdapterUnknown(f"{name!r} has digest {known.digest}", field="model")
+        for i, one in enumerate((request, *members)):
+            with located(i - 1, request):
+                for ref in one.adapters:
+                    self.adapters.resolve(ref.name)
         with self._lock:
             if len(self._running) >= self.max_queue:
                 raise Overloaded("the queue is full", reason="queue_full", retry_after=1.5)

@@ -34,7 +34,7 @@ SERVER_RANK = {
     "experiments": 0,
     "identity": 0,
 }
-LEAVES = {"config", "errors", "metrics", "recent", "log", "progress"}
+LEAVES = {"called", "config", "errors", "metrics", "recent", "log", "progress"}
 # only kernels may use Triton; the wire and the clients must do without torch
 FORBIDDEN = {
     "proto": {"torch", "transformers", "triton"},

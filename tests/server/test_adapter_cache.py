@@ -6,6 +6,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -123,8 +124,10 @@ def test_loads_and_unloads_to_the_last_byte() -> None:
     rig.until(future.done, [])
     assert future.result() == 30
     assert rig.cache.used_bytes == 0 and not rig.host.slots
-    with pytest.raises(AdapterUnknown):
-        rig.cache.get("a")
+    for call in (rig.cache.get, rig.cache.unload, partial(rig.cache.pin, pinned=True)):
+        with pytest.raises(AdapterUnknown) as caught:
+            call("a")
+        assert caught.value.field == "name"
 
 
 def test_unload_waits_for_requests_in_flight_and_lets_no_new_ones_in() -> None:

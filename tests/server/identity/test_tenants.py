@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -98,6 +99,9 @@ async def test_another_tenants_adapter_is_as_one_that_nobody_has() -> None:
             got, wanted = await said(call), await said(nobody[name])
             assert got[0] == grpc.StatusCode.NOT_FOUND, (name, got)
             assert str(got).replace("secret", "nobody") == str(wanted), name
+        for call in (t.evil.get_adapter, t.evil.unload_adapter, t.evil.pin_adapter):
+            got, wanted = [await said(partial(call, f"{n}@dig")) for n in ("secret", "nobody")]
+            assert str(got).replace("secret", "nobody") == str(wanted), "no digest is part of it"
         assert [a.name for a in await t.evil.list_adapters()] == ["open"]
         for uri in ("/s", "/other"):  # also for the same content
             with pytest.raises(errors.AlreadyExists, match="'secret' is taken"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -146,10 +147,52 @@ async def test_other_codes() -> None:
         with pytest.raises(errors.InvalidArgument, match="uri"):
             await client.load_adapter("b", "/x\0y")
         for call in (client.unload_adapter, client.get_adapter, client.pin_adapter):
-            with pytest.raises(errors.NotFound):
+            with pytest.raises(errors.NotFound) as caught:
                 await call("nobody")
-        with pytest.raises(errors.NotFound):
-            await client.generate("x", "nobody")
+            assert caught.value.field == "name"
+        for call in (client.get_route, client.delete_route, client.roll_back_route):
+            with pytest.raises(errors.NotFound) as caught:
+                await call("nobody")
+            assert caught.value.field == "name"
+        for asked in (
+            client.get_report("nobody"),
+            client.record_feedback(reward=1.0, route="nobody", user="u"),
+        ):
+            with pytest.raises(errors.NotFound) as caught:
+                await asked
+            assert caught.value.field == "route"
+
+
+NAMED: list[tuple[dict[str, Any], str]] = [
+    ({"model": "nobody"}, "model"),
+    ({"adapters": ["a", "nobody"]}, "adapters.name"),
+    (
+        {"combination": {"rule": "mean", "members": [{"model": "a"}, {"model": "nobody"}]}},
+        "combination.members[1].model",
+    ),
+    (
+        {"combination": {"rule": "mean", "members": [{"model": "a"}, {"adapters": ["nobody"]}]}},
+        "combination.members[1].adapters.name",
+    ),
+]
+"""Ways to name an adapter, and the field that does."""
+
+
+@pytest.mark.parametrize(("arguments", "field"), NAMED)
+async def test_the_field_that_names_an_unknown_adapter(
+    arguments: dict[str, Any], field: str
+) -> None:
+    async with served() as s, AsyncClient(s.address) as client:
+        await client.load_adapter("a", "/a")
+        asked = [
+            client.generate("x", **arguments),
+            anext(client.stream("x", **arguments)),
+            client.score("x", ["y"], **arguments),
+        ]
+        for call in asked:
+            with pytest.raises(errors.NotFound, match="no adapter named 'nobody'") as caught:
+                await call
+            assert caught.value.field == field
 
 
 async def test_a_bug_of_ours_tells_nothing_but_an_incident(

@@ -142,7 +142,8 @@ def located(i: int, request: Request) -> Iterator[None]:
         if request.combination is None or not field.startswith(_OF_MEMBERS):
             raise
         path = f"combination.members[{i}]."
-        raise type(error)(f"{path}{error}", field=path + field) from error
+        named = "" if str(error).startswith(field) else f"{field}: "
+        raise type(error)(f"{path}{named}{error}", field=path + field) from error
 
 
 _OF_MEMBERS = ("prompt", "adapters", "model")

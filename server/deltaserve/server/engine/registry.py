@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias, TypeVar
 
 from deltaserve.adapters.options import LoadOptions
+from deltaserve.server.called import parse
 from deltaserve.server.engine.core import AdapterInfo, AdapterState
 from deltaserve.server.engine.residency import Residency
 from deltaserve.server.engine.watchers import Watchers
@@ -59,7 +60,7 @@ class Registry:
         with self.lock:
             return sorted(r.name for r in self._by_name.values() if r.options.parent == name)
 
-    def find(self, name: str, field: str = "model") -> Residency:
+    def find(self, name: str, field: str = "name") -> Residency:
         """AdapterUnknown if there is none of that name."""
         residency = self._by_name.get(name)
         if residency is None:
@@ -68,7 +69,7 @@ class Registry:
 
     def resolve(self, called: str, field: str = "model") -> Residency:
         """One that requests may use. called: a name, or ``name@digest-prefix``."""
-        name, _, digest = called.partition("@")
+        name, digest = parse(called)
         residency = self.find(name, field)
         if residency.state is AdapterState.UNLOADING:
             raise AdapterUnknown(f"adapter {name!r} is being unloaded", field=field)

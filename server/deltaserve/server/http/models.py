@@ -28,7 +28,6 @@ _SERVED = (
     pb.ADAPTER_STATE_READY,
 )
 OWNER = "deltaserve"
-_NAMES = {"model": "lora_name"}
 
 
 class Models:
@@ -75,14 +74,14 @@ class Models:
         )
         if given.options is not None:
             from_json("options", given.options, message.options)
-        with in_client_names(_NAMES):
+        with in_client_names():
             await self._load.run(message, call)
         return PlainTextResponse(f"Success: LoRA adapter '{given.lora_name}' added successfully.")
 
     async def unload(self, request: Request) -> Response:
         call = self._gate.enter(request, self._unload.role)
         given = await body.fields(request, UnloadFields, self._most)
-        with in_client_names(_NAMES):
+        with in_client_names():
             await self._unload.run(pb.UnloadAdapterRequest(name=given.lora_name), call)
         return PlainTextResponse(f"Success: LoRA adapter '{given.lora_name}' removed successfully.")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from deltaserve.server.called import parse
 from deltaserve.server.errors import AdapterConflict, AdapterUnknown, Forbidden
 from deltaserve.server.identity.caller import Caller
 
@@ -45,23 +46,28 @@ class Sight:
         """Names of what it owns, sorted."""
         return sorted(name for name, owner in self._owners.items() if owner.tenant == tenant)
 
-    def sees(self, caller: Caller, called: str) -> bool:
-        """called: a name, or ``name@digest-prefix``."""
-        owner = self.owner(called.partition("@")[0])
+    def sees(self, caller: Caller, name: str) -> bool:
+        owner = self.owner(name)
         return caller.operator or owner.shared or owner.tenant == caller.tenant
 
-    def check(self, caller: Caller, called: str, field: str = "model") -> None:
-        """AdapterUnknown, as of a name that nobody has, if the caller may not see it."""
-        if not self.sees(caller, called):
-            raise unknown(called.partition("@")[0], field)
+    def check(self, caller: Caller, called: str, field: str) -> None:
+        """AdapterUnknown, as of a name that nobody has, if the caller may not see it. called: a
+        name, or ``name@digest-prefix``."""
+        name, _ = parse(called)
+        self.check_name(caller, name, field)
+
+    def check_name(self, caller: Caller, name: str, field: str = "name") -> None:
+        """The same, where a digest is no part of a name."""
+        if not self.sees(caller, name):
+            raise unknown(name, field)
 
     def check_owner(self, caller: Caller, name: str, *, taken: bool) -> None:
         """For what changes it. taken: it is registered. AdapterUnknown if it is not, or the caller
         may not see it; Forbidden for another's that is shared."""
-        self.check(caller, name)
+        self.check_name(caller, name)
         if not self.owns(caller, name):
             if not taken:
-                raise unknown(name, "model")
+                raise unknown(name, "name")
             raise Forbidden(
                 f"adapter {name!r} is shared by its owner: it can be used, but not changed, by the "
                 f"tenant {caller.tenant!r}",
@@ -88,5 +94,6 @@ class Sight:
 
 
 def unknown(name: str, field: str) -> AdapterUnknown:
-    """What is said of a name that nobody has."""
-    return AdapterUnknown(f"no adapter named {name!r} is registered", field=field)
+    """What is said of a name that nobody has. The message has the field if it is one of many."""
+    where = f"{field}: " if "[" in field else ""
+    return AdapterUnknown(f"{where}no adapter named {name!r} is registered", field=field)

@@ -90,7 +90,7 @@ class RouteBook:
 
     # Reading:
 
-    def find(self, name: str, caller: Caller = SERVER) -> Standing | None:
+    def find(self, name: str, caller: Caller = SERVER, field: str = "model") -> Standing | None:
         """The route that the caller's requests call so; None without one that it may see.
         RouteUnavailable for one that could not be brought back."""
         lost = self._failed.get(name)
@@ -98,17 +98,22 @@ class RouteBook:
             raise RouteUnavailable(
                 f"route {name!r} could not be brought back: {lost.reason}; put it anew or "
                 "delete it",
-                field="model",
+                field=field,
             )
         found = self._standings.get(name)
         return found if found is not None and sees(caller, found) else None
 
-    def get(self, name: str, caller: Caller = SERVER) -> Standing:
+    def get(self, name: str, caller: Caller = SERVER, field: str = "name") -> Standing:
         """RouteUnknown without one; RouteUnavailable as `find`."""
-        found = self.find(name, caller)
+        found = self.find(name, caller, field)
         if found is None:
-            raise unknown(name)
+            raise unknown(name, field)
         return found
+
+    def known(self, name: str, caller: Caller) -> bool:
+        """Whether the caller may see one of that name, brought back or not."""
+        known = self._standings.get(name) or self._failed.get(name)
+        return known is not None and sees(caller, known)
 
     def all(self, caller: Caller = SERVER) -> list[Standing]:
         """Those that the caller may see, by name."""
@@ -234,7 +239,7 @@ class RouteBook:
                     raise NameTaken(
                         f"route.name: {given.name!r} is taken; choose another", field="route.name"
                     )
-                check_owned(caller, given.name, known)
+                check_owned(caller, given.name, known, "route.name")
             route = check(given, self._base, self._pins.pin)
             if given.etag and (before is None or given.etag != before.etag):
                 now = f"is {before.etag!r} now" if before else "does not exist"

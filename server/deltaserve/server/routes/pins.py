@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from deltaserve.server.called import parse
 from deltaserve.server.engine.core import AdapterInfo, AdapterState
 from deltaserve.server.errors import AdapterBusy, AdapterUnavailable, AdapterUnknown
 from deltaserve.server.routes.check import refuse
@@ -34,7 +35,7 @@ class Pins:
 
     def pin(self, called: str, field: str) -> tuple[str, str]:
         """As `check.Pin`. AdapterUnknown, AdapterUnavailable or AdapterBusy."""
-        name, _, wanted = called.partition("@")
+        name, wanted = parse(called)
         if self._is_route(name):
             refuse(field, repr(name), "an adapter or the base: it is a route")
         try:

@@ -107,7 +107,7 @@ class AdapterService:
         return pb.UnloadAdapterResponse(freed_bytes=freed)
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, call: Call) -> pb.GetAdapterResponse:
-        self._sight.check(call.caller, request.name)
+        self._sight.check_name(call.caller, request.name)
         info = self._adapters.get(request.name)
         return pb.GetAdapterResponse(adapter=self._shown(info, call))
 

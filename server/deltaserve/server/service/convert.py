@@ -4,7 +4,9 @@ be right; what concerns the model (vocabulary, lengths, ranges) the engine check
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from google.protobuf.message import Message
@@ -13,7 +15,7 @@ from deltaserve.adapters.options import LoadOptions
 from deltaserve.server.config import ADAPTER_NAME, NAME_RULE
 from deltaserve.server.engine.constraint import KINDS, Constraint
 from deltaserve.server.engine.core import AdapterRef, SamplingParams, Speculation
-from deltaserve.server.errors import InvalidRequest
+from deltaserve.server.errors import InvalidRequest, RequestError
 from deltaserve.v1 import adapter_pb2
 from deltaserve.v1 import generation_pb2 as pb
 
@@ -174,11 +176,36 @@ def max_wait(request: Asked) -> float | None:
     return request.max_wait_seconds if request.HasField("max_wait_seconds") else None
 
 
-def named(request: Asked, base: str) -> list[str]:
-    """What the request calls its adapters, those of a combination's members as well."""
-    of: list[Any] = [request, *request.combination.members]
-    names = [name for m in of for name in (m.model, *(a.name for a in m.adapters))]
-    return [name for name in names if name and name != base]
+def named(request: Asked, base: str) -> list[tuple[str, str]]:
+    """What the request calls its adapters, those of a combination's members as well, each with the
+    path of its field."""
+    of: list[tuple[str, Any]] = [("", request)]
+    of += [(f"combination.members[{i}].", m) for i, m in enumerate(request.combination.members)]
+    found = []
+    for path, one in of:
+        found.append((f"{path}model", one.model))
+        found += [(f"{path}adapters.name", item.name) for item in one.adapters]
+    return [(field, name) for field, name in found if name and name != base]
+
+
+@contextmanager
+def blaming(request: Asked) -> Iterator[None]:
+    """The engine says `model` of whatever names adapters; the client is told its own field."""
+    try:
+        yield
+    except RequestError as error:
+        found = _MODEL.fullmatch(error.field)
+        if found is not None:
+            i = found["member"]
+            given: Targeted = request if i is None else request.combination.members[int(i)]
+            if given.adapters and not given.model:
+                renamed = f"{found['path']}adapters.name"
+                error.args = (str(error).replace(f"{error.field}: ", f"{renamed}: ", 1),)
+                error.field = renamed
+        raise
+
+
+_MODEL = re.compile(r"(?P<path>(combination\.members\[(?P<member>\d+)\]\.)?)model")
 
 
 def check_labels(request: Asked) -> None:

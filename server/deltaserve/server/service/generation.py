@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -61,7 +61,7 @@ class GenerationService:
 
     async def Generate(self, request: pb.GenerateRequest, call: Call) -> pb.GenerateResponse:
         routed = self._routing.of(request, call)
-        with routed.running():
+        with convert.blaming(request), routed.running():
             response = await self._generate(routed, call)
         self.shadows.cast(request, routed, call)
         return response
@@ -94,7 +94,7 @@ class GenerationService:
         self, request: pb.GenerateStreamRequest, call: Call
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         routed = self._routing.of(request, call)
-        with routed.running():
+        with convert.blaming(request), routed.running():
             async with aclosing(self._pieces(routed, call)) as messages:
                 async for message in messages:
                     yield message
@@ -125,7 +125,7 @@ class GenerationService:
 
     async def Score(self, request: pb.ScoreRequest, call: Call) -> pb.ScoreResponse:
         routed = self._routing.of(request, call)
-        with routed.running():
+        with convert.blaming(request), routed.running():
             return await self._score(routed, call)
 
     async def _score(self, routed: Routed[pb.ScoreRequest], call: Call) -> pb.ScoreResponse:
@@ -199,11 +199,12 @@ class GenerationService:
         name = convert.label("model", model)
         route = self._routing.route(name, call)
         if route is None:
-            names = [name] if name and name != self._info.base else []
+            names = [("model", name)] if name and name != self._info.base else []
             return await self._encoders.of(self._seen(names, call), known=True)
         found = {}
         for arm in route.arms.values():
-            found[arm.name] = await self._encoders.of(self._seen(arm.called, call), known=True)
+            called = self._seen((("model", name) for name in arm.called), call)
+            found[arm.name] = await self._encoders.of(called, known=True)
         control = found[route.control]
         for arm_name, encoder in found.items():
             if encoder.tokenizer is not control.tokenizer:
@@ -212,11 +213,13 @@ class GenerationService:
                 convert.refuse("model", what + "different tokenizers,", right)
         return control
 
-    def _seen(self, names: list[str], call: Call) -> list[str]:
-        """The same; AdapterUnknown for one that the caller may not see."""
-        for name in names:
-            self._sight.check(call.caller, name)
-        return names
+    def _seen(self, named: Iterable[tuple[str, str]], call: Call) -> list[str]:
+        """named: fields with what they call adapters. -> the latter; AdapterUnknown for one that
+        the caller may not see."""
+        found = list(named)
+        for field, name in found:
+            self._sight.check(call.caller, name, field)
+        return [name for _, name in found]
 
     async def _asked(self, request: convert.GenerateRequest, call: Call) -> Asked:
         """One request for each choice."""

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from deltaserve.server.engine import validate
 from deltaserve.server.engine.core import Request
-from deltaserve.server.errors import AdapterUnknown, InvalidRequest
-from deltaserve.server.identity.sight import Sight, unknown
+from deltaserve.server.errors import InvalidRequest
+from deltaserve.server.identity.sight import Sight
 from deltaserve.server.ledger.ledger import Ledger
 from deltaserve.server.metrics import Metrics
 from deltaserve.server.routes.book import RouteBook
 from deltaserve.server.routes.route import Standing, State
 from deltaserve.server.routes.seen import check_owned
+from deltaserve.server.routes.seen import unknown as no_route
 from deltaserve.server.service import convert
 from deltaserve.server.service.call import Call
 from deltaserve.server.service.caveats import caveats
@@ -52,10 +53,7 @@ class RouteService:
             named = [("model", arm.model)]
             named += [(f"adapters[{j}].name", one.name) for j, one in enumerate(arm.adapters)]
             for field, name in named:
-                if not self._sight.sees(call.caller, name):  # said as of one that nobody has
-                    path = f"route.arms[{i}].{field}"
-                    error = unknown(name.partition("@")[0], path)
-                    raise AdapterUnknown(f"{path}: {error}", field=path)
+                self._sight.check(call.caller, name, f"route.arms[{i}].{field}")
         standing = await self._book.put(call.caller, request.route)
         return pb.PutRouteResponse(route=shown(standing))
 
@@ -89,13 +87,17 @@ class RouteService:
     async def RecordFeedback(
         self, request: pb.RecordFeedbackRequest, call: Call
     ) -> pb.RecordFeedbackResponse:
-        answer = await self._ledger.feedback(feedback(request, call.caller.tenant))
+        given = feedback(request, call.caller.tenant)
+        if given.route and not self._book.known(given.route, call.caller):
+            raise no_route(given.route, "route")
+        answer = await self._ledger.feedback(given)
         return pb.RecordFeedbackResponse(route=answer.route, arm=answer.arm)
 
     async def GetReport(self, request: pb.GetReportRequest, call: Call) -> pb.GetReportResponse:
-        asked_for, standing = asked(request), self._book.get(request.route, call.caller)
-        check_owned(call.caller, request.route, standing)  # it tells of all tenants' users
-        route, book = standing.route, self._ledger.book(request.route, standing.epoch)
+        asked_for, name = asked(request), request.route
+        standing = self._book.get(name, call.caller, "route")
+        check_owned(call.caller, name, standing, "route")  # it tells of all tenants' users
+        route, book = standing.route, self._ledger.book(name, standing.epoch)
         response = pb.GetReportResponse(
             route=shown(standing),
             start_time=stamp(standing.epoch / 1000),
