@@ -193,7 +193,7 @@ class FakeAdapters:
 
     def resolve(self, called: str) -> None:
         """As `Registry.resolve`."""
-        name, digest = parse(called)
+        name, digest = parse(called, "model")
         if name not in self._infos:
             raise AdapterUnknown(f"no adapter named {name!r} is registered", field="model")
         known = self._infos[name]

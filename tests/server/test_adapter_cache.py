@@ -277,6 +277,8 @@ def test_a_digest_in_the_name_must_match() -> None:
     rig = Rig(100, {"a": 40})
     rig.load("a")
     rig.cache.acquire([AdapterRef("a@digest")])
+    with pytest.raises(InvalidRequest, match=r"^model: 'a@' has no digest"):
+        rig.cache.acquire([AdapterRef("a@")])
     with pytest.raises(AdapterUnknown, match="has digest"):
         rig.cache.acquire([AdapterRef("a@other")])
 

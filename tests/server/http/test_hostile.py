@@ -142,6 +142,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/completions", {"prompt": "x", "use_beam_search": True}, "use_beam_search"),
     ("/v1/completions", {"prompt": "x", "adapters": [{"nam": "a"}]}, "adapters"),
     ("/v1/completions", {"prompt": "x", "model": "a", "adapters": {"b": 1}}, "adapters"),
+    ("/v1/completions", {"prompt": "x", "model": "a@"}, "model"),
+    ("/v1/completions", {"prompt": "x", "adapters": {"a@": 1}}, "adapters.name"),
+    ("/tokenize", {"prompt": "x", "model": "a@"}, "model"),
     ("/v1/completions", {"prompt": "x", "combination": {"rule": 1}}, "combination.members"),
     ("/v1/completions", {"prompt": "x", "response_format": {"type": "x"}}, "response_format.type"),
     (

@@ -243,7 +243,7 @@ def test_what_is_pinned() -> None:
     adapters.load("a", "/a").result(5)
     pins = Pins(adapters, {"r"}.__contains__)
     assert pins.pin("a@digest-of", "f") == ("a@digest-of-/a", "digest-of-/a")
-    for called in ("a@other", "none", "r"):
+    for called in ("a@other", "a@", "none", "r"):
         with pytest.raises(RequestError) as raised:
             pins.pin(called, "f")
         assert raised.value.field == "f" and str(raised.value).startswith("f: ")

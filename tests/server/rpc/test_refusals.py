@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from typing import Any
 
 import grpc
@@ -193,6 +194,28 @@ async def test_the_field_that_names_an_unknown_adapter(
             with pytest.raises(errors.NotFound, match="no adapter named 'nobody'") as caught:
                 await call
             assert caught.value.field == field
+
+
+@pytest.mark.parametrize(("arguments", "field"), NAMED)
+async def test_no_digest_behind_the_sign_for_it(arguments: dict[str, Any], field: str) -> None:
+    arguments = json.loads(json.dumps(arguments).replace("nobody", "a@"))
+    async with served() as s, AsyncClient(s.address) as client:
+        await client.load_adapter("a", "/a")
+        asked = [
+            client.generate("x", **arguments),
+            anext(client.stream("x", **arguments)),
+            client.score("x", ["y"], **arguments),
+        ]
+        if "model" in arguments:
+            asked += [client.tokenize("x", "a@"), client.detokenize([5], "a@")]
+        for call in asked:
+            with pytest.raises(errors.InvalidArgument, match="digest behind the @") as caught:
+                await call
+            assert caught.value.field == field and str(caught.value).startswith(field)
+        with pytest.raises(errors.InvalidArgument) as caught:
+            await client.load_adapter("b", "/b", parent="a@")
+        assert caught.value.field == "options.parent"
+        assert (await client.generate("x", "a@dig", max_tokens=1)).served_by
 
 
 async def test_a_bug_of_ours_tells_nothing_but_an_incident(

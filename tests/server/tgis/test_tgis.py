@@ -260,6 +260,8 @@ async def test_refusals_name_the_field_that_tgis_has() -> None:
         with pytest.raises(grpc.aio.AioRpcError, match="nobody") as unknown:
             await client.Generate(batch("fine", adapter_id="nobody"))
         assert unknown.value.code() == grpc.StatusCode.NOT_FOUND
+        with pytest.raises(grpc.aio.AioRpcError, match="adapter_id: 'a@' has no digest"):
+            await client.Generate(batch("fine", adapter_id="a@"))
         assert s.server.services.in_flight == 0
 
 

@@ -69,7 +69,7 @@ class Registry:
 
     def resolve(self, called: str, field: str = "model") -> Residency:
         """One that requests may use. called: a name, or ``name@digest-prefix``."""
-        name, digest = parse(called)
+        name, digest = parse(called, field)
         residency = self.find(name, field)
         if residency.state is AdapterState.UNLOADING:
             raise AdapterUnknown(f"adapter {name!r} is being unloaded", field=field)

@@ -52,8 +52,8 @@ class Sight:
 
     def check(self, caller: Caller, called: str, field: str) -> None:
         """AdapterUnknown, as of a name that nobody has, if the caller may not see it. called: a
-        name, or ``name@digest-prefix``."""
-        name, _ = parse(called)
+        name, or ``name@digest-prefix``; InvalidRequest for what is neither."""
+        name, _ = parse(called, field)
         self.check_name(caller, name, field)
 
     def check_name(self, caller: Caller, name: str, field: str = "name") -> None:

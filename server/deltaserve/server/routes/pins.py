@@ -35,7 +35,7 @@ class Pins:
 
     def pin(self, called: str, field: str) -> tuple[str, str]:
         """As `check.Pin`. AdapterUnknown, AdapterUnavailable or AdapterBusy."""
-        name, wanted = parse(called)
+        name, wanted = parse(called, field)
         if self._is_route(name):
             refuse(field, repr(name), "an adapter or the base: it is a route")
         try:
