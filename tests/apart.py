@@ -20,7 +20,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from deltaserve.kernels.attention import gpu as attention
 from deltaserve.kernels.gated import gpu as gates
-from deltaserve.kernels.gpu import aux, device, gemm, inputs, norm, rope
+from deltaserve.kernels.gpu import aux, device, embedding, gemm, inputs, norm, rope
 from deltaserve.kernels.gpu.backend import TritonBackend
 
 NAME = "apart"
@@ -126,7 +126,7 @@ def backend() -> Iterator[TritonBackend]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "default_device", lambda: torch.device(NAME, 0))
         patch.setattr(TritonBackend, "free_bytes", lambda self: 1 << 30)
-        for module in (aux, gates, gemm, inputs, norm, rope, attention):
+        for module in (aux, embedding, gates, gemm, inputs, norm, rope, attention):
             patch.setattr(module, "launch", _launching(module.launch))
         yield TritonBackend()
 

@@ -97,7 +97,14 @@ def engines(gpu: TritonBackend, family: Path) -> Iterator[Pair]:
     names = sorted(p.name for p in (family / "adapters").iterdir() if p.is_dir())
     assert len(names) == len(VARIANTS) + 2
     with ExitStack() as stack:
+        # Whatever an adapter has comes beside the steps, and nothing when it is published.
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(gpu.arena, "put", _refuse)
         yield pair(stack, gpu, family, names, max_batch_tokens=32)
+
+
+def _refuse(blob: torch.Tensor) -> None:
+    raise AssertionError(f"{blob.numel()} bytes are copied by the engine's thread")
 
 
 def test_every_kind_in_one_batch(engines: Pair) -> None:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -313,11 +314,17 @@ StagingMachine.TestCase.settings = settings(
 test_every_step_reads_its_adapters = StagingMachine.TestCase
 
 
+def adapter(linear: int, **others: Any) -> Any:
+    """One of a linear of so many units, and of what else is given."""
+    nothing: dict[str, Any] = {"norms": {}, "embedding": None, "gated": None}
+    return SimpleNamespace(linears={"a": blob(1, linear)}, **{**nothing, **others})
+
+
 def test_the_courier_says_when_there_is_no_place() -> None:
     own = Rig(8)
     courier = DeviceCourier(own.arena, own.staging)
-    first = courier.send(SimpleNamespace(linears={"a": blob(1, 3)}, norms={"b": blob(2, 3)}))
-    second = SimpleNamespace(linears={"a": blob(3, 3)}, norms={})
+    first = courier.send(adapter(3, norms={"b": blob(2, 3)}))
+    second = adapter(3)
     assert first is not None and courier.send(second) is None
     while not first.arrived:
         courier.pump()
@@ -325,12 +332,33 @@ def test_the_courier_says_when_there_is_no_place() -> None:
     first.publish()
     first.finish()
     assert courier.send(second) is not None
-    nothing = courier.send(SimpleNamespace(linears={"a": blob(3, 0)}, norms={}))
+    nothing = courier.send(adapter(0))
     assert nothing is not None and nothing.arrived
     nothing.publish()
     used = own.arena.used
     nothing.finish()
     assert own.arena.used == used
+
+
+def test_the_courier_brings_all_of_an_adapter() -> None:
+    own = Rig(16)
+    everything = [blob(i, 2) for i in range(2, 5)]
+    norm, embedding, gated = everything
+    sent = adapter(2, norms={"b": norm}, embedding=embedding, gated=gated)
+    everything.append(sent.linears["a"])
+    courier = DeviceCourier(own.arena, own.staging)
+    parcel = courier.send(sent)
+    assert parcel is not None
+    while not parcel.arrived:
+        courier.pump()
+        own.streams.advance_copies()
+    parcel.publish()
+    data = own.arena.view(torch.uint8)
+    for one in everything:
+        assert one.home.spot is not None
+        start = one.home.spot.offset * 16
+        assert torch.equal(data[start : start + one.nbytes], one.blob)
+    parcel.finish()
 
 
 def test_the_interpreter_has_streams_too() -> None:

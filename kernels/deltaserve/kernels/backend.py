@@ -16,8 +16,9 @@ from deltaserve.kernels.attention.step import AttentionSpec, AttentionStep, Span
 from deltaserve.kernels.base import BaseLinear
 from deltaserve.kernels.captured import Graphs, StepTensors
 from deltaserve.kernels.decoder import DecoderLayer, LayerParts
+from deltaserve.kernels.gated_prefix import GatedPrefixes
 from deltaserve.kernels.norm import NormDeltas, PreparedNorm
-from deltaserve.kernels.primitives import Primitive
+from deltaserve.kernels.primitives import GatedPrefix, Primitive
 from deltaserve.kernels.segments import Segments
 from deltaserve.kernels.table import Group
 
@@ -34,8 +35,8 @@ class UnsupportedWeights(ValueError):
     """The backend cannot compute with weights held like that; the message says what it can."""
 
 
-class PreparedDeltas(Protocol):
-    """One adapter's primitives on one group, ready to be installed."""
+class Prepared(Protocol):
+    """What one adapter has somewhere, ready to be installed."""
 
     @property
     def nbytes(self) -> int:
@@ -45,6 +46,10 @@ class PreparedDeltas(Protocol):
     def tensors(self) -> tuple[Tensor, ...]:
         """Every tensor it keeps in memory."""
         ...
+
+
+class PreparedDeltas(Prepared, Protocol):
+    """On one group of linears."""
 
     def only(self, parts: Collection[int]) -> PreparedDeltas:
         """What it has on some parts of the group, over the same tensors."""
@@ -59,6 +64,14 @@ the group does not take."""
 
 PackNorm: TypeAlias = Callable[[tuple[Primitive, ...], int], PreparedNorm]
 """The same for a norm, of a gain of such a size."""
+
+
+PackEmbedding: TypeAlias = Callable[[tuple[Primitive, ...], int, int, torch.dtype], Prepared]
+"""The same for the token embedding, of a weight [vocabulary, hidden]; its output's dtype."""
+
+
+PackPrefix: TypeAlias = Callable[[GatedPrefix], Prepared]
+"""The same for a gated prefix, which is in the dtype it is served in. Raises nothing."""
 
 
 class Deltas(Protocol):
@@ -90,6 +103,31 @@ class Deltas(Protocol):
     def forward(self, x: Tensor, base: Any, segments: Segments) -> Tensor:
         """x: [T, in]. Returns [T, sum of out_features] of x's dtype. Tokens without an adapter get
         exactly what they get in a step without any."""
+        ...
+
+
+class EmbeddingDeltas(Protocol):
+    """What a step's adapters do to the token embedding."""
+
+    def install(self, slot: int, prepared: Any) -> None:
+        """Publishes an adapter in a slot, in place of what the slot held. Engine thread."""
+        ...
+
+    def remove(self, slot: int) -> None:
+        """Empties a slot; an empty one may be removed again."""
+        ...
+
+    def forward(
+        self,
+        ids: Tensor,
+        y: Tensor,
+        weight: Tensor,
+        segments: Segments,
+        multiplier: float = 1.0,
+    ) -> Tensor:
+        """ids: int64 [T]; y: the base's output [T, hidden], which is changed in place and returned.
+        weight: the base's [vocabulary, hidden], not multiplied. multiplier: the module's own
+        factor."""
         ...
 
 
@@ -213,6 +251,24 @@ class Backend(Layout, Protocol):
 
     def norm_deltas(self, hidden: int, dtype: torch.dtype) -> NormDeltas:
         """For one norm."""
+        ...
+
+    @property
+    def packed_embedding(self) -> PackEmbedding:
+        """What makes of an adapter what `embedding_deltas` take."""
+        ...
+
+    def embedding_deltas(self, vocabulary: int, hidden: int, dtype: torch.dtype) -> EmbeddingDeltas:
+        """For the token embedding."""
+        ...
+
+    @property
+    def packed_prefix(self) -> PackPrefix:
+        """What makes of an adapter what `gated_prefixes` take."""
+        ...
+
+    def gated_prefixes(self) -> GatedPrefixes:
+        """For a model's attention."""
         ...
 
     def layer(self, parts: LayerParts) -> DecoderLayer | None:

@@ -10,13 +10,15 @@ import psutil
 import torch
 from torch import Tensor
 
-from deltaserve.kernels import norm
+from deltaserve.kernels import embedding, norm
 from deltaserve.kernels.attention.cpu_step import CpuStep
 from deltaserve.kernels.attention.step import AttentionSpec, AttentionStep, Span
 from deltaserve.kernels.backend import Courier, Deltas, SharedMemory
 from deltaserve.kernels.base import BaseLinear, DenseLinear
 from deltaserve.kernels.captured import Graphs, StepTensors
 from deltaserve.kernels.decoder import DecoderLayer, LayerParts
+from deltaserve.kernels.embedding import EmbeddingDeltas
+from deltaserve.kernels.gated_prefix import GatedPrefixes, PreparedPrefix
 from deltaserve.kernels.linear import LinearDeltas, prepare
 from deltaserve.kernels.native import library
 from deltaserve.kernels.norm import NormDeltas
@@ -32,6 +34,8 @@ class CpuBackend:
     returns_pages = True
     packed = staticmethod(prepare)
     packed_norm = staticmethod(norm.prepare)
+    packed_embedding = staticmethod(embedding.prepare)
+    packed_prefix = PreparedPrefix
     adapter_limit: float = inf
 
     @property
@@ -49,6 +53,12 @@ class CpuBackend:
 
     def norm_deltas(self, hidden: int, dtype: torch.dtype) -> NormDeltas:
         return NormDeltas(hidden, dtype)
+
+    def embedding_deltas(self, vocabulary: int, hidden: int, dtype: torch.dtype) -> EmbeddingDeltas:
+        return EmbeddingDeltas(vocabulary, hidden, dtype)
+
+    def gated_prefixes(self) -> GatedPrefixes:
+        return GatedPrefixes()
 
     def layer(self, parts: LayerParts) -> DecoderLayer | None:
         return None

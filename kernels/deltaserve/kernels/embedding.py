@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from deltaserve.kernels.cast import cast
 from deltaserve.kernels.primitives import LowRank, Primitive, Replace, ReplaceRows, SparseCols
 from deltaserve.kernels.segments import Segments
-from deltaserve.kernels.table import HOST, unique_bytes
+from deltaserve.kernels.table import unique_bytes
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -39,10 +38,6 @@ class Rows:
         found = (self.index[place] == ids).nonzero().squeeze(1)
         return found, self.values[place[found]]
 
-    def on(self, device: torch.device) -> Rows:
-        """Itself, in that device's memory."""
-        return Rows(None if self.index is None else self.index.to(device), self.values.to(device))
-
 
 @dataclass(frozen=True, eq=False, slots=True)
 class PreparedEmbedding:
@@ -62,67 +57,70 @@ class PreparedEmbedding:
     def nbytes(self) -> int:
         return unique_bytes(self.tensors())
 
-    def on(self, device: torch.device) -> PreparedEmbedding:
-        """Itself, in that device's memory."""
-        if device.type == "cpu":
-            return self
-        return PreparedEmbedding(
-            tuple(Low(low.a.to(device), low.b.to(device), low.scale) for low in self.low),
-            tuple(rows.on(device) for rows in self.added),
-            tuple(rows.on(device) for rows in self.replaced),
-        )
+
+def prepare(
+    primitives: tuple[Primitive, ...], vocabulary: int, hidden: int, dtype: torch.dtype
+) -> PreparedEmbedding:
+    """What an adapter has on the embedding, in host memory. vocabulary, hidden: of the embedding's
+    weight; dtype: of its output. Any thread. Raises ValueError for other primitives than LowRank,
+    SparseCols (columns are tokens), one Replace or one ReplaceRows, or of the wrong shape."""
+    low: list[Low] = []
+    added: list[Rows] = []
+    replaced: list[Rows] = []
+    for p in primitives:
+        match p:
+            case LowRank(a, b, scale):
+                _shape("LowRank.a", a, (a.shape[0], vocabulary))
+                _shape("LowRank.b", b, (hidden, a.shape[0]))
+                low.append(Low(cast(a, dtype, transpose=True), cast(b, dtype), float(scale)))
+            case SparseCols(index, values):
+                _shape("SparseCols.values", values, (hidden, len(index)))
+                added.append(_rows("SparseCols.index", index, values.T, vocabulary, dtype))
+            case Replace(weight):
+                _shape("Replace.weight", weight, (vocabulary, hidden))
+                replaced.append(Rows(None, cast(weight, dtype)))
+            case ReplaceRows(index, values):
+                _shape("ReplaceRows.values", values, (len(index), hidden))
+                replaced.append(_rows("ReplaceRows.index", index, values, vocabulary, dtype))
+            case _:
+                raise ValueError(
+                    f"{type(p).__name__} on an embedding: it takes LowRank, SparseCols, "
+                    "Replace and ReplaceRows"
+                )
+    if len(replaced) > 1:
+        raise ValueError("more than one Replace or ReplaceRows on the embedding")
+    added, replaced = ([rows for rows in some if len(rows.values)] for some in (added, replaced))
+    return PreparedEmbedding(tuple(low), tuple(added), tuple(replaced))
+
+
+def _rows(name: str, index: Tensor, values: Tensor, vocabulary: int, dtype: torch.dtype) -> Rows:
+    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < vocabulary:
+        raise ValueError(f"{name} has tokens outside 0..{vocabulary - 1}")
+    order = index.argsort()
+    return Rows(index[order].contiguous(), values[order].to(dtype).contiguous())
+
+
+def _shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; the embedding needs {expected}")
 
 
 class EmbeddingDeltas:
-    """vocabulary, hidden: of the embedding's weight; dtype: of y; device: where ids and y are."""
+    """vocabulary, hidden: of the embedding's weight; dtype: of y."""
 
-    def __init__(
-        self,
-        vocabulary: int,
-        hidden: int,
-        dtype: torch.dtype,
-        device: torch.device = HOST,
-    ) -> None:
-        self.device = device
+    def __init__(self, vocabulary: int, hidden: int, dtype: torch.dtype) -> None:
         self.vocabulary = vocabulary
         self.hidden = hidden
         self.dtype = dtype
         self._prepared: dict[int, PreparedEmbedding] = {}
 
     def prepare(self, primitives: tuple[Primitive, ...]) -> PreparedEmbedding:
-        """Safe from any thread. Raises ValueError for other primitives than LowRank, SparseCols
-        (columns are tokens), one Replace or one ReplaceRows, or of the wrong shape."""
-        low: list[Low] = []
-        added: list[Rows] = []
-        replaced: list[Rows] = []
-        for p in primitives:
-            match p:
-                case LowRank(a, b, scale):
-                    self._shape("LowRank.a", a, (a.shape[0], self.vocabulary))
-                    self._shape("LowRank.b", b, (self.hidden, a.shape[0]))
-                    left = cast(a, self.dtype, transpose=True)
-                    low.append(Low(left, cast(b, self.dtype), float(scale)))
-                case SparseCols(index, values):
-                    self._shape("SparseCols.values", values, (self.hidden, len(index)))
-                    added.append(self._rows("SparseCols.index", index, values.T))
-                case Replace(weight):
-                    self._shape("Replace.weight", weight, (self.vocabulary, self.hidden))
-                    replaced.append(Rows(None, cast(weight, self.dtype)))
-                case ReplaceRows(index, values):
-                    self._shape("ReplaceRows.values", values, (len(index), self.hidden))
-                    replaced.append(self._rows("ReplaceRows.index", index, values))
-                case _:
-                    raise ValueError(
-                        f"{type(p).__name__} on an embedding: it takes LowRank, SparseCols, "
-                        "Replace and ReplaceRows"
-                    )
-        if len(replaced) > 1:
-            raise ValueError("more than one Replace or ReplaceRows on the embedding")
-        return PreparedEmbedding(tuple(low), tuple(added), tuple(replaced))
+        """See `prepare`."""
+        return prepare(primitives, self.vocabulary, self.hidden, self.dtype)
 
     def install(self, slot: int, prepared: PreparedEmbedding) -> None:
         """Publishes an adapter in a slot, in place of what the slot held. Engine thread."""
-        self._prepared[slot] = prepared.on(self.device)
+        self._prepared[slot] = prepared
 
     def remove(self, slot: int) -> None:
         """Empties a slot; an empty one may be removed again."""
@@ -137,13 +135,13 @@ class EmbeddingDeltas:
         self,
         ids: Tensor,
         y: Tensor,
-        base_weight_rows: Callable[[Tensor], Tensor],
+        weight: Tensor,
         segments: Segments,
         multiplier: float = 1.0,
     ) -> Tensor:
         """ids: int64 [T]; y: the base's output [T, hidden], which is changed in place and returned.
 
-        base_weight_rows: token ids [m] -> rows [m, hidden] of the base weight, not multiplied.
+        weight: the base's [vocabulary, hidden], not multiplied.
         multiplier: the embedding module's own factor (Gemma's), by which rows and deltas are
         multiplied too. A mix gives ``y + sum of w (y_a - y)``; one adapter that replaces a row, at
         strength 1, gives exactly that row.
@@ -154,7 +152,7 @@ class EmbeddingDeltas:
             present = [(self._prepared[s], w) for s, w in mix if s in self._prepared]
             if present:
                 run = ids[start:end]
-                y[start:end] = self._run(run, y[start:end], present, base_weight_rows, multiplier)
+                y[start:end] = self._run(run, y[start:end], present, weight, multiplier)
         return y
 
     def _run(
@@ -162,7 +160,7 @@ class EmbeddingDeltas:
         ids: Tensor,
         y: Tensor,
         present: list[tuple[PreparedEmbedding, float]],
-        base_weight_rows: Callable[[Tensor], Tensor],
+        weight: Tensor,
         multiplier: float,
     ) -> Tensor:
         total = y.to(torch.float32, copy=True)
@@ -172,7 +170,7 @@ class EmbeddingDeltas:
             if len(replacing) == 1 and strength == 1:
                 total[where] = values.float() * multiplier
             else:
-                change = values.float() - base_weight_rows(ids[where]).float()
+                change = values.float() - weight[ids[where]].float()
                 total[where] += change * (strength * multiplier)
         for prepared, strength in present:
             factor = strength * multiplier
@@ -183,15 +181,3 @@ class EmbeddingDeltas:
                 where, values = rows.lookup(ids)
                 total[where] += values.float() * factor
         return total.to(y.dtype)
-
-    def _rows(self, name: str, index: Tensor, values: Tensor) -> Rows:
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.vocabulary:
-            raise ValueError(f"{name} has tokens outside 0..{self.vocabulary - 1}")
-        order = index.argsort()
-        return Rows(index[order].contiguous(), values[order].to(self.dtype).contiguous())
-
-    def _shape(self, name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-        if tuple(tensor.shape) != expected:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; the embedding needs {expected}"
-            )

@@ -17,13 +17,15 @@ from deltaserve.kernels.base import BaseLinear
 from deltaserve.kernels.captured import Graphs, StepTensors
 from deltaserve.kernels.decoder import DecoderLayer, LayerParts
 from deltaserve.kernels.gpu import device as gpu
-from deltaserve.kernels.gpu import prepared_norm
+from deltaserve.kernels.gpu import gated_prefix, prepared_embedding, prepared_norm
 from deltaserve.kernels.gpu.arena import MOST, UNIT, Arena
 from deltaserve.kernels.gpu.base import GpuLinear
 from deltaserve.kernels.gpu.capture import Capture, CudaCapture, NotCapturable
 from deltaserve.kernels.gpu.convert import held_on_gpu
 from deltaserve.kernels.gpu.decoding import DecodeGraphs, buckets
 from deltaserve.kernels.gpu.delivery import DeviceCourier
+from deltaserve.kernels.gpu.embedding import GpuEmbeddingDeltas
+from deltaserve.kernels.gpu.gated_prefix import GpuGatedPrefixes
 from deltaserve.kernels.gpu.graph_bytes import graph_bytes
 from deltaserve.kernels.gpu.layer import GpuLayer
 from deltaserve.kernels.gpu.layer_variants import spec_of_layer
@@ -57,6 +59,8 @@ class TritonBackend:
     returns_pages = False
     packed = staticmethod(prepare)
     packed_norm = staticmethod(prepared_norm.prepare)
+    packed_embedding = staticmethod(prepared_embedding.prepare)
+    packed_prefix = staticmethod(gated_prefix.prepare)
     adapter_limit: float = MOST * UNIT
 
     def __init__(self) -> None:
@@ -71,6 +75,7 @@ class TritonBackend:
         self.arena = Arena(self.device)
         self.workspace = Workspace(self.device)
         self._stacks = Stacks()
+        self._embeddings: set[int] = set()  # sizes of their rows
         cuda = self.device.type == "cuda"
         self.capture: Capture | None = CudaCapture(self.device) if cuda else None
 
@@ -93,6 +98,15 @@ class TritonBackend:
 
     def norm_deltas(self, hidden: int, dtype: torch.dtype) -> NormDeltas:
         return GpuNormDeltas(hidden, dtype, self.device, arena=self.arena)
+
+    def embedding_deltas(
+        self, vocabulary: int, hidden: int, dtype: torch.dtype
+    ) -> GpuEmbeddingDeltas:
+        self._embeddings.add(hidden)
+        return GpuEmbeddingDeltas(vocabulary, hidden, dtype, self.arena)
+
+    def gated_prefixes(self) -> GpuGatedPrefixes:
+        return GpuGatedPrefixes(self.arena)
 
     def layer(self, parts: LayerParts) -> DecoderLayer | None:
         return GpuLayer(parts, self.workspace) if GpuLayer.takes(parts) else None
@@ -129,7 +143,10 @@ class TritonBackend:
             own.add(spec_of_layer(layer, turned, block_size))
             inside |= {id(linear.base) for linear in layer.parts.linears}
         specs = {spec_of(base, group) for base, group in linears if id(base) not in inside}
-        make_ready(specs, set(attention), own, dtype, self.device, max_tokens, block_size, progress)
+        make_ready(
+            specs, set(attention), own, self._embeddings, dtype, self.device, max_tokens,
+            block_size, progress,
+        )  # fmt: skip
 
     def graphs(
         self,

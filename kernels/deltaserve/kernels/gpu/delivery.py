@@ -70,6 +70,10 @@ class Packed(Protocol):
     def linears(self) -> Mapping[str, Blob]: ...
     @property
     def norms(self) -> Mapping[str, Blob]: ...
+    @property
+    def embedding(self) -> Blob | None: ...
+    @property
+    def gated(self) -> Blob | None: ...
 
 
 class DeviceCourier:
@@ -85,6 +89,7 @@ class DeviceCourier:
         """None while there is no place for it: others that are being copied cannot be moved."""
         try:
             blobs = [*prepared.linears.values(), *prepared.norms.values()]
+            blobs += [own for own in (prepared.embedding, prepared.gated) if own is not None]
             return Delivery(blobs, self._arena, self._staging)
         except OutOfArena:
             return None

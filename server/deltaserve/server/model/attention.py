@@ -11,7 +11,6 @@ from transformers import AttentionInterface
 
 from deltaserve.kernels.attention.step import How
 from deltaserve.server.model.context import ForwardContext
-from deltaserve.server.model.gated_prefix import add_gated
 
 ATTENTION = "deltaserve"
 """The name under which the function is registered with transformers."""
@@ -53,8 +52,8 @@ def attend(
     step, kv = ctx.attention, ctx.kv
     assert step is not None and kv is not None
     out = step.attend(query, key, value, kv.keys[layer], kv.values[layer], how)
-    if ctx.gated_prefixes:
-        add_gated(out, query[0], layer, ctx.gated_prefixes, ctx.segments, how.scale)
+    if ctx.gated_prefixes.slots:
+        ctx.gated_prefixes.add(out, query[0], layer, ctx.segments, how.scale)
     return out
 
 

@@ -73,7 +73,7 @@ class BaseModel:
     def by_row(self) -> Collection[int]:
         """Slots of adapters of which something is computed for the rows that they act on alone:
         what such a step launches depends on its adapters."""
-        return self.modules.by_row | self.ctx.gated_prefixes.keys()
+        return self.modules.by_row.union(self.ctx.gated_prefixes.slots)
 
     @cached_property
     def packer(self) -> Packer:
@@ -98,6 +98,8 @@ class BaseModel:
             dtype=self.dtype,
             pack=self.ctx.backend.packed,
             pack_norm=self.ctx.backend.packed_norm,
+            pack_embedding=self.ctx.backend.packed_embedding,
+            pack_prefix=self.ctx.backend.packed_prefix,
         )  # fmt: skip
 
     def prepare(self, adapter: Adapter) -> PreparedAdapter:
@@ -112,16 +114,12 @@ class BaseModel:
         """Engine thread, between steps. slot: >= 1 and free."""
         self.modules.install(slot, prepared)
         if prepared.gated is not None:
-            device, gated = self.ctx.backend.device, prepared.gated
-            self.ctx.gated_prefixes[slot] = GatedPrefix(
-                keys=tuple(t.to(device) for t in gated.keys),
-                values=tuple(t.to(device) for t in gated.values),
-            )
+            self.ctx.gated_prefixes.install(slot, prepared.gated)
 
     def remove(self, slot: int) -> None:
         """Engine thread, between steps. Frees what `install` took."""
         self.modules.remove(slot)
-        self.ctx.gated_prefixes.pop(slot, None)
+        self.ctx.gated_prefixes.remove(slot)
 
     def composable(self, adapters: Sequence[tuple[Adapter, float]]) -> str | None:
         """Why the weighted list cannot be served as one; None if it can."""

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from deltaserve.kernels.attention.step import AttentionStep
 from deltaserve.kernels.backend import Backend
-from deltaserve.kernels.primitives import GatedPrefix
 from deltaserve.kernels.segments import EMPTY, Segments
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ class ForwardContext:
     """backend: what computes. segments: of all tokens of the step. logit_segments: of the rows
     lm_head sees. embedding_override: (rows int64 [k], values [k, hidden]): embedding outputs to be
     overwritten, the virtual tokens of prompt-tuned adapters. attention, kv: set by the runner.
-    gated_prefixes: of the installed adapters, by slot. Its tensors are on the backend's device."""
+    gated_prefixes: of the installed adapters."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -76,4 +75,4 @@ class ForwardContext:
         self.embedding_override: tuple[Tensor, Tensor] | None = None
         self.attention: AttentionStep | None = None
         self.kv: KVStore | None = None
-        self.gated_prefixes: dict[int, GatedPrefix] = {}
+        self.gated_prefixes = backend.gated_prefixes()

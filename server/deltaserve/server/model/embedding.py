@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltaserve.kernels.embedding import EmbeddingDeltas
 from deltaserve.server.model.context import ForwardContext
 
 
@@ -23,19 +22,13 @@ class DeltaEmbedding(nn.Module):
         self.multiplier = multiplier(inner)
         weight: Any = inner.weight
         self.num_embeddings, self.embedding_dim = weight.shape
-        self.deltas = EmbeddingDeltas(
-            self.num_embeddings, self.embedding_dim, dtype, ctx.backend.device
-        )
+        self.deltas = ctx.backend.embedding_deltas(self.num_embeddings, self.embedding_dim, dtype)
 
     @property
     def weight(self) -> Tensor:
         weight: Any = self.inner.weight
         found: Tensor = weight
         return found
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """Rows of the base's weight: ids [n] -> [n, hidden]."""
-        return F.embedding(ids, self.weight)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [1, T] -> [1, T, hidden]."""
@@ -44,7 +37,7 @@ class DeltaEmbedding(nn.Module):
         if segments and self.multiplier is not None:
             flat = y.view(-1, y.shape[-1])
             y = self.deltas.forward(
-                ids.view(-1), flat, self.rows, segments, self.multiplier
+                ids.view(-1), flat, self.weight, segments, self.multiplier
             ).view_as(y)
         if override is not None:
             rows, values = override

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from deltaserve.kernels.decoder import DecoderLayer
 from deltaserve.server.model.context import ForwardContext
-from deltaserve.server.model.gated_prefix import add_gated
 from deltaserve.server.model.probe import LayerAttention
 
 
@@ -51,14 +50,12 @@ class FusedGpuLayer:
             (kv.keys[self.layer_idx], kv.values[self.layer_idx]),
             step,
             ctx.segments,
-            None if ctx.segments.slots.isdisjoint(ctx.gated_prefixes) else self._gated,
+            self._gated if ctx.gated_prefixes.acts(ctx.segments) else None,
         )
         return y.unsqueeze(0)
 
     def _gated(self, out: Tensor, query: Tensor) -> Tensor:
         """Adds what adapters attend to beside the sequence; returns their rows."""
         ctx = self.ctx
-        add_gated(out, query, self.layer_idx, ctx.gated_prefixes, ctx.segments, self.scale)
-        own = (e for e in ctx.segments.entries if e[2] in ctx.gated_prefixes)
-        rows = sorted({row for start, end, _, _ in own for row in range(start, end)})
-        return torch.tensor(rows, device=out.device)
+        ctx.gated_prefixes.add(out, query, self.layer_idx, ctx.segments, self.scale)
+        return torch.tensor(ctx.gated_prefixes.rows(ctx.segments), device=out.device)

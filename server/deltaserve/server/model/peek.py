@@ -17,8 +17,8 @@ from deltaserve.adapters.checkpoint import Checkpoint, open_files
 from deltaserve.adapters.errors import UnsupportedAdapter
 from deltaserve.adapters.fingerprint import fingerprint, tensor_digest, tensor_digests
 from deltaserve.adapters.safetensors_header import BASE_DTYPES
+from deltaserve.kernels import embedding
 from deltaserve.kernels.check import check_linear
-from deltaserve.kernels.embedding import EmbeddingDeltas
 from deltaserve.kernels.norm import NormDeltas
 from deltaserve.kernels.table import Group
 from deltaserve.server.model.loader import Skeleton, checkpoint_folder, load, skeleton_of
@@ -52,7 +52,7 @@ class Peek:
             try:
                 if module.kind is ModuleKind.EMBEDDING:
                     shape = module.in_features, module.out_features
-                    EmbeddingDeltas(*shape, DTYPE).prepare(primitives)
+                    embedding.prepare(primitives, *shape, DTYPE)
                 elif module.kind is ModuleKind.NORM:
                     NormDeltas(module.out_features, DTYPE).prepare(primitives)
                 else:

@@ -61,7 +61,7 @@ class FusedStack:
         assert isinstance(step, CpuStep) and kv is not None
         slots = self.ctx.segments.slots
         one_by_one = not (
-            slots.isdisjoint(self.not_native) and slots.isdisjoint(self.ctx.gated_prefixes)
+            slots.isdisjoint(self.not_native) and slots.isdisjoint(self.ctx.gated_prefixes.slots)
         )
         if step.chunks or one_by_one:
             return self.layers[0](x, position_embeddings=rotation)

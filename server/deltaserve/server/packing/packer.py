@@ -13,8 +13,14 @@ import torch
 
 from deltaserve.adapters.adapter import Adapter
 from deltaserve.adapters.errors import UnsupportedAdapter
-from deltaserve.kernels.backend import Pack, PackNorm, PreparedDeltas
-from deltaserve.kernels.embedding import EmbeddingDeltas, PreparedEmbedding
+from deltaserve.kernels.backend import (
+    Pack,
+    PackEmbedding,
+    PackNorm,
+    PackPrefix,
+    Prepared,
+    PreparedDeltas,
+)
 from deltaserve.kernels.norm import PreparedNorm
 from deltaserve.kernels.primitives import GatedPrefix, Primitive
 from deltaserve.kernels.table import Group
@@ -36,7 +42,7 @@ class Packer:
     """linears: all of the base. norms: path -> size of the gain, None where the rows are not the
     step's tokens. embedding: its path, vocabulary and size; exact: it is one that takes
     adapters. experts: paths of fused ones. layers: per attention layer, in order. hidden, dtype: of
-    activations. pack, pack_norm: the backend's."""
+    activations. pack, pack_norm, pack_embedding, pack_prefix: the backend's."""
 
     linears: tuple[Linears, ...]
     norms: Mapping[str, int | None]
@@ -48,6 +54,8 @@ class Packer:
     dtype: torch.dtype
     pack: Pack
     pack_norm: PackNorm
+    pack_embedding: PackEmbedding
+    pack_prefix: PackPrefix
 
     @cached_property
     def _places(self) -> dict[str, tuple[Linears, int]]:
@@ -61,7 +69,7 @@ class Packer:
         fitted = prefix.fit(adapter.prefix, self.layers, self.hidden, self.dtype)
         linears: dict[str, dict[int, tuple[Primitive, ...]]] = {}
         norms: dict[str, PreparedNorm] = {}
-        embedding: PreparedEmbedding | None = None
+        embedding: Prepared | None = None
         for name, primitives in adapter.modules.items():
             reason = self.refusal(name)
             if reason:
@@ -70,8 +78,7 @@ class Packer:
                 continue
             try:
                 if name == path:
-                    deltas = EmbeddingDeltas(vocabulary, size, self.dtype)
-                    embedding = deltas.prepare(primitives)
+                    embedding = self.pack_embedding(primitives, vocabulary, size, self.dtype)
                 elif (gain := self.norms.get(name)) is not None:
                     norms[name] = self.pack_norm(primitives, gain)
                 else:
@@ -85,7 +92,7 @@ class Packer:
             norms=norms,
             embedding=embedding,
             prefix=None if isinstance(fitted, GatedPrefix) else fitted,
-            gated=fitted if isinstance(fitted, GatedPrefix) else None,
+            gated=self.pack_prefix(fitted) if isinstance(fitted, GatedPrefix) else None,
         )
 
     def refusal(self, name: str) -> str:

@@ -8,24 +8,24 @@ from functools import cached_property
 
 from torch import Tensor
 
-from deltaserve.kernels.backend import PreparedDeltas
-from deltaserve.kernels.embedding import PreparedEmbedding
+from deltaserve.kernels.backend import Prepared, PreparedDeltas
 from deltaserve.kernels.norm import PreparedNorm
-from deltaserve.kernels.primitives import GatedPrefix, Prefix, tensors
+from deltaserve.kernels.primitives import Prefix, tensors
 from deltaserve.kernels.table import places
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedAdapter:
     """Ready to be installed in a slot. linears: by the group's first module. norms: by module.
-    prefix, gated: in the dtype they are served in; prefix: what takes a place in the sequence."""
+    prefix: what takes a place in the sequence, in the dtype it is served in. gated: what does not.
+    """
 
     digest: str
     linears: Mapping[str, PreparedDeltas]
     norms: Mapping[str, PreparedNorm]
-    embedding: PreparedEmbedding | None
+    embedding: Prepared | None
     prefix: Prefix | None
-    gated: GatedPrefix | None
+    gated: Prepared | None
 
     def __getstate__(self) -> dict[str, object]:
         """`memory` tells tensors by where they are: another process has them elsewhere."""
@@ -46,8 +46,6 @@ class PreparedAdapter:
         """All that it keeps; one that its modules share may be there several times."""
         held = [t for linear in self.linears.values() for t in linear.tensors()]
         held += [t for norm in self.norms.values() for t in norm.tensors()]
-        if self.embedding is not None:
-            held += self.embedding.tensors()
-        for prefix in (self.prefix, self.gated):
-            held += tensors(prefix) if prefix is not None else ()
-        return held
+        for own in (self.embedding, self.gated):
+            held += own.tensors() if own is not None else ()
+        return held + list(tensors(self.prefix) if self.prefix is not None else ())
