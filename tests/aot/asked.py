@@ -16,15 +16,19 @@ os.environ.pop("TRITON_INTERPRET", None)  # the interpreter asks for nothing
 
 import torch  # noqa: E402
 import triton  # noqa: E402
-from aot.serving import ARCH, BLOCK, Driver, Group, Layer, be_served  # noqa: E402
+from aot.serving import ARCH, BLOCK, HOST, Driver, Group, Layer, be_served  # noqa: E402
 
 from deltaserve.kernels.gpu import config  # noqa: E402
+from deltaserve.kernels.gpu.arena import Arena  # noqa: E402
 from deltaserve.kernels.gpu.base import GpuLinear  # noqa: E402
 from deltaserve.kernels.gpu.config import BUCKETS, GemmConfig  # noqa: E402
+from deltaserve.kernels.gpu.embedding import GpuEmbeddingDeltas  # noqa: E402
 from deltaserve.kernels.gpu.layer_variants import of_layer, spec_of_layer  # noqa: E402
 from deltaserve.kernels.gpu.precompile import compile_variant  # noqa: E402
 from deltaserve.kernels.gpu.variant import Variant  # noqa: E402
-from deltaserve.kernels.gpu.variants import of_group, spec_of  # noqa: E402
+from deltaserve.kernels.gpu.variants import embedding_variant, of_group, spec_of  # noqa: E402
+from deltaserve.kernels.primitives import LowRank  # noqa: E402
+from deltaserve.kernels.segments import Segments  # noqa: E402
 
 SIZES = (*BUCKETS, 512)
 STEPS = (1, 2, 3, 8, 9, 32, 33, 96, 97, 192, 193, 512)
@@ -120,8 +124,24 @@ def layer(what: str, **how: Any) -> None:
     compare(f"layers, {what}", of_layer(spec, SIZES, ARCH), own.serve)
 
 
+def embedding(hidden: int = 100) -> None:
+    deltas = GpuEmbeddingDeltas(50, hidden, BF16, Arena(HOST))
+    for slot in range(4):
+        primitive = LowRank(torch.randn(3, 50), torch.randn(hidden, 3))
+        deltas.install(slot, deltas.prepare((primitive,)))
+    weight = torch.zeros(50, hidden, dtype=BF16)
+
+    def serve(tokens: int) -> None:
+        mixes = [((i % 5, 0.5),) if i % 5 else () for i in range(tokens)]
+        ids = torch.zeros(tokens, dtype=torch.int64)
+        deltas.forward(ids, weight[ids], weight, Segments.of([*mixes[1:], ((1, 1.0),)]), 2.5)
+
+    compare("embedding", [embedding_variant(hidden, BF16)], serve)
+
+
 if __name__ == "__main__":
     be_served()
+    embedding()
     for what, how in GROUPS.items():
         group(what, **how)
     for what, how in LAYERS.items():

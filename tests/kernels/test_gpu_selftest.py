@@ -31,7 +31,7 @@ from deltaserve.kernels.gpu.form import Form
 from deltaserve.kernels.gpu.launch import launch
 from deltaserve.kernels.gpu.layer_variants import LayerSpec, of_layer
 from deltaserve.kernels.gpu.selftest import self_test
-from deltaserve.kernels.gpu.variants import GroupSpec, of_group, spec_of
+from deltaserve.kernels.gpu.variants import GroupSpec, embedding_variant, of_group, spec_of
 from deltaserve.kernels.table import Group
 
 DENSE = Form("dense")
@@ -155,6 +155,7 @@ def test_compiled_and_tested_before_it_is_ready(monkeypatch: pytest.MonkeyPatch)
         [spec],
         [PLAIN],
         [LAYER],
+        [80],
         torch.float32,
         default_device(),
         600,
@@ -169,6 +170,7 @@ def test_compiled_and_tested_before_it_is_ready(monkeypatch: pytest.MonkeyPatch)
     for wanted in (
         of_group(spec, (1, 256, 600), 90),
         of_group(selftest.specs([Form("int4", 128)], torch.float32)[0], selftest.BUCKETS, 90),
+        [embedding_variant(80, torch.float32)],
         variants(4, 2, 32, 32, 16, torch.float32),
         of_layer(LAYER, (1, 600), 90),
         of_layer(selftest_layer.layer_specs([LAYER], torch.float32)[0], selftest.BUCKETS, 90),
@@ -185,6 +187,7 @@ def test_not_ready_with_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KernelError, match="the base product is wrong"):
         ready.make_ready(
             [spec],
+            [],
             [],
             [],
             torch.float32,

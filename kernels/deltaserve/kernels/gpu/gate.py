@@ -17,6 +17,7 @@ from deltaserve.kernels.gpu.step import EVERYTHING
 from deltaserve.kernels.gpu.variant import Variant
 from deltaserve.kernels.gpu.variants import (
     GroupSpec,
+    embedding_variant,
     gemm_variant,
     inputs_variant,
     of_group,
@@ -49,6 +50,7 @@ def all_variants(arch: int = 90) -> list[Variant]:
     found += _forms(arch)
     found += _whole(arch)
     found += _layer(arch)
+    found.append(embedding_variant(4096, torch.bfloat16))
     found += attention.variants(32, 8, 128, 128)
     found += attention.variants(8, 4, 256, 256, windowed=(True,), softcap=True)
     found += attention.variants(64, 8, 64, 64, windowed=(True,), sinks=torch.bfloat16)

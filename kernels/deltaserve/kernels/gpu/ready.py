@@ -8,7 +8,7 @@ import torch
 
 from deltaserve.kernels.attention import variants as attention_variants
 from deltaserve.kernels.attention.step import AttentionSpec
-from deltaserve.kernels.gpu import selftest, selftest_layer
+from deltaserve.kernels.gpu import selftest, selftest_embedding, selftest_layer
 from deltaserve.kernels.gpu.config import BUCKETS
 from deltaserve.kernels.gpu.device import arch as arch_of
 from deltaserve.kernels.gpu.device import interpreted
@@ -17,7 +17,7 @@ from deltaserve.kernels.gpu.layer_variants import LayerSpec, of_layer
 from deltaserve.kernels.gpu.precompile import precompile
 from deltaserve.kernels.gpu.selftest import self_test
 from deltaserve.kernels.gpu.variant import Variant
-from deltaserve.kernels.gpu.variants import GroupSpec, of_group
+from deltaserve.kernels.gpu.variants import GroupSpec, embedding_variant, of_group
 
 COMPILING = 0.95
 """Share of the time that compiling takes where nothing is in the cache, for the progress."""
@@ -27,6 +27,7 @@ def make_ready(
     groups: Collection[GroupSpec],
     attention: Collection[AttentionSpec],
     layers: Collection[LayerSpec],
+    embeddings: Collection[int],
     dtype: torch.dtype,
     device: torch.device,
     max_tokens: int,
@@ -35,11 +36,13 @@ def make_ready(
 ) -> None:
     """Compiles what steps of up to `max_tokens` tokens launch, on all processors, as far as it is
     not in Triton's cache; then tests the kernels. groups, attention, layers: of the model, each
-    kind once; groups: those that no layer has as its own. block_size: cells of a block. progress:
-    called with the share done (0 to 1) and what is done now. Raises KernelError.
+    kind once; groups: those that no layer has as its own. embeddings: sizes of their rows.
+    block_size: cells of a block. progress: called with the share done (0 to 1) and what is done
+    now. Raises KernelError.
     """
     if not interpreted():
-        found = variants(groups, attention, layers, dtype, arch_of(device), max_tokens, block_size)
+        kinds = groups, attention, layers, embeddings
+        found = variants(*kinds, dtype, arch_of(device), max_tokens, block_size)
 
         def say(done: int, count: int, name: str) -> None:
             progress(COMPILING * done / count, f"compiling kernels: {done} of {count}")
@@ -62,6 +65,7 @@ def variants(
     groups: Collection[GroupSpec],
     attention: Collection[AttentionSpec],
     layers: Collection[LayerSpec],
+    embeddings: Collection[int],
     dtype: torch.dtype,
     arch: int,
     max_tokens: int,
@@ -77,6 +81,7 @@ def variants(
         found += of_layer(layer, buckets, arch)
     for layer in selftest_layer.layer_specs(layers, dtype):
         found += of_layer(layer, selftest.BUCKETS, arch)
+    found += [embedding_variant(size, dtype) for size in {*embeddings, selftest_embedding.HIDDEN}]
     for kind in attention:
         found += attention_variants.variants(
             kind.heads,

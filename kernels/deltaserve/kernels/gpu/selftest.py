@@ -16,6 +16,7 @@ from deltaserve.kernels.attention.tables import AttentionTables
 from deltaserve.kernels.backend import KernelError
 from deltaserve.kernels.bit.reference import delta as bit_delta
 from deltaserve.kernels.gated.reference import delta as gated_delta
+from deltaserve.kernels.gpu import selftest_embedding
 from deltaserve.kernels.gpu.base import GpuLinear
 from deltaserve.kernels.gpu.form import Form, as_read
 from deltaserve.kernels.gpu.layer_variants import LayerSpec
@@ -77,6 +78,7 @@ def self_test(
             run = partial(_layer, layer, dtype, device, tokens)
             more = FLIPPED if any(group.whole for group in layer.groups) else 0.0
             checks.append((f"{layer}, {tokens} tokens", run, more))
+    checks.append(("the token embedding", partial(selftest_embedding.results, dtype, device), 0.0))
     for spec in attention:
         checks.append(
             (f"attention of {spec}", partial(_attention, spec, block_size, dtype, device), 0.0)

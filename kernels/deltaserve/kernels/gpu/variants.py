@@ -11,7 +11,7 @@ import torch
 
 from deltaserve.kernels.gated import gpu as gated
 from deltaserve.kernels.gated.kernel import gate_kernel
-from deltaserve.kernels.gpu import aux, gemm, inputs
+from deltaserve.kernels.gpu import aux, embedding, gemm, inputs
 from deltaserve.kernels.gpu.aux_kernel import aux_kernel
 from deltaserve.kernels.gpu.base import FOUR_BITS, WITH_ZEROS, GpuLinear
 from deltaserve.kernels.gpu.config import (
@@ -24,6 +24,7 @@ from deltaserve.kernels.gpu.config import (
     measured,
 )
 from deltaserve.kernels.gpu.device import NAMES
+from deltaserve.kernels.gpu.embedding_kernel import embedding_kernel
 from deltaserve.kernels.gpu.gemm_kernel import gemm_kernel
 from deltaserve.kernels.gpu.inputs_kernel import inputs_kernel
 from deltaserve.kernels.gpu.plan import Uses
@@ -34,12 +35,12 @@ from deltaserve.kernels.table import Group
 FLOATS = frozenset({
     "sums", "given", "y_sums", "token_scale", "partial", "arena_float", "norm_float", "h",
     "planes", "page_scale", "vec_strength", "strengths", "mix_strength", "biases", "columns",
-    "floats", "key_floats", "key_strengths",
+    "floats", "key_floats", "key_strengths", "factors",
 })  # fmt: skip
 NUMBERS = frozenset({
     "M", "TILES", "WIDTH8", "x_part", "sums_part", "y_padded", "copies", "uses", "block_step",
 })  # fmt: skip
-FACTORS = frozenset({"eps", "offset"})
+FACTORS = frozenset({"eps", "offset", "multiplier"})
 TABLES = frozenset({
     "arena_int", "bounds", "counter", "entries", "gates", "his", "items", "los", "n_items",
     "offsets", "order", "key_bounds", "key_mixes", "key_offsets", "mix_bounds", "mix_offset",
@@ -171,6 +172,15 @@ def gate_variant(dtype: torch.dtype, tokens: int, h_split: int) -> Variant:
     constants = gated.constants(tokens, h_split)
     name = f"gates {tokens} tokens in {h_split} pieces"
     return variant_of(name, gate_kernel, constants, dtype, 1, 1, {})
+
+
+def embedding_variant(hidden: int, dtype: torch.dtype) -> Variant:
+    """Of the token embedding."""
+    types = {"ids": "*i64", "weight": _pointer(dtype)}
+    name = f"embedding of {hidden}"
+    return variant_of(
+        name, embedding_kernel, embedding.constants(hidden), dtype, embedding.WARPS, 1, types
+    )
 
 
 def inputs_variant(
