@@ -32,14 +32,14 @@ looked for in benchmarks/carried (gpu_kernels/peers/__init__.py says what goes t
 
 `engine` serves a base of the shape of Llama-3.1-8B, random int4 weights in a checkpoint that is
 made first (5 GB; with adapters 30 GB in --folder), through the server's own engine, requests
-submitted as a server's. Parts: how long it took to start; `base`, decoding at batches of 1 to 256;
-`adapters`, the same with 64 LoRA in memory and in the batch; `loads`, times between tokens while
-adapters are loaded from cold files; `transformers`, its own continuous batching on the same weights
-in 16 bits; `floor`, a step beside the sum of its own kernels, each timed apart; `kinds`, one
-sequence of each kind; `bits`, 16 1-bit deltas. Prompts are of 448 tokens, figures from about 512
+submitted as a server's. Parts, all on one engine but the last: how long it took to `start`; `base`,
+decoding at batches of 64, 1, 16 and 256; `adapters`, the same with 64 LoRA in memory and in the
+batch; `floor`, a step beside the sum of its own kernels, each timed apart; `loads`, times between
+tokens while adapters are loaded from cold files; `bits`, 16 1-bit deltas; `kinds`, one sequence of
+each kind; `base` with steps launched one by one; `transformers`, its own continuous batching on the
+same weights in 16 bits, when the engine is gone. Prompts are of 448 tokens, figures from about 512
 tokens of context. --graphs says whether steps are replayed from graphs (auto) or launched (off);
-both by default, of which the second only makes `start`, `base` and `floor`. The server's
-dependencies must be installed, llguidance among them.
+both by default, of which the second only makes `base`. Goals are judged and said again at the end.
 
 `report` prints the tables of the saved results and draws what LoRA adds to a layer.
 

@@ -6,7 +6,9 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -131,14 +133,19 @@ def test_a_step_is_taken_apart_into_its_kernels(tmp_path: Path) -> None:
     """In the interpreter, or on a GPU."""
     sizes = replace(REHEARSAL, batches=(1,), many=1, resident=1)
     base = checkpoint.write(tmp_path / "base", TINY)
-    decoded = {"what": "decode", "batch": 1, "form": "base", "graphs": "auto", "p50_ms": 1e6}
+    decoded = {"what": "decode", "engine": "deltaserve", "batch": 1, "form": "base"}
+    decoded |= {"graphs": "auto", "p50_ms": 1e6}
     with serving.serving(base, tmp_path, sizes, "off") as served:
-        rows = rows_of(parts.floor, parts.Stage(sizes, served, tmp_path, [decoded]))
+        stage = parts.Stage(sizes, served, tmp_path, [decoded, {**decoded, "graphs": "off"}])
+        rows = rows_of(parts.floor, stage)
+        with served.loaded(parts.loras(stage, 1)) as infos:
+            rows += parts.floor_of(stage, list(infos), "LoRA, all distinct")
     alone, adapted = of(rows, "sum of own kernels")
     assert (alone["launches"], adapted["launches"]) == (8 + 1, 12 + 1)  # a layer, and the head
     assert alone["value"] == pytest.approx(sum(alone["kernels"].values()), rel=1e-3)
     assert set(adapted["kernels"]) - set(alone["kernels"]) == {"aux_kernel"}
-    (ratio,) = of(rows, "step, to its kernels' sum")
+    ratio, launched = of(rows, "step, to its kernels' sum")
+    assert launched["graphs"] == "off" and launched["goal"] is None
     assert ratio["value"] == pytest.approx(1e6 / alone["value"], rel=1e-3)
     assert ratio["goal"] == "<= 1.25" and ratio["met"] is False and ratio["graphs"] == "auto"
 
@@ -146,11 +153,11 @@ def test_a_step_is_taken_apart_into_its_kernels(tmp_path: Path) -> None:
 # Which parts are run, where, and what becomes of failures:
 
 
-def test_parts_are_run_engine_by_engine() -> None:
+def test_parts_are_run_on_one_engine_and_transformers_without() -> None:
     found = " ".join(map(str, command.steps_of(gpu_serving.PARTS, ("auto", "off"))))
     assert found == (
-        "start:auto base:auto adapters:auto loads:auto transformers:none "
-        "start:off base:off floor:off kinds:auto bits:auto"
+        "start:auto base:auto adapters:auto floor:off loads:auto bits:auto kinds:auto "
+        "base:off transformers:none"
     )
     eager = command.steps_of(("base", "kinds", "floor"), ("off",))
     assert list(map(str, eager)) == ["base:off", "floor:off", "kinds:off"]
@@ -162,8 +169,10 @@ def test_parts_are_run_engine_by_engine() -> None:
 
 def test_without_an_engine_with_graphs_the_parts_are_made_without() -> None:
     steps = command.steps_of(("base", "loads", "transformers"), ("auto", "off"))
+    assert command.start_of(steps) == "auto"
     left = command.without("auto", steps)
     assert list(map(str, left)) == ["base:off", "loads:off", "transformers:none"]
+    assert command.start_of(left) == "off"
     assert list(map(str, command.without("off", left))) == ["transformers:none"]
 
 
@@ -188,8 +197,17 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
             return made
 
-        def served(run: Any, step: Any, stack: Any) -> Any:
-            return argparse.Namespace(graphs=step.graphs)
+        def served(run: Any, step: Any, graphs: str, stack: Any) -> Any:
+            found = argparse.Namespace(graphs=graphs)
+
+            @contextmanager
+            def stepping(graphs: str) -> Iterator[None]:
+                found.graphs, before = graphs, found.graphs
+                yield
+                found.graphs = before
+
+            found.stepping = stepping
+            return found
 
         monkeypatch.setattr(command, "give_up", give_up)
         monkeypatch.setattr(command, "_serve", serve or served)
@@ -218,9 +236,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_each_engine_has_a_process_and_rows_say_where_they_are_from(run: Any) -> None:
     places, rows = run({})
-    assert places == ["transformers:none base:off", "base:off"]
+    assert places == ["transformers:none"]
     found = [(row["section"], row["graphs"]) for row in rows]
-    assert found[0] == ("base", "auto") and found[-1] == ("base", "off")
+    each = [("base", "auto"), ("loads", "auto"), ("base", "off"), ("transformers", None)]
+    assert found == each
     for row in rows:
         assert row["rehearsal"] and row["part"] == "engine" and row["commit"] == "abc1234"
         assert {"date", "gpu", "torch", "triton", "shape", "goal", "met", "unit"} <= row.keys()
@@ -247,7 +266,7 @@ def test_a_start_that_fails_is_tried_without_graphs(
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(serving, "serving", no_server)
-    monkeypatch.setattr(checkpoint, "write", lambda folder, shape: folder)
+    monkeypatch.setattr(checkpoint, "write", lambda folder, shape, moved: folder)
     places, rows = run({}, command._serve, part=["base", "transformers"], graphs=["auto"])
     assert places == ["base:off transformers:none", "transformers:none"]
     assert [(r["graphs"], "capturing" in r.get("absent", "")) for r in rows[:2]] == [
@@ -255,6 +274,46 @@ def test_a_start_that_fails_is_tried_without_graphs(
         ("off", True),
     ]
     assert rows[2]["what"] == "transformers"
+
+
+def test_a_start_may_take_long_and_not_stand_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    late: list[str] = []
+    monkeypatch.setattr(command, "give_up", lambda: None)
+    run: Any = argparse.Namespace(absent=lambda step, why: late.append(why), left=lambda: 60.0)
+    step = command.Step("start", "auto")
+    with command._watch(run, step, 1.0, "it") as watch:
+        for _ in range(6):
+            time.sleep(0.2)
+            watch.moved()
+    assert not late
+    with command._watch(run, step, 1.0, "it"):
+        time.sleep(1.3)
+    assert late == ["it was not done after 1 s"]
+
+
+def test_steps_are_launched_one_by_one_where_that_is_asked_for(stage: parts.Stage) -> None:
+    runner = stage.serving.engine._runner
+    given: Any = object()
+    runner._graphs = given
+    try:
+        with stage.serving.stepping("off"):
+            assert runner._graphs is None and not stage.serving.captured
+        with stage.serving.stepping("auto"):
+            assert runner._graphs is given
+        assert runner._graphs is given
+    finally:
+        runner._graphs = None
+
+
+def test_goals_are_judged_once_more_at_the_end(run: Any, stage: parts.Stage) -> None:
+    head = {"part": "engine", "graphs": "auto"}
+    rows = [stage.row("first", 1.0, "x"), stage.ratio("second", 0.4, 0.5)]
+    rows += [stage.ratio("third", 1.2, -1.25), {"what": "fourth", "absent": "failed"}]
+    past: Any = argparse.Namespace(past=[{**row, **head} for row in rows])
+    count, *lines = command.Run.verdicts(past).strip().splitlines()
+    assert count == "2 goals looked at, 1 not met; absent:"
+    ends = ("0.4 x (goal >= 0.5, NOT MET)", "1.2 x (goal <= 1.25, met)", "absent: failed")
+    assert [line.endswith(end) for line, end in zip(lines, ends, strict=True)] == [True] * 3
 
 
 def test_what_does_not_fit_in_the_time_is_named(
@@ -329,6 +388,10 @@ def test_the_tables_show_the_newest_figures_and_what_is_missing() -> None:
     assert ["distinct LoRA, to base", "auto", "64", "-", "0.4 x", ">= 0.5", "**no**"] in lines
     assert ["start: test kernels", "auto", "64", "-", "1.5 s", "< 2 s", "yes"] in lines
     assert "- bits, graphs auto: no engine, x" in text
+    more = [{**rows[1], "batch": n} for n in (256, 1)]
+    decoding = [x for x in report.markdown([*rows, *more]).splitlines() if "| base |" in x]
+    cells = [x.split("|")[3].strip() for x in decoding if x.startswith("| deltaserve | auto")]
+    assert cells == ["1", "64", "256"]
     assert "99.0" not in text and "123456" not in text
 
 

@@ -4,7 +4,7 @@ pack-quantized, symmetric int4), which the server's loader reads straight into i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ SPREAD = 4.61
 """Standard deviation of the whole numbers from -8 to 7, all as likely."""
 
 
-def write(folder: Path, shape: Shape) -> Path:
-    """The checkpoint, unless it is there; a file for each layer. The config comes last: a folder
-    that has one is whole."""
+def write(folder: Path, shape: Shape, moved: Callable[[], object] = lambda: None) -> Path:
+    """The checkpoint, unless it is there; a file for each layer, after which `moved` is called. The
+    config comes last: a folder that has one is whole."""
     if (folder / "config.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -32,6 +32,7 @@ def write(folder: Path, shape: Shape) -> Path:
     places: dict[str, str] = {}
     for i in range(shape.layers):
         _save(folder, f"model-{i:05}.safetensors", _layer(shape, i, generator), places)
+        moved()
     _save(folder, f"model-{shape.layers:05}.safetensors", _ends(shape, generator), places)
     index = {"metadata": {}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -8,30 +8,26 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_kernels import case, ceilings
-from gpu_kernels.record import RESULTS, Recorder
+from gpu_kernels.record import RESULTS, Recorder, line
 from gpu_kernels.supervise import Place, give_up
 
 from gpu_serving import PARTS
 from gpu_serving.sizes import FULL, REHEARSAL, Sizes
 
-TWICE = ("start", "base")
-"""Made with graphs and without."""
-LAST = ("kinds", "bits")
-"""They take adapters of gigabytes: made if time is left."""
 LIMITS = {
-    "start": 30, "base": 90, "adapters": 150, "loads": 120, "kinds": 120, "bits": 120,
-    "transformers": 150, "floor": 90,
+    "start": 30, "base": 90, "adapters": 150, "floor": 90, "loads": 120, "bits": 120,
+    "kinds": 120, "transformers": 150,
 }  # fmt: skip
 """Seconds after which a part is given up."""
-BUILD = 450
-"""Seconds after which a start is."""
+STILL = 120
+"""Seconds without progress after which a start is: it may be long, and may not stand still."""
 CLOSE = 30
 """Seconds that an engine has to close."""
 
@@ -48,24 +44,29 @@ class Step:
 
 
 def steps_of(parts: Sequence[str], graphs: Sequence[str]) -> list[Step]:
-    """In the order in which they are run: one engine after the other. `floor` looks at launches,
-    which a graph hides."""
+    """In the order in which they are run: all that needs a server on one engine, whose start takes
+    minutes, then transformers, for which it must be gone. `floor` looks at launches, which a graph
+    hides."""
     way = "auto" if "auto" in graphs else "off"
-    chosen = [p for p in PARTS if p in parts]
-    last = [Step(p, way) for p in chosen if p in LAST]
-    found = [Step(p, way) for p in chosen if p not in (*LAST, "transformers", "floor")]
-    found += [Step(p, "none") for p in chosen if p == "transformers"]
-    if "off" in graphs:
-        found += [Step(p, "off") for p in chosen if p in TWICE]
-    found += [Step(p, "off") for p in chosen if p == "floor"]
-    return list(dict.fromkeys(found + last))
+    ways = {"floor": "off", "transformers": "none"}
+    found = [Step(p, ways.get(p, way)) for p in PARTS if p in parts]
+    if "off" in graphs and "base" in parts:
+        at = next((i for i, step in enumerate(found) if step.graphs == "none"), len(found))
+        found.insert(at, Step("base", "off"))
+    return list(dict.fromkeys(found))
+
+
+def start_of(steps: Sequence[Step]) -> str:
+    """How the engine of these steps is started; steps are launched one by one on any."""
+    return "auto" if any(step.graphs == "auto" for step in steps) else "off"
 
 
 def without(graphs: str, steps: Sequence[Step]) -> list[Step]:
-    """What is left to do where no engine with `graphs` can be made: the same without graphs, or
+    """What is left to do where no engine can be started with `graphs`: the same without graphs, or
     nothing."""
-    kept = (s if s.graphs != graphs else Step(s.part, "off") for s in steps)
-    return [s for s in dict.fromkeys(kept) if graphs != "off" or s.graphs != "off"]
+    if graphs == "off":
+        return [step for step in steps if step.graphs == "none"]
+    return list(dict.fromkeys(Step(s.part, "off") if s.graphs == graphs else s for s in steps))
 
 
 class Run:
@@ -104,6 +105,15 @@ class Run:
     def absent(self, step: Step, why: str) -> None:
         self.write(step, {"what": step.part, "absent": why[:400]})
 
+    def verdicts(self) -> str:
+        """The goals and what is absent, once more at the end, where they are found."""
+        judged = [row for row in self.past if row.get("goal")]
+        missed = sum(not row["met"] for row in judged)
+        shown = judged + [row for row in self.past if "absent" in row]
+        return "\n".join(
+            [f"\n{len(judged)} goals looked at, {missed} not met; absent:", *map(line, shown)]
+        )
+
     def left(self) -> float:
         return self.end - time.monotonic()
 
@@ -113,7 +123,7 @@ class Run:
 
 
 def work(args: argparse.Namespace) -> int:
-    """One process of a run. Ends with RESTART when the next part needs another engine, or when the
+    """One process of a run. Ends with RESTART when the next part needs the engine gone, or when the
     device no longer answers."""
     run, served, again = Run(args), None, False
     with ExitStack() as stack:
@@ -123,13 +133,14 @@ def work(args: argparse.Namespace) -> int:
                 left = ", ".join(map(str, run.steps[i:]))
                 print(f"not begun for lack of time: {left}", flush=True)
                 break
-            if i and (step.graphs == "none" or served is None or served.graphs != step.graphs):
+            if i and (step.graphs == "none" or served is None):
                 run.leave(run.steps[i:])
                 again = True
                 break
-            if step.graphs != "none":
-                run.leave(without(step.graphs, run.steps[i:]))
-                served = served or _serve(run, step, stack)
+            if step.graphs != "none" and served is None:
+                graphs = start_of(run.steps[i:])
+                run.leave(without(graphs, run.steps[i:]))
+                served = _serve(run, step, graphs, stack)
             run.leave(rest)
             _measure(run, step, served)
         else:
@@ -140,20 +151,21 @@ def work(args: argparse.Namespace) -> int:
     closing.cancel()
     if again:
         give_up()
+    print(run.verdicts(), flush=True)
     return 0
 
 
-def _serve(run: Run, step: Step, stack: ExitStack) -> Any:
+def _serve(run: Run, step: Step, graphs: str, stack: ExitStack) -> Any:
     from gpu_serving.checkpoint import write
     from gpu_serving.serving import serving
 
     try:
-        with _watch(run, step, BUILD, "the start"):
-            base = write(run.folder / "base", run.sizes.shape)
+        with _watch(run, step, STILL, "the start") as watch:
+            base = write(run.folder / "base", run.sizes.shape, watch.moved)
             ceilings.copy_tb_per_s()  # takes memory that the server is about to
             case.usable()
             return stack.enter_context(
-                serving(base, run.folder, run.sizes, step.graphs, run.device)
+                serving(base, run.folder, run.sizes, graphs, run.device, watch.moved)
             )
     except Exception as error:
         run.absent(step, f"no engine, {type(error).__name__}: {error}")
@@ -163,14 +175,15 @@ def _serve(run: Run, step: Step, stack: ExitStack) -> Any:
 def _measure(run: Run, step: Step, served: Any) -> None:
     from gpu_serving import parts, peer
 
-    stage = parts.Stage(run.sizes, served, run.folder, run.past)
     part: Callable[[parts.Stage], Iterator[dict[str, Any]]]
     part = peer.transformers if step.part == "transformers" else parts.PARTS[step.part]
     began = time.monotonic()
     with _watch(run, step, LIMITS[step.part], "the part"):
         try:
-            for row in part(stage):
-                run.write(step, row)
+            with served.stepping(step.graphs) if served else nullcontext():
+                stage = parts.Stage(run.sizes, served, run.folder, run.past)
+                for row in part(stage):
+                    run.write(step, row)
         except Exception as error:
             run.absent(step, f"failed, {type(error).__name__}: {error}")
     print(f"[{step}: {time.monotonic() - began:.0f} s]", flush=True)
@@ -179,23 +192,31 @@ def _measure(run: Run, step: Step, served: Any) -> None:
 
 
 class _watch:
-    """Ends the process, which says why, if the block takes too long."""
+    """Ends the process, which says why, if the block takes too long, or as long after `moved`."""
 
     def __init__(self, run: Run, step: Step, seconds: float, what: str) -> None:
-        limit = max(1.0, min(seconds, run.left()))
+        self._run, self._step, self._seconds, self._what = run, step, seconds, what
+        self._timer: threading.Timer | None = None
 
-        def late() -> None:
-            run.absent(step, f"{what} was not done after {limit:.0f} s")
-            give_up()
-
-        self._timer = threading.Timer(limit, late)
+    def moved(self) -> None:
+        """The block came further: its time begins anew."""
+        self.__exit__()
+        limit = max(1.0, min(self._seconds, self._run.left()))
+        self._timer = threading.Timer(limit, self._late, (limit,))
         self._timer.daemon = True
-
-    def __enter__(self) -> None:
         self._timer.start()
 
+    def _late(self, limit: float) -> None:
+        self._run.absent(self._step, f"{self._what} was not done after {limit:.0f} s")
+        give_up()
+
+    def __enter__(self) -> _watch:
+        self.moved()
+        return self
+
     def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 def check(args: argparse.Namespace) -> None:

@@ -82,7 +82,7 @@ def kernels_ms(serving: Serving, names: Names) -> tuple[dict[str, float], int]:
 
     Launches that are alike are timed together, in a graph that goes through all layers and so
     through weights larger than the cache, and apart from all others. What torch launches itself is
-    not in it. For an engine that launches its steps one by one.
+    not in it. For steps that are launched one by one.
     """
     launches = Launches()
 
@@ -90,7 +90,7 @@ def kernels_ms(serving: Serving, names: Names) -> tuple[dict[str, float], int]:
         launches.on = step >= RECORDED and not launches.count
 
     # the one recorded, and one more, so that nobody ends the sequences before it
-    sizes = replace(serving.sizes, steps=max(serving.sizes.steps, RECORDED + 2))
+    sizes = replace(serving.sizes, steps=RECORDED + 2)
     with recording(launches):
         decode(serving.engine, sizes, names, between)
     if not launches.count:

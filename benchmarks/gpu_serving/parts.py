@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from churn import Arrivals, forget, quantile
+from churn import quantile
+from gpu_kernels.data import ON_GPU
 
-from deltaserve.server.engine.collector import Collector, generate
+from deltaserve.server.engine.collector import generate
 from deltaserve.server.engine.core import AdapterInfo
 from gpu_serving import floors, serving
 from gpu_serving.adapters import BITDELTA, KINDS, delta, lora
+from gpu_serving.cold import first_token, flush, phase
 from gpu_serving.serving import Serving
 from gpu_serving.sizes import Sizes
-from gpu_serving.streams import PATIENCE, Decoded, Names, begin, decode, fill, request
+from gpu_serving.streams import PATIENCE, Decoded, Names, decode, fill, request
 
 Row = dict[str, Any]
 SCORED = 16
@@ -83,21 +83,24 @@ def start(stage: Stage) -> Iterator[Row]:
         yield stage.row(f"start: {name}", round(seconds, 3), "s", cached=served.compiled, **goal)
     total = sum(served.start.values())
     yield stage.row("start: all", round(total, 3), "s", cached=served.compiled)
+    if ON_GPU and served.graphs == "auto" and not served.captured:
+        why = "decoding steps were not captured, the log says why: all are launched one by one"
+        yield {"what": "graphs", "absent": why}
 
 
 def base(stage: Stage) -> Iterator[Row]:
     """The base alone, on a server without adapters; prompts too."""
     engine, sizes = stage.serving.engine, stage.sizes
-    most = [""] * max(sizes.batches)
-    seconds = fill(engine, sizes, most)
-    tokens = len(most) * sizes.prompt
-    yield stage.row("prompts", round(tokens / seconds, 1), "tokens/s", batch=len(most), form="base")
-    for batch in sizes.batches:
-        yield stage.decoded([""] * batch, "base")[0]
     asked = request(sizes, 0, "", SCORED, logprobs=0)
     (answer,) = generate(engine, [asked], PATIENCE)
     ids, logprobs = list(answer.token_ids), [t.logprob for t in answer.logprobs]
     yield stage.row("answer", SCORED, "tokens", ids=ids, logprobs=logprobs)
+    for batch in sizes.batches:
+        yield stage.decoded([""] * batch, "base")[0]
+    batch = sizes.many
+    seconds = fill(engine, sizes, [""] * batch, first=max(sizes.batches))  # prompts of their own
+    rate = round(batch * sizes.prompt / seconds, 1)
+    yield stage.row("prompts", rate, "tokens/s", batch=batch, form="base")
 
 
 def adapters(stage: Stage) -> Iterator[Row]:
@@ -126,6 +129,9 @@ def adapters(stage: Stage) -> Iterator[Row]:
             of = mixed.tokens_per_second / alone[batch].tokens_per_second
             goal = 0.5 if batch == sizes.many else None
             yield stage.ratio("distinct LoRA, to base", of, goal, batch=batch)
+        if stage.serving.launches:  # here, as loading so many takes long
+            with stage.serving.stepping("off"):
+                yield from floor_of(stage, list(infos)[: sizes.many], "LoRA, all distinct")
 
 
 def loads(stage: Stage) -> Iterator[Row]:
@@ -134,12 +140,14 @@ def loads(stage: Stage) -> Iterator[Row]:
     sizes, engine = stage.sizes, stage.serving.engine
     folders = loras(stage, 2 * sizes.streams)
     cold = [folder for _, folder in folders[sizes.streams :]]
+    for folder in cold:
+        flush(folder)
     gaps: dict[float, list[float]] = {0.0: [], 1.0: []}
     seconds: list[float] = []
     with stage.serving.loaded(folders[: sizes.streams]) as infos:
         fill(engine, sizes, list(infos))
         for rate in (0.0, 1.0) * sizes.phases:
-            found, took = phase(stage, list(infos), cold, rate)
+            found, took = phase(stage.serving.engine, sizes, list(infos), cold, rate)
             gaps[rate] += found
             seconds += took
     quiet, loaded = (
@@ -154,7 +162,7 @@ def loads(stage: Stage) -> Iterator[Row]:
     took = {"load_seconds": [round(s, 3) for s in seconds]}
     p99 = loaded["p99"] / quiet["p99"]
     yield stage.ratio("p99 while loading, to quiet", p99, -1.05, batch=sizes.streams, **took)
-    firsts = [first_token(stage, f"first{i}", f) for i, f in enumerate(cold[: sizes.colds])]
+    firsts = [first_token(engine, sizes, f"first{i}", f) for i, f in enumerate(cold[: sizes.colds])]
     yield stage.row(
         "cold file to first token", round(quantile([t for t, _ in firsts], 0.5), 4), "s",
         form="lora", of_each=[round(t, 4) for t, _ in firsts],
@@ -199,15 +207,13 @@ def bits(stage: Stage) -> Iterator[Row]:
 
 
 def floor(stage: Stage) -> Iterator[Row]:
-    """The sum of a step's own kernels, each timed apart; beside it the steps of this run."""
-    folders = loras(stage, stage.sizes.resident)
+    """The sum of the kernels of a step of the base, each timed apart; beside it the steps of this
+    run."""
     for batch in stage.sizes.batches:
-        yield from _floor(stage, [""] * batch, "base")
-    with stage.serving.loaded(folders) as infos:
-        yield from _floor(stage, list(infos)[: stage.sizes.many], "LoRA, all distinct")
+        yield from floor_of(stage, [""] * batch, "base")
 
 
-def _floor(stage: Stage, names: Names, form: str) -> Iterator[Row]:
+def floor_of(stage: Stage, names: Names, form: str) -> Iterator[Row]:
     each, count = floors.kernels_ms(stage.serving, names)
     total, batch = sum(each.values()), len(names)
     about = {"batch": batch, "form": form}
@@ -216,8 +222,11 @@ def _floor(stage: Stage, names: Names, form: str) -> Iterator[Row]:
         "sum of own kernels", round(total, 4), "ms", launches=count, kernels=parts, **about
     )
     for past in stage.past:
-        if past["what"] == "decode" and {k: past[k] for k in about} == about:
-            ratio = stage.ratio("step, to its kernels' sum", past["p50_ms"] / total, -1.25, **about)
+        if past["what"] == "decode" and {k: past.get(k) for k in about} == about:
+            if "p50_ms" not in past or past["engine"] != "deltaserve":
+                continue
+            goal = -1.25 if past["graphs"] == "auto" else None  # launches alone are slower
+            ratio = stage.ratio("step, to its kernels' sum", past["p50_ms"] / total, goal, **about)
             yield {**ratio, "graphs": past["graphs"]}
 
 
@@ -238,59 +247,6 @@ def loras(stage: Stage, count: int) -> list[tuple[str, Path]]:
         (f"lora{i}", lora(stage.folder / "lora" / f"{i}", shape, rank, 1000 + i))
         for i in range(count)
     ]
-
-
-def phase(
-    stage: Stage, names: Names, cold: Sequence[Path], rate: float
-) -> tuple[list[float], list[float]]:
-    """Seconds between the steps of sequences that decode, and of the loads beside them."""
-    engine = stage.serving.engine
-    streams, took = begin(engine, stage.sizes, names), list[float]()
-    try:
-        arrivals = Arrivals(engine, cold, rate) if rate else None
-        first = len(streams.steps)
-        if arrivals is not None:
-            arrivals.start()
-        time.sleep(stage.sizes.seconds)
-        streams.wait(2)
-        times = [at for at, _ in streams.steps[first:]]
-        if arrivals is not None:
-            took = arrivals.finish()
-    finally:
-        streams.end(engine)
-    return [b - a for a, b in itertools.pairwise(times)], took
-
-
-def first_token(stage: Stage, name: str, folder: Path) -> tuple[float, str]:
-    """Seconds from the request for an adapter that is in no memory to its first token, and what
-    `drop` said: it was registered, which has read its files once, and these were dropped then."""
-    engine = stage.serving.engine
-    engine.adapters.load(name, str(folder), register_only=True).result(PATIENCE)
-    state = drop(folder)
-    asked, collector = request(stage.sizes, 0, name, 1, length=16), Collector()
-    began = time.perf_counter()
-    engine.submit(asked, collector)
-    collector.wait(asked.request_id, PATIENCE)
-    took = time.perf_counter() - began
-    engine.adapters.unload(name).result(PATIENCE)
-    return took, state
-
-
-def drop(folder: Path) -> str:
-    """Drops its files from the page cache. Returns "dropped", or "kept" if they are still there, or
-    "unknown"."""
-    forget(folder)
-    largest = max(folder.iterdir(), key=lambda file: file.stat().st_size)
-    fd = os.open(largest, os.O_RDONLY)
-    try:
-        os.preadv(fd, [bytearray(4096)], largest.stat().st_size // 2, os.RWF_NOWAIT)
-    except BlockingIOError:
-        return "dropped"
-    except (OSError, AttributeError):
-        return "unknown"
-    finally:
-        os.close(fd)
-    return "kept"
 
 
 PARTS = {

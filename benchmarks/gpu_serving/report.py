@@ -32,7 +32,7 @@ def _of(rows: Sequence[Row], title: str) -> str:
     runs = ", ".join(dict.fromkeys(f"{r['commit']} of {r['date']}" for r in rows))
     last = rows[-1]
     measured = [r for r in rows if "value" in r and r["what"] != "answer"]
-    steps = [r for r in measured if r["what"] == "decode"]
+    steps = _in_order([r for r in measured if r["what"] == "decode"])
     return "\n".join(
         t
         for t in (
@@ -55,6 +55,16 @@ def _of(rows: Sequence[Row], title: str) -> str:
         )
         if t
     )
+
+
+def _in_order(steps: Sequence[Row]) -> list[Row]:
+    """What was measured alike together, in the order of its first row, and by batch."""
+
+    def alike(row: Row) -> tuple[Any, ...]:
+        return tuple(row.get(name) for name in ("section", "engine", "graphs", "form"))
+
+    order = list(dict.fromkeys(map(alike, steps)))
+    return sorted(steps, key=lambda row: (order.index(alike(row)), row["batch"]))
 
 
 Cells = dict[str, Callable[[Row], str]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,11 +33,14 @@ STAGES = {"compiling": COMPILE, "testing": TEST, "capturing": CAPTURE}
 class Stopwatch:
     """`build_engine`'s progress, turned into the seconds of each stage."""
 
-    def __init__(self) -> None:
+    def __init__(self, moved: Callable[[], object]) -> None:
+        """moved: is called whenever there is progress."""
         self.seconds: dict[str, float] = {}
+        self._moved = moved
         self._stage, self._since = LOAD, time.perf_counter()
 
     def __call__(self, share: float, what: str) -> None:
+        self._moved()
         self._enter(REST if share >= 1 else STAGES.get(what.split()[0], LOAD))
 
     def stop(self) -> dict[str, float]:
@@ -52,7 +55,8 @@ class Stopwatch:
 
 @dataclass
 class Serving:
-    """start: seconds of each stage. compiled: kernels that were in Triton's cache before it."""
+    """graphs: how it was started. start: seconds of each stage. compiled: kernels that were in
+    Triton's cache before it."""
 
     engine: Engine
     sizes: Sizes
@@ -60,6 +64,29 @@ class Serving:
     start: dict[str, float]
     compiled: int
     _loaded: dict[str, AdapterInfo] = field(default_factory=dict)
+
+    @contextmanager
+    def stepping(self, graphs: str) -> Iterator[None]:
+        """For as long as the ``with`` lasts "off" has an engine that was started with graphs launch
+        its steps one by one, as --enforce-eager does. Nothing may be running before and after."""
+        runner, given = self.engine._runner, self.graphs
+        held = runner._graphs
+        if graphs == "off":
+            self.graphs, runner._graphs = graphs, None
+        try:
+            yield
+        finally:
+            self.graphs, runner._graphs = given, held
+
+    @property
+    def launches(self) -> bool:
+        """Whether its steps launch kernels, on a GPU or in the interpreter."""
+        return self.engine.info().device == "cuda"
+
+    @property
+    def captured(self) -> bool:
+        """Whether steps can be replayed from graphs."""
+        return self.engine._runner._graphs is not None
 
     @contextmanager
     def loaded(self, folders: Iterable[tuple[str, Path]]) -> Iterator[dict[str, AdapterInfo]]:
@@ -87,10 +114,15 @@ class Serving:
 
 @contextmanager
 def serving(
-    base: Path, roots: Path, sizes: Sizes, graphs: str, device: str = "cuda"
+    base: Path,
+    roots: Path,
+    sizes: Sizes,
+    graphs: str,
+    device: str = "cuda",
+    moved: Callable[[], object] = lambda: None,
 ) -> Iterator[Serving]:
     """The engine as `deltaserve serve` makes it, running. graphs: "auto" or "off". device: without
-    a GPU "cuda" is Triton's interpreter."""
+    a GPU "cuda" is Triton's interpreter. moved: is called as the start goes on."""
     config = Config(
         ModelConfig(base, dtype=sizes.shape.dtype, device=device),
         AdapterConfig(roots=(roots,), bytes=sizes.adapter_bytes, loader_processes=ON_GPU),
@@ -105,7 +137,7 @@ def serving(
     with ExitStack() as stack:
         if device == "cuda" and not ON_GPU:
             stack.enter_context(_interpreted())
-        compiled, watch = _compiled(), Stopwatch()
+        compiled, watch = _compiled(), Stopwatch(moved)
         engine, _ = build.build_engine(config, NullObserver(), watch)
         seconds = watch.stop()
         engine.start()

@@ -47,7 +47,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Sizes:
-    """batches: sequences that decode together; `many` is the one that adapters are measured at.
+    """batches: sequences that decode together, the most telling first; `many` is the one that
+    adapters are measured at.
     prompt: tokens of each. warm: steps before a measurement of `steps` steps. resident: adapters in
     memory. bits: 1-bit ones. phases: quiet and loaded ones, each of `seconds`, with `streams`
     sequences. colds: first tokens of cold adapters. kv_bytes, adapter_bytes: of the server."""
@@ -105,7 +106,7 @@ TINY = Shape(
     "bfloat16" if ON_GPU else "float32",
 )
 FULL = Sizes(
-    LLAMA_8B, batches=(1, 16, 64, 256), many=64, prompt=448, warm=8, steps=112, resident=64,
+    LLAMA_8B, batches=(64, 1, 16, 256), many=64, prompt=448, warm=8, steps=112, resident=64,
     rank=16, bits=16, phases=3, seconds=6.0, streams=16, colds=5, kv_bytes=24 << 30,
     adapter_bytes=20 << 30, max_length=8192, max_batch_tokens=512, max_sequences=256,
 )  # fmt: skip

@@ -102,10 +102,11 @@ def request(
     return Request(f"bench-{next(_ids)}", prompt, given, adapters)
 
 
-def fill(engine: Engine, sizes: Sizes, names: Names) -> float:
-    """Computes the prompts, which stay in the prefix cache. Returns seconds."""
+def fill(engine: Engine, sizes: Sizes, names: Names, first: int = 0) -> float:
+    """Computes the prompts, which stay in the prefix cache. first: number of the first sequence.
+    Returns seconds."""
     began = time.perf_counter()
-    asked = [request(sizes, i, name, 1) for i, name in enumerate(names)]
+    asked = [request(sizes, i, name, 1) for i, name in enumerate(names, first)]
     generate(engine, asked, PATIENCE)
     return time.perf_counter() - began
 
