@@ -26,25 +26,24 @@ class Capture(Protocol):
 
 
 class CudaCapture:
+    """Steps are run first, and captured, on one stream of their own: what is made for a stream at
+    its first use, as cuBLAS's workspace, is then made before any graph, and stays. What other
+    threads ask of the device meanwhile is no concern of a capture's."""
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool: Any = None
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            run()  # what is made at first use (workspaces, cached tables) is made to stay
-            self._watched(run)
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self._pool):
-                out = run()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise NotCapturable(str(error)) from error
+        with torch.cuda.stream(self._stream):  # left behind too where a capture fails at its end
+            run()
+            self._watched(run)
+            out = self._captured(graph, run)
+        current.wait_stream(self._stream)
         self._pool = self._pool or graph.pool()
 
         def replay() -> Tensor:
@@ -52,6 +51,18 @@ class CudaCapture:
             return out
 
         return replay
+
+    def _captured(self, graph: torch.cuda.CUDAGraph, run: Callable[[], Tensor]) -> Tensor:
+        how = torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        )
+        try:
+            with how:
+                return run()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise NotCapturable(str(error)) from error
 
     def _watched(self, run: Callable[[], Tensor]) -> None:
         """Once more, with an error where the host waits for the device."""

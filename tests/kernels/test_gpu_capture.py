@@ -1,0 +1,114 @@
+"""What is asked of torch where a step is captured, and of streams where one reads what another
+writes, by a torch.cuda that computes nothing and writes it down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deltaserve.kernels.gpu.capture import CudaCapture, NotCapturable
+
+DEVICE = torch.device("cuda", 0)
+
+
+class Stream:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.waited_for: list[Stream] = []
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waited_for.append(other)
+
+
+class Cuda:
+    """now: the current stream. capturing: what a capture under way was asked for. checks: whether
+    the host may not wait. breaks: the end of a capture raises."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now = self.default = Stream()
+        self.capturing: dict[str, Any] | None = None
+        self.checks: object = 0
+        self.breaks = False
+        for name in ("graph", "stream", "current_stream", "CUDAGraph"):
+            patch.setattr(torch.cuda, name, getattr(self, name))
+        patch.setattr(torch.cuda, "Stream", Stream)
+        patch.setattr(torch.cuda, "get_sync_debug_mode", lambda: self.checks)
+        patch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: setattr(self, "checks", mode))
+
+    def current_stream(self, device: torch.device) -> Stream:
+        return self.now
+
+    @contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        before, self.now = self.now, stream
+        try:
+            yield
+        finally:
+            self.now = before
+
+    class CUDAGraph:
+        replays = 0
+
+        def pool(self) -> str:
+            return "pool"
+
+        def replay(self) -> None:
+            self.replays += 1
+
+    @contextmanager
+    def graph(self, graph: object, pool: object = None, stream: Any = None, **asked: Any) -> Any:
+        before, self.now, self.capturing = self.now, stream, {"pool": pool, **asked}
+        try:
+            yield
+        finally:
+            self.capturing = None
+            if self.breaks:  # as torch, which then does not go back to the stream before
+                raise RuntimeError("operation failed due to a previous error during capture")
+            self.now = before
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    return Cuda(monkeypatch)
+
+
+def test_steps_are_captured_on_the_stream_that_they_were_tried_on(cuda: Cuda) -> None:
+    runs: list[tuple[Stream, object, object]] = []
+    out = torch.zeros(1)
+
+    def run() -> Tensor:
+        runs.append((cuda.now, cuda.checks, cuda.capturing))
+        return out
+
+    capture = CudaCapture(DEVICE)
+    for _ in range(2):
+        assert capture(run)() is out
+    own = runs[0][0]
+    assert own is not cuda.default and {stream for stream, *_ in runs} == {own}
+    assert own.waited_for == [cuda.default] * 2
+    assert cuda.default.waited_for == [own, own]
+    mode = {"capture_error_mode": "thread_local"}
+    assert [what for *_, what in runs] == [
+        None, None, {"pool": None, **mode}, None, None, {"pool": "pool", **mode}
+    ]  # fmt: skip
+    assert [checks for _, checks, _ in runs] == [0, "error", 0] * 2
+    assert cuda.now is cuda.default
+
+
+def test_a_step_that_cannot_be_captured_leaves_nothing_behind(cuda: Cuda) -> None:
+    def waits() -> Tensor:
+        if cuda.checks == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return torch.zeros(1)
+
+    with pytest.raises(NotCapturable, match="synchronizing"):
+        CudaCapture(DEVICE)(waits)
+    assert cuda.checks == 0
+    cuda.breaks = True
+    with pytest.raises(NotCapturable, match="previous error"):
+        CudaCapture(DEVICE)(lambda: torch.zeros(1))
+    assert cuda.now is cuda.default
