@@ -90,8 +90,11 @@ def streams(device: torch.device) -> Streams:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy in host memory, made beside the steps. tensor: one that nobody writes to any more."""
+    """A copy in host memory, made beside the steps. tensor: one that nobody writes to any more; what
+    was launched so far may still be making it."""
     if tensor.device.type != "cuda":
         return tensor.cpu()
-    with torch.cuda.stream(torch.cuda.Stream(tensor.device)):  # type: ignore[no-untyped-call]
+    side = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream(tensor.device))
+    with torch.cuda.stream(side):
         return tensor.cpu()
