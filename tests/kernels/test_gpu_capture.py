@@ -1,17 +1,20 @@
-"""What is asked of torch where a step is captured, and of streams where one reads what another
-writes, by a torch.cuda that computes nothing and writes it down."""
+"""What the GPU's side asks of torch, by a torch.cuda that computes nothing and writes it down: on
+which stream steps are captured, and that a stream waits for what another has made."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from deltaserve.kernels.gpu.backend import TritonBackend
 from deltaserve.kernels.gpu.capture import CudaCapture, NotCapturable
+from deltaserve.kernels.gpu.streams import to_host
 
 DEVICE = torch.device("cuda", 0)
 
@@ -112,3 +115,24 @@ def test_a_step_that_cannot_be_captured_leaves_nothing_behind(cuda: Cuda) -> Non
     with pytest.raises(NotCapturable, match="previous error"):
         CudaCapture(DEVICE)(lambda: torch.zeros(1))
     assert cuda.now is cuda.default
+
+
+def test_what_is_brought_to_the_host_has_been_made(cuda: Cuda) -> None:
+    copied_on: list[Stream] = []
+    tensor: Any = SimpleNamespace(device=DEVICE, cpu=lambda: copied_on.append(cuda.now))
+    to_host(tensor)
+    assert copied_on[0] is not cuda.default
+    assert copied_on[0].waited_for == [cuda.default]
+    assert cuda.default.waited_for == []
+
+
+def test_memory_that_was_given_back_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {"held": 3 << 30, "free": 5 << 30}
+
+    def empty_cache() -> None:
+        free["free"] += free.pop("held")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["free"], 80 << 30))
+    backend: Any = SimpleNamespace(device=DEVICE)
+    assert TritonBackend.free_bytes(backend) == 8 << 30

@@ -120,6 +120,7 @@ class TritonBackend:
     def free_bytes(self) -> int:
         if self.device.type == "cpu":
             return int(psutil.virtual_memory().available)
+        torch.cuda.empty_cache()  # what loading and the self-test have used and given back
         return int(torch.cuda.mem_get_info(self.device)[0])
 
     def courier(self) -> Courier:
