@@ -90,8 +90,8 @@ def streams(device: torch.device) -> Streams:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy in host memory, made beside the steps. tensor: one that nobody writes to any more; what
-    was launched so far may still be making it."""
+    """A copy in host memory, made beside the steps. tensor: one that nobody writes to any more,
+    though what was launched so far may still be making it."""
     if tensor.device.type != "cuda":
         return tensor.cpu()
     side = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
