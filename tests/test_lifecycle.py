@@ -38,6 +38,7 @@ from deltaserve.server.errors import (
     AdapterUnknown,
     Cancelled,
     DeadlineExceeded,
+    EngineFailure,
     Overloaded,
     ShuttingDown,
 )
@@ -402,6 +403,46 @@ def test_shutdown_leaves_no_future_open(
             future.result(0)
     with pytest.raises(ShuttingDown):
         collector.wait(long.request_id, 0)
+
+
+def test_an_engine_whose_device_is_lost_ends(
+    files: Files, fresh: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was asked fails, nothing is taken any more, and who started it is told."""
+    with fresh() as engine:  # type: ignore[attr-defined]
+        told, lost = threading.Event(), threading.Event()
+        engine.when_dead(told.set)
+        runner = engine._runner
+        run = runner.run
+
+        def fails(*given: object) -> object:
+            if lost.is_set():
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return run(*given)
+
+        monkeypatch.setattr(runner, "run", fails)
+        monkeypatch.setattr(runner, "scrub", fails)
+        monkeypatch.setattr(runner.model.ctx.backend, "works", lambda: not lost.is_set())
+        gate, threads = hold_reads(engine, monkeypatch)
+        load = engine.adapters.load("a1", files.uri("a1"))
+        until(lambda: bool(threads), "a read has begun")
+        collector = Collector()
+        asked = [request(prompt(i), max_tokens=100) for i in range(2)]
+        for r in asked:
+            engine.submit(r, collector)
+        lost.set()
+        for r in asked:
+            with pytest.raises(EngineFailure):
+                collector.wait(r.request_id, 30)
+        assert told.wait(30) and engine.drain(30)
+        with pytest.raises(ShuttingDown):
+            engine.submit(request(prompt(2)), collector)
+        gate.set()
+        with pytest.raises(ShuttingDown):
+            load.result(30)
+        again = threading.Event()
+        engine.when_dead(again.set)
+        assert again.is_set(), "who asks late is told as well"
 
 
 # Content:

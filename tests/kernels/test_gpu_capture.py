@@ -136,3 +136,17 @@ def test_memory_that_was_given_back_is_free(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["free"], 80 << 30))
     backend: Any = SimpleNamespace(device=DEVICE)
     assert TritonBackend.free_bytes(backend) == 8 << 30
+
+
+def test_a_gpu_whose_context_is_broken_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors: list[Exception] = [torch.AcceleratorError("CUDA error: an illegal memory access")]
+
+    def synchronize(device: torch.device) -> None:
+        if errors:
+            raise errors[0]
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    backend: Any = SimpleNamespace(device=DEVICE)
+    assert not TritonBackend.works(backend)
+    errors.clear()
+    assert TritonBackend.works(backend)

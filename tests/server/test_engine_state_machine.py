@@ -135,6 +135,9 @@ class Runner:
             logit[choose([t for t, _ in held], {d for _, d in held})] = 1.0
         return StepResult(rows, logits)
 
+    def works(self) -> bool:
+        return True
+
     def scrub(self, blocks: list[int]) -> None:
         for block in blocks:
             for i in range(BLOCK):

@@ -325,6 +325,11 @@ class Backend(Layout, Protocol):
         are launched one kernel after the other, or this model's have to be, which is logged."""
         ...
 
+    def works(self) -> bool:
+        """Whether it still computes, asked after something has failed; waits for the device. What
+        breaks a GPU's context, as a kernel that reads where nothing is, breaks it for good."""
+        ...
+
     def fetch(self, x: Tensor) -> Callable[[], Tensor]:
         """Begins a copy to host memory, in the order of the steps. -> waits for it and for all
         before it, and returns it."""

@@ -57,9 +57,12 @@ class Doors:
         await self.services.close()
 
 
-async def serve_until_signal(doors: Doors, ready: Callable[[list[str]], None]) -> int:
-    """Serve until SIGTERM or SIGINT, then drain; a second signal stops at once. -> exit code: 0
-    if every call could finish."""
+async def serve_until_signal(
+    doors: Doors, ready: Callable[[list[str]], None], dead: asyncio.Event | None = None
+) -> int:
+    """Serve until SIGTERM or SIGINT, then drain; a second signal stops at once. dead: the engine
+    is, which is as a signal. -> exit code: 0 if every call could finish."""
+    dead = dead or asyncio.Event()
     loop = asyncio.get_running_loop()
     first, second = asyncio.Event(), asyncio.Event()
 
@@ -69,7 +72,10 @@ async def serve_until_signal(doors: Doors, ready: Callable[[list[str]], None]) -
     for sign in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(sign, on_signal)
     ready(await doors.start())
-    await first.wait()
+    ends = {asyncio.create_task(event.wait()) for event in (first, dead)}
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    for end in ends:
+        end.cancel()
     log.info("draining; a second signal stops at once")
     draining = asyncio.create_task(doors.drain())
     hurry = asyncio.create_task(second.wait())
@@ -78,4 +84,4 @@ async def serve_until_signal(doors: Doors, ready: Callable[[list[str]], None]) -
     draining.cancel()
     hurry.cancel()
     await doors.stop(LAST_WORDS_SECONDS if finished else 0)
-    return 0 if finished else 1
+    return 0 if finished and not dead.is_set() else 1

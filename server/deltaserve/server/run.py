@@ -123,8 +123,12 @@ async def _serve(
     if config.rpc.http_port is not None:
         opened.append(HttpDoor(*given))
     doors = Doors(services, opened, config.rpc.grace_seconds)
+    loop, dead = asyncio.get_running_loop(), asyncio.Event()
+    engine.when_dead(lambda: loop.call_soon_threadsafe(dead.set))
     try:
-        return await serve_until_signal(doors, lambda a: print(f"listening on {a[0]}", flush=True))
+        return await serve_until_signal(
+            doors, lambda a: print(f"listening on {a[0]}", flush=True), dead
+        )
     except StateUnavailable as error:  # when what was kept was to be brought back
         raise StartError(f"--state: {error}") from error
 

@@ -12,10 +12,13 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
-from fake_engine import FakeEngine
+from doors import doors
+from fake_engine import FakeEngine, FakeText
 from served import served
 
 from deltaserve.clients import AsyncClient, Client, errors
+from deltaserve.server.config import RpcConfig
+from deltaserve.server.doors import serve_until_signal
 from deltaserve.v1 import generation_pb2 as pb
 from deltaserve.v1 import generation_pb2_grpc
 
@@ -115,6 +118,15 @@ def test_a_second_sigterm_stops_at_once() -> None:
         assert process.wait(20) == 1
         with pytest.raises((errors.Unavailable, errors.Cancelled)):
             list(stream)
+
+
+async def test_a_server_whose_engine_is_dead_ends() -> None:
+    engine, dead = FakeEngine(), asyncio.Event()
+    engine.start()
+    opened = doors(engine, FakeText(), RpcConfig(port=0, grace_seconds=5), max_queue=10)
+    serving = serve_until_signal(opened, lambda _: dead.set(), dead)
+    assert await asyncio.wait_for(serving, 20) == 1
+    engine.shutdown()
 
 
 def test_the_grace_has_an_end() -> None:

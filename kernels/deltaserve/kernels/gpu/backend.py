@@ -195,6 +195,15 @@ class TritonBackend:
             arch=gpu.arch(self.device),
         )  # fmt: skip
 
+    def works(self) -> bool:
+        if self.device.type == "cuda":
+            try:
+                torch.cuda.synchronize(self.device)
+            except RuntimeError as error:
+                log.critical("the GPU: %s", error)
+                return False
+        return True
+
     def fetch(self, x: Tensor) -> Callable[[], Tensor]:
         if x.device.type != "cuda":
             return x.cpu

@@ -105,6 +105,8 @@ class Engine:
         self._steps = 0
         self._draining = False
         self._stopping = False
+        self._dead = False
+        self._on_death: Callable[[], object] = lambda: None
         self._woken = False
         self._stepping = False
         self._looks = Looks(self.check_integrity)
@@ -206,6 +208,15 @@ class Engine:
                 self._lock.wait(left)
         return True
 
+    def when_dead(self, tell: Callable[[], object]) -> None:
+        """Call it once there can be no more steps, or at once: the process is to be started anew.
+        On the engine thread, which has failed all requests and takes no others."""
+        with self._lock:
+            self._on_death = tell
+            dead = self._dead
+        if dead:
+            tell()
+
     def shutdown(self) -> None:
         """Stop now; requests in flight fail with ShuttingDown."""
         with self._lock:
@@ -213,7 +224,8 @@ class Engine:
             self._wake_locked()
         if self._thread.is_alive():
             self._thread.join()
-        self.adapters.close()
+        if not self._dead:
+            self.adapters.close()
 
     # On the engine thread:
 
@@ -235,11 +247,27 @@ class Engine:
             except Exception:  # a bug outside the model's step: nobody may be left waiting for ever
                 log.exception("the engine's step failed")
                 self._abandon(EngineFailure("the engine failed; see the server's log"))
+                if not self._runner.works():
+                    self._die()
+                    return
             with self._lock:
                 self._woken = self._woken or bool(self._scheduler.running)
                 self._stepping = False
                 if self._draining:
                     self._lock.notify_all()
+
+    def _die(self) -> None:
+        """What the server computes with is lost."""
+        log.critical("no more steps can be made: the server has to be started anew")
+        with self._lock:
+            self._draining = self._dead = True
+            tell = self._on_death
+        self._abandon()  # what has come since
+        with self._lock:
+            self._stepping = False
+            self._lock.notify_all()
+        tell()
+        self.adapters.close()
 
     def _patience(self) -> float | None:
         """Seconds to wait for news: what comes to a device has to be asked for, and deadlines of
@@ -331,6 +359,8 @@ class Engine:
                 batch, rows, logits, self._scheduler, self._eos, self._limits.max_length, best
             )
         except Exception:
+            if not self._runner.works():
+                raise
             incident = uuid.uuid4().hex[:12]
             log.exception("incident %s: a step of %d tokens failed", incident, batch.tokens)
             failure = EngineFailure(f"the step failed (incident {incident} in the server's log)")

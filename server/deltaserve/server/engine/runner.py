@@ -170,6 +170,10 @@ class ModelRunner:
             ids, blocks = [0] * len(parts), [part.sequence.blocks for part in parts]
             graphs.prepare(DecodeStep(ids, [part.start for part in parts], blocks, segments))
 
+    def works(self) -> bool:
+        """Whether there can be another step, after one that failed."""
+        return self.model.ctx.backend.works()
+
     def scrub(self, blocks: list[int]) -> None:
         """Zero what a failed sequence left behind: a NaN would pass through masked attention."""
         cells = self._cells(blocks, 0, len(blocks) * self.kv.block_size)
