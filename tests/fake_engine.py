@@ -254,9 +254,15 @@ def info(
 
 class FakeEngine:
     """One token per request and step. fail: raise this in submit; break_with: the error of the
-    last output. waiting: that stats tell of. max_queue: as the real one."""
+    last output. waiting: that stats tell of. max_queue, names: as the real one."""
 
-    def __init__(self, step_seconds: float = 0.001, max_queue: int = 100_000) -> None:
+    def __init__(
+        self,
+        step_seconds: float = 0.001,
+        max_queue: int = 100_000,
+        names: tuple[str, ...] = ("fake-base",),
+    ) -> None:
+        self.names = names
         self.adapters = FakeAdapters()
         self.step_seconds = step_seconds
         self.max_queue = max_queue
@@ -307,7 +313,9 @@ class FakeEngine:
 
     def info(self) -> EngineInfo:
         return EngineInfo(
-            base="fake-base",
+            base=self.names[0],
+            names=self.names,
+            folder="fake-folder",
             architecture="FakeForCausalLM",
             fingerprint="f" * 64,
             held_fingerprint="e" * 64,

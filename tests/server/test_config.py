@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deltaserve.server.config import (
     AdapterConfig,
+    Config,
     ConfigError,
     EngineConfig,
     ModelConfig,
@@ -31,6 +35,12 @@ def parents(*pairs: tuple[str, str]) -> AdapterConfig:
     return AdapterConfig(preload=(("a", HERE), ("b", HERE)), parents=pairs)
 
 
+def called(names: tuple[str, ...], **adapters: Any) -> Config:
+    base = Path(os.path.relpath(HERE, HERE.parent))
+    with contextlib.chdir(HERE.parent):
+        return Config(ModelConfig(base, served_names=names), AdapterConfig(**adapters))
+
+
 @pytest.mark.parametrize(
     ("make", "flag"),
     [
@@ -41,6 +51,12 @@ def parents(*pairs: tuple[str, str]) -> AdapterConfig:
         (lambda: ModelConfig(HERE, group_size=12), "--group-size"),
         (lambda: ModelConfig(HERE, device="tpu"), "--device"),
         (lambda: ModelConfig(HERE, threads=0), "--threads"),
+        (lambda: ModelConfig(HERE, served_names=("a b",)), "--served-model-name a b"),
+        (lambda: ModelConfig(HERE, served_names=("a", "a")), "--served-model-name a"),
+        (lambda: called(("a",), preload=(("a", HERE),)), f"--adapter a={HERE}: the base"),
+        (lambda: called(("x", "a"), registered=(("a", HERE),)), f"--adapter-dir {HERE}: the base"),
+        (lambda: called(("a",), patches=(Patch("a", HERE),)), f"--patch a={HERE}: the base"),
+        (lambda: called((), preload=((HERE.name, HERE),)), f"--adapter {HERE.name}={HERE}: the"),
         (lambda: AdapterConfig(preload=(("a", HERE / "nowhere"),)), "--adapter"),
         (lambda: AdapterConfig(preload=(("a@b", HERE),)), "--adapter"),
         (lambda: AdapterConfig(preload=(("a", HERE), ("a", HERE))), "--adapter"),

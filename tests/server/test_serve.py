@@ -52,7 +52,7 @@ def server(files: Path) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]
         command(
             *("--base", files / "base", "--adapter", f"first={files / 'adapters' / 'lora'}"),
             *("--adapter-root", files / "adapters", "--metrics-port", 0, *SMALL),
-            *("--http-port", 0),
+            *("--http-port", 0, "--served-model-name", "team/tiny", "--served-model-name", "tiny"),
             *("--adapter-dir", files / "many"),
         ),
         stdout=subprocess.PIPE,
@@ -89,11 +89,14 @@ def test_the_preloaded_adapter_answers_as_peft_does(files: Path, server: tuple) 
     assert answer.top_logprobs is not None and len(answer.top_logprobs[0]) == 2
 
 
-def test_openais_api_is_where_the_log_says(server: tuple) -> None:  # type: ignore[type-arg]
+def test_openais_api_is_where_the_log_says(files: Path, server: tuple) -> None:  # type: ignore[type-arg]
     found = re.findall(r"OpenAI's API on (http://127\.0\.0\.1:\d+/v1)", "".join(server[2]))
     assert len(found) == 1
     with openai.OpenAI(base_url=found[0], api_key="none", max_retries=0) as http:
-        assert "first" in {model.id for model in http.models.list()}
+        models = {m.id: m.model_extra or {} for m in http.models.list()}
+        assert "first" in models and models["first"]["parent"] == "team/tiny"
+        assert models["tiny"]["root"] == str(files / "base") not in models
+        assert http.completions.create(model="tiny", prompt="x").model == "team/tiny"
         answer = http.completions.create(model="first", prompt="an odd prompt", temperature=0)
     with Client(server[1]) as client:
         assert client.generate("an odd prompt", "first", max_tokens=16).text == (

@@ -199,6 +199,7 @@ def server_info(m: server_pb2.GetServerInfoResponse) -> types.ServerInfo:
     return types.ServerInfo(
         version=m.version,
         base=m.base.name,
+        base_names=tuple(m.base.names),
         architecture=m.base.architecture,
         fingerprint=m.base.fingerprint,
         held_fingerprint=m.base.held_fingerprint,

@@ -221,11 +221,13 @@ class ServerInfo:
     memory_budget_bytes: keys, values and adapters together. kv_cache_bytes, adapter_budget_bytes:
     what each of them may take of it at most, kv_bytes and adapter_bytes what they take now.
     kv_floor_bytes: what adapters never take. free_bytes: beside the weights, at start. step_bytes:
-    what a step computes with at most. adapter_fits: what fits, for common kinds.
+    what a step computes with at most. adapter_fits: what fits, for common kinds. base_names: what
+    requests may call the base; the first is how it is known.
     """
 
     version: str
     base: str
+    base_names: tuple[str, ...]
     architecture: str
     fingerprint: str
     held_fingerprint: str

@@ -26,7 +26,7 @@ from deltaserve.v1 import route_pb2 as deltaserve_dot_v1_dot_route__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x65ltaserve/v1/server.proto\x12\rdeltaserve.v1\x1a\x19\x64\x65ltaserve/v1/route.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x16\n\x14GetServerInfoRequest\"\xc7\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12&\n\x04\x62\x61se\x18\x02 \x01(\x0b\x32\x18.deltaserve.v1.BaseModel\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x17\n\x0f\x61\x64\x61pter_formats\x18\x04 \x03(\t\x12)\n\x06memory\x18\x05 \x01(\x0b\x32\x19.deltaserve.v1.MemoryPlan\x12!\n\x04load\x18\x06 \x01(\x0b\x32\x13.deltaserve.v1.Load\"\xb9\x01\n\tBaseModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x18\n\x10held_fingerprint\x18\x04 \x01(\t\x12\x14\n\x0cquantization\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x12\n\nmax_length\x18\x07 \x01(\r\x12\x12\n\nvocab_size\x18\x08 \x01(\r\x12\x0c\n\x04\x63hat\x18\t \x01(\x08\"\x87\x02\n\nMemoryPlan\x12\x15\n\rweights_bytes\x18\x01 \x01(\x04\x12\x16\n\x0ekv_cache_bytes\x18\x02 \x01(\x04\x12\x1c\n\x14\x61\x64\x61pter_budget_bytes\x18\x03 \x01(\x04\x12\x14\n\x0c\x62udget_bytes\x18\x04 \x01(\x04\x12\x12\n\nfree_bytes\x18\x05 \x01(\x04\x12\x12\n\nstep_bytes\x18\x06 \x01(\x04\x12\x16\n\x0ekv_token_bytes\x18\x07 \x01(\x04\x12\x16\n\x0ekv_floor_bytes\x18\x08 \x01(\x04\x12\x11\n\tkv_tokens\x18\t \x01(\x04\x12+\n\x08\x61\x64\x61pters\x18\n \x03(\x0b\x32\x19.deltaserve.v1.AdapterFit\"K\n\nAdapterFit\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\x12\x11\n\tkv_tokens\x18\x04 \x01(\x04\"\xc3\x01\n\x04Load\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x18\n\x10waiting_requests\x18\x02 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x03 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x04 \x01(\r\x12\x15\n\rkv_block_size\x18\x05 \x01(\r\x12\x15\n\radapter_bytes\x18\x06 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x07 \x01(\x04\x12\x16\n\x0ekv_blocks_idle\x18\x08 \x01(\r\"*\n\x0fGetStatsRequest\x12\x17\n\x0fhistory_seconds\x18\x01 \x01(\r\"\xc3\x03\n\x10GetStatsResponse\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0ewindow_seconds\x18\x02 \x01(\x01\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x04 \x01(\x04\x12\x10\n\x08requests\x18\x05 \x01(\x04\x12\x15\n\rshed_requests\x18\x06 \x01(\x04\x12\x35\n\x13\x66irst_token_seconds\x18\x07 \x01(\x0b\x32\x18.deltaserve.v1.Quantiles\x12\x35\n\x13inter_token_seconds\x18\x08 \x01(\x0b\x32\x18.deltaserve.v1.Quantiles\x12+\n\x06models\x18\t \x03(\x0b\x32\x1b.deltaserve.v1.ModelTraffic\x12!\n\x04load\x18\n \x01(\x0b\x32\x13.deltaserve.v1.Load\x12(\n\x06memory\x18\x0b \x01(\x0b\x32\x18.deltaserve.v1.MemoryUse\x12*\n\x07history\x18\x0c \x03(\x0b\x32\x19.deltaserve.v1.StatsPoint\"a\n\x0cModelTraffic\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08requests\x18\x02 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x04 \x01(\x04\"|\n\tMemoryUse\x12\x15\n\rkv_used_bytes\x18\x01 \x01(\x04\x12\x15\n\rkv_idle_bytes\x18\x02 \x01(\x04\x12\x16\n\x0ekv_empty_bytes\x18\x03 \x01(\x04\x12\x15\n\radapter_bytes\x18\x04 \x01(\x04\x12\x12\n\nfree_bytes\x18\x05 \x01(\x04\"\xe8\x01\n\nStatsPoint\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x10\n\x08requests\x18\x04 \x01(\r\x12\x35\n\x13\x66irst_token_seconds\x18\x05 \x01(\x0b\x32\x18.deltaserve.v1.Quantiles\x12\x35\n\x13inter_token_seconds\x18\x06 \x01(\x0b\x32\x18.deltaserve.v1.Quantiles2\xb8\x01\n\rServerService\x12Z\n\rGetServerInfo\x12#.deltaserve.v1.GetServerInfoRequest\x1a$.deltaserve.v1.GetServerInfoResponse\x12K\n\x08GetStats\x12\x1e.deltaserve.v1.GetStatsRequest\x1a\x1f.deltaserve.v1.GetStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x65ltaserve/v1/server.proto\x12\rdeltaserve.v1\x1a\x19\x64\x65ltaserve/v1/route.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x16\n\x14GetServerInfoRequest\"\xc7\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12&\n\x04\x62\x61se\x18\x02 \x01(\x0b\x32\x18.deltaserve.v1.BaseModel\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x17\n\x0f\x61\x64\x61pter_formats\x18\x04 \x03(\t\x12)\n\x06memory\x18\x05 \x01(\x0b\x32\x19.deltaserve.v1.MemoryPlan\x12!\n\x04load\x18\x06 \x01(\x0b\x32\x13.deltaserve.v1.Load\"\xc8\x01\n\tBaseModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x18\n\x10held_fingerprint\x18\x04 \x01(\t\x12\x14\n\x0cquantization\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x12\n\nmax_length\x18\x07 \x01(\r\x12\x12\n\nvocab_size\x18\x08 \x01(\r\x12\x0c\n\x04\x63hat\x18\t \x01(\x08\x12\r\n\x05names\x18\n \x03(\t\"\x87\x02\n\nMemoryPlan\x12\x15\n\rweights_bytes\x18\x01 \x01(\x04\x12\x16\n\x0ekv_cache_bytes\x18\x02 \x01(\x04\x12\x1c\n\x14\x61\x64\x61pter_budget_bytes\x18\x03 \x01(\x04\x12\x14\n\x0c\x62udget_bytes\x18\x04 \x01(\x04\x12\x12\n\nfree_bytes\x18\x05 \x01(\x04\x12\x12\n\nstep_bytes\x18\x06 \x01(\x04\x12\x16\n\x0ekv_token_bytes\x18\x07 \x01(\x04\x12\x16\n\x0ekv_floor_bytes\x18\x08 \x01(\x04\x12\x11\n\tkv_tokens\x18\t \x01(\x04\x12+\n\x08\x61\x64\x61pters\x18\n \x03(\x0b\x32\x19.deltaserve.v1.AdapterFit\"K\n\nAdapterFit\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\x12\x11\n\tkv_tokens\x18\x04 \x01(\x04\"\xc3\x01\n\x04Load\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x18\n\x10waiting_requests\x18\x02 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x03 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x04 \x01(\r\x12\x15\n\rkv_block_size\x18\x05 \x01(\r\x12\x15\n\radapter_bytes\x18\x06 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x07 \x01(\x04\x12\x16\n\x0ekv_blocks_idle\x18\x08 \x01(\r\"*\n\x0fGetStatsRequest\x12\x17\n\x0fhistory_seconds\x18\x01 \x01(\r\"\xc3\x03\n\x10GetStatsResponse\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0ewindow_seconds\x18\x02 \x01(\x01\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x04 \x01(\x04\x12\x10\n\x08requests\x18\x05 \x01(\x04\x12\x15\n\rshed_requests\x18\x06 \x01(\x04\x12\x35\n\x13\x66irst_token_seconds\x18\x07 \x01(\x0b\x32\x18.deltaserve.v1.Quantiles\x12\x35\n\x13inter_token_seconds\x18\x08 \x01(\x0b\x32\x18.deltaserve.v1.Quantiles\x12+\n\x06models\x18\t \x03(\x0b\x32\x1b.deltaserve.v1.ModelTraffic\x12!\n\x04load\x18\n \x01(\x0b\x32\x13.deltaserve.v1.Load\x12(\n\x06memory\x18\x0b \x01(\x0b\x32\x18.deltaserve.v1.MemoryUse\x12*\n\x07history\x18\x0c \x03(\x0b\x32\x19.deltaserve.v1.StatsPoint\"a\n\x0cModelTraffic\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08requests\x18\x02 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x04 \x01(\x04\"|\n\tMemoryUse\x12\x15\n\rkv_used_bytes\x18\x01 \x01(\x04\x12\x15\n\rkv_idle_bytes\x18\x02 \x01(\x04\x12\x16\n\x0ekv_empty_bytes\x18\x03 \x01(\x04\x12\x15\n\radapter_bytes\x18\x04 \x01(\x04\x12\x12\n\nfree_bytes\x18\x05 \x01(\x04\"\xe8\x01\n\nStatsPoint\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x10\n\x08requests\x18\x04 \x01(\r\x12\x35\n\x13\x66irst_token_seconds\x18\x05 \x01(\x0b\x32\x18.deltaserve.v1.Quantiles\x12\x35\n\x13inter_token_seconds\x18\x06 \x01(\x0b\x32\x18.deltaserve.v1.Quantiles2\xb8\x01\n\rServerService\x12Z\n\rGetServerInfo\x12#.deltaserve.v1.GetServerInfoRequest\x1a$.deltaserve.v1.GetServerInfoResponse\x12K\n\x08GetStats\x12\x1e.deltaserve.v1.GetStatsRequest\x1a\x1f.deltaserve.v1.GetStatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,23 +38,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSERVERINFORESPONSE']._serialized_start=130
   _globals['_GETSERVERINFORESPONSE']._serialized_end=329
   _globals['_BASEMODEL']._serialized_start=332
-  _globals['_BASEMODEL']._serialized_end=517
-  _globals['_MEMORYPLAN']._serialized_start=520
-  _globals['_MEMORYPLAN']._serialized_end=783
-  _globals['_ADAPTERFIT']._serialized_start=785
-  _globals['_ADAPTERFIT']._serialized_end=860
-  _globals['_LOAD']._serialized_start=863
-  _globals['_LOAD']._serialized_end=1058
-  _globals['_GETSTATSREQUEST']._serialized_start=1060
-  _globals['_GETSTATSREQUEST']._serialized_end=1102
-  _globals['_GETSTATSRESPONSE']._serialized_start=1105
-  _globals['_GETSTATSRESPONSE']._serialized_end=1556
-  _globals['_MODELTRAFFIC']._serialized_start=1558
-  _globals['_MODELTRAFFIC']._serialized_end=1655
-  _globals['_MEMORYUSE']._serialized_start=1657
-  _globals['_MEMORYUSE']._serialized_end=1781
-  _globals['_STATSPOINT']._serialized_start=1784
-  _globals['_STATSPOINT']._serialized_end=2016
-  _globals['_SERVERSERVICE']._serialized_start=2019
-  _globals['_SERVERSERVICE']._serialized_end=2203
+  _globals['_BASEMODEL']._serialized_end=532
+  _globals['_MEMORYPLAN']._serialized_start=535
+  _globals['_MEMORYPLAN']._serialized_end=798
+  _globals['_ADAPTERFIT']._serialized_start=800
+  _globals['_ADAPTERFIT']._serialized_end=875
+  _globals['_LOAD']._serialized_start=878
+  _globals['_LOAD']._serialized_end=1073
+  _globals['_GETSTATSREQUEST']._serialized_start=1075
+  _globals['_GETSTATSREQUEST']._serialized_end=1117
+  _globals['_GETSTATSRESPONSE']._serialized_start=1120
+  _globals['_GETSTATSRESPONSE']._serialized_end=1571
+  _globals['_MODELTRAFFIC']._serialized_start=1573
+  _globals['_MODELTRAFFIC']._serialized_end=1670
+  _globals['_MEMORYUSE']._serialized_start=1672
+  _globals['_MEMORYUSE']._serialized_end=1796
+  _globals['_STATSPOINT']._serialized_start=1799
+  _globals['_STATSPOINT']._serialized_end=2031
+  _globals['_SERVERSERVICE']._serialized_start=2034
+  _globals['_SERVERSERVICE']._serialized_end=2218
 # @@protoc_insertion_point(module_scope)

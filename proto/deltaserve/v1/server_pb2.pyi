@@ -31,7 +31,7 @@ class GetServerInfoResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., base: _Optional[_Union[BaseModel, _Mapping]] = ..., device: _Optional[str] = ..., adapter_formats: _Optional[_Iterable[str]] = ..., memory: _Optional[_Union[MemoryPlan, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
 
 class BaseModel(_message.Message):
-    __slots__ = ("name", "architecture", "fingerprint", "held_fingerprint", "quantization", "dtype", "max_length", "vocab_size", "chat")
+    __slots__ = ("name", "architecture", "fingerprint", "held_fingerprint", "quantization", "dtype", "max_length", "vocab_size", "chat", "names")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class BaseModel(_message.Message):
     MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     fingerprint: str
@@ -50,7 +51,8 @@ class BaseModel(_message.Message):
     max_length: int
     vocab_size: int
     chat: bool
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., fingerprint: _Optional[str] = ..., held_fingerprint: _Optional[str] = ..., quantization: _Optional[str] = ..., dtype: _Optional[str] = ..., max_length: _Optional[int] = ..., vocab_size: _Optional[int] = ..., chat: _Optional[bool] = ...) -> None: ...
+    names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., fingerprint: _Optional[str] = ..., held_fingerprint: _Optional[str] = ..., quantization: _Optional[str] = ..., dtype: _Optional[str] = ..., max_length: _Optional[int] = ..., vocab_size: _Optional[int] = ..., chat: _Optional[bool] = ..., names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class MemoryPlan(_message.Message):
     __slots__ = ("weights_bytes", "kv_cache_bytes", "adapter_budget_bytes", "budget_bytes", "free_bytes", "step_bytes", "kv_token_bytes", "kv_floor_bytes", "kv_tokens", "adapters")

@@ -48,7 +48,8 @@ class ModelConfig:
     activations: ``int8`` multiplies in integers, quantizing each token's activations, which is
     faster and slightly less exact; ``float`` does not. device: ``cpu`` or ``cuda``. threads: of
     torch; None leaves it to torch.
-    allow_untested: also architectures that the test suite does not cover.
+    allow_untested: also architectures that the test suite does not cover. served_names: what
+    requests call it; none for its folder.
     """
 
     base: Path
@@ -59,8 +60,14 @@ class ModelConfig:
     device: str = "cpu"
     threads: int | None = None
     allow_untested: bool = False
+    served_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in self.served_names:
+            if not ADAPTER_NAME.fullmatch(name):
+                raise ConfigError(f"--served-model-name {name}: {NAME_RULE}")
+            if self.served_names.count(name) > 1:
+                raise ConfigError(f"--served-model-name {name}: is given twice")
         _one_of("--dtype", self.dtype, DTYPES)
         _one_of("--quantize", self.quantize, QUANTIZATIONS)
         _one_of("--activations", self.activations, ACTIVATIONS)
@@ -312,8 +319,22 @@ class Config:
     def __post_init__(self) -> None:
         _one_of("--log-level", self.log_level, LOG_LEVELS)
         _readable("--keys", self.keys)
+        self._check_names()
         if not self.state:
             raise ConfigError(f"--state: is empty; give a path, a URL, or {NO_STATE}")
+
+    def _check_names(self) -> None:
+        """The base's are no adapter's."""
+        given = self.adapters
+        flags = {name: f"--adapter-dir {path}" for name, path in given.registered}
+        flags |= {patch.name: f"--patch {patch.name}={patch.path}" for patch in given.patches}
+        flags |= {name: f"--adapter {name}={path}" for name, path in given.preload}
+        for name in self.model.served_names or (str(self.model.base),):
+            if name in flags:
+                raise ConfigError(
+                    f"{flags[name]}: the base is called {name!r} as well; rename one of them (the "
+                    "base by --served-model-name)"
+                )
 
 
 def _one_of(flag: str, value: str, known: tuple[str, ...]) -> None:

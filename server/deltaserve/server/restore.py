@@ -12,10 +12,11 @@ from deltaserve.adapters.options import DEFAULT, LoadOptions
 from deltaserve.server.config import ADAPTER_NAME, NAME_RULE
 from deltaserve.server.engine.adapter_cache import AdapterCache
 from deltaserve.server.engine.core import AdapterInfo
-from deltaserve.server.errors import AdapterConflict, RequestError, StateUnavailable
+from deltaserve.server.errors import AdapterConflict, NameTaken, RequestError, StateUnavailable
 from deltaserve.server.identity.sight import Owner, Sight
 from deltaserve.server.metrics import Metrics
 from deltaserve.server.state.records import AdapterRecord, Entry, parse
+from deltaserve.server.state.routes import routes
 from deltaserve.server.state.store import Store
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,19 @@ async def restore(cache: AdapterCache, store: Store, metrics: Metrics) -> Sight:
                 await _served(store, record, info)
     log.info("brought back %d adapters", served)
     return sight
+
+
+async def check_names(store: Store, base: tuple[str, ...]) -> None:
+    """NameTaken if an adapter or a route of the state has a name of the base: requests for it would
+    get the base. StateUnavailable."""
+    found = [("adapter", record.name) for record in await store.adapters()]
+    found += [("route", record.name) for record in await routes(store)]
+    for kind, name in found:
+        if name in base:
+            raise NameTaken(
+                f"the base is called {name!r}, as is a registered {kind}: give the base another "
+                f"name with --served-model-name, and take the {kind} away then if this is to stay"
+            )
 
 
 def _start(cache: AdapterCache, record: AdapterRecord, options: LoadOptions) -> Future[AdapterInfo]:

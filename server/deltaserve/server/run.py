@@ -21,7 +21,7 @@ from deltaserve.server.engine.core import AdapterRef
 from deltaserve.server.engine.engine import Engine
 from deltaserve.server.engine.text import Text
 from deltaserve.server.engine_metrics import EngineCollector
-from deltaserve.server.errors import RequestError, StateUnavailable
+from deltaserve.server.errors import NameTaken, RequestError, StateUnavailable
 from deltaserve.server.folders import register
 from deltaserve.server.garbage import settled
 from deltaserve.server.http.door import HttpDoor
@@ -158,13 +158,14 @@ def _state(given: str) -> URL | None:
 
 
 async def _restore(engine: Engine, state: URL, metrics: Metrics) -> tuple[Store, Sight]:
-    from deltaserve.server.restore import restore
+    from deltaserve.server.restore import check_names, restore
     from deltaserve.server.state.store import StateError, Store
 
     try:
         store = await Store.open(state)
+        await check_names(store, engine.info().names)
         return store, await restore(engine.adapters, store, metrics)
-    except (StateError, StateUnavailable) as error:
+    except (NameTaken, StateError, StateUnavailable) as error:
         shown = state.render_as_string(hide_password=True)
         raise StartError(f"--state {shown}: {error}") from error
 

@@ -38,7 +38,7 @@ def pin(called: str, field: str) -> tuple[str, str]:
 
 
 def made(arms: Any = TWO, name: str = "r", **options: Any) -> Any:
-    return check(route_messages.put(name, arms, options).route, "the-base", pin)
+    return check(route_messages.put(name, arms, options).route, ("the-base",), pin)
 
 
 @pytest.mark.parametrize(
@@ -145,12 +145,12 @@ def test_whatever_is_put_is_a_route_or_refused(
     if floor < 0.4:
         message.bandit.floor = floor
     try:
-        route = check(message, "the-base", pin)
+        route = check(message, ("the-base",), pin)
     except InvalidRequest as error:
         assert error.field.startswith("route.") and str(error).startswith(error.field)
         return
     written = json_format.MessageToJson(route.given, preserving_proto_field_name=True)
-    again = check(json_format.Parse(written, pb.Route()), "the-base", pin)
+    again = check(json_format.Parse(written, pb.Route()), ("the-base",), pin)
     assert again.given == route.given and again.counted == route.counted
     placed = place(Standing(route, 1, "e", 0.0, 0.0), "t", "u", 0.0)
     assert placed.arm.name in route.live and route.live[placed.arm.name] >= 0

@@ -32,7 +32,7 @@ class Scene:
         self.asked: list[Mapping[str, float] | None] = []
         adapters = FakeAdapters()
         adapters.load("a", "/a").result(5)
-        self.book = RouteBook(adapters, "fake-base", clock=lambda: self.now)
+        self.book = RouteBook(adapters, ("fake-base",), clock=lambda: self.now)
         self.watch = Watch(self.book, self, lambda: self.now)
 
     def record(self, trial: Trial) -> None:

@@ -15,6 +15,12 @@ from deltaserve.server.cli.common import BYTES, fail
 
 def serve(
     base: Annotated[Path, typer.Option(help="Checkpoint folder of the base model.")],
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="What requests call the base, instead of its folder; repeatable."
+        ),
+    ] = None,
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="NAME=PATH", help="Load before serving; repeatable.")
     ] = None,
@@ -181,6 +187,7 @@ def serve(
                 device,
                 threads,
                 allow_untested,
+                tuple(served_model_name or ()),
             ),
             adapters=c.AdapterConfig(
                 preload=tuple(flags.name_and_path(item) for item in adapter or ()),

@@ -85,6 +85,7 @@ def build_engine(
         observer=observer,
         text=text,
         progress=progress,
+        names=m.served_names,
     )
     return engine, text
 
@@ -97,9 +98,10 @@ def make_engine(
     observer: Observer | None = None,
     text: Text | None = None,
     progress: Callable[[float, str], None] | None = None,
+    names: tuple[str, ...] = (),
 ) -> Engine:
     """An engine over a loaded base, not started yet. text: None gives outputs without text.
-    progress: of what is captured."""
+    progress: of what is captured. names: what requests call the base; none for its folder."""
     backend = model.ctx.backend
     observer = observer if observer is not None else NullObserver()
     if config.max_length is not None:
@@ -130,8 +132,11 @@ def make_engine(
     if text is not None:
         cache.read_texts(OwnTexts(text, locator(adapters, plan.adapter_most), model.vocab_size))
     spec = model.spec
+    names = names or (spec.name,)
     info = EngineInfo(
-        base=spec.name,
+        base=names[0],
+        names=names,
+        folder=spec.name,
         architecture=str((spec.config.get("architectures") or ["unknown"])[0]),
         fingerprint=spec.fingerprint,
         held_fingerprint=spec.held_fingerprint,

@@ -71,12 +71,15 @@ class EngineStats:
 class EngineInfo:
     """What is served; the same for the engine's whole life.
 
-    base: the model's name. fingerprint, held_fingerprint: as in `BaseSpec`. quantization: ``none``,
-    or e.g. ``int4-g64``. max_length: tokens that fit, prompt and answer together. formats: adapter
-    formats that can be loaded.
+    base: the model's name, the first of its names; requests may call it by any of them. folder: of
+    its checkpoint, as the server was told it. fingerprint, held_fingerprint: as in `BaseSpec`.
+    quantization: ``none``, or e.g. ``int4-g64``. max_length: tokens that fit, prompt and answer
+    together. formats: adapter formats that can be loaded.
     """
 
     base: str
+    names: tuple[str, ...]
+    folder: str
     architecture: str
     fingerprint: str
     held_fingerprint: str

@@ -70,7 +70,7 @@ def completion(given: CompletionFields, id: str, info: EngineInfo) -> Asked:
         _set(message, "logprobs", given.logprobs)
         message.echo = bool(given.echo)
         made.append(message)
-    return Asked(made, id, given.model or info.base, names, _stops(given))
+    return Asked(made, id, _answers(given, info), names, _stops(given))
 
 
 def chat(given: ChatFields, id: str, info: EngineInfo) -> Asked:
@@ -95,7 +95,12 @@ def chat(given: ChatFields, id: str, info: EngineInfo) -> Asked:
             refuse("tool_choice", "one beside a constraint of the answer", "'auto' or 'none'")
         message.constraint.json_schema = conversation.to_json("tools", demanded.schema)
         names["constraint.json_schema"] = "tools"
-    return Asked([message], id, given.model or info.base, names, _stops(given), demanded)
+    return Asked([message], id, _answers(given, info), names, _stops(given), demanded)
+
+
+def _answers(given: Sampled, info: EngineInfo) -> str:
+    """The model that the answer is said to be of: of the base's names the first, as with vLLM."""
+    return given.model if given.model and given.model not in info.names else info.base
 
 
 def _stops(given: Sampled) -> Stops:
@@ -144,7 +149,7 @@ def _message(
 ) -> GenerateMessage:
     """All but the prompt and the log-probabilities."""
     message = pb.GenerateStreamRequest() if given.stream else pb.GenerateRequest()
-    _target(given, message, info.base)
+    _target(given, message, info.names)
     sampling, stop = message.sampling, message.stop
     sampling.temperature = TEMPERATURE if given.temperature is None else given.temperature
     for field in (*_SAMPLING, "seed", "eos_ramp"):
@@ -181,12 +186,12 @@ def _message(
     return message
 
 
-def _target(given: Sampled, message: GenerateMessage, base: str) -> None:
+def _target(given: Sampled, message: GenerateMessage, base: tuple[str, ...]) -> None:
     """OpenAI's clients always send a model: beside adapters or a combination it is the base."""
     message.model = given.model or ""
     if given.adapters is None and given.combination is None:
         return
-    if message.model == base:
+    if message.model in base:
         message.model = ""
     if isinstance(given.adapters, dict):
         for name, strength in given.adapters.items():

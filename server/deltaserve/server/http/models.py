@@ -86,14 +86,14 @@ class Models:
         return PlainTextResponse(f"Success: LoRA adapter '{given.lora_name}' removed successfully.")
 
     async def _models(self, call: Call) -> list[dict[str, Any]]:
-        base = self._info.base
-        found = [self._model("base", base, base, None, self._started)]
+        base, folder = self._info.base, self._info.folder
+        found = [self._model("base", n, folder, None, self._started) for n in self._info.names]
         routes: route_pb2.ListRoutesResponse = await self._routes.run(
             route_pb2.ListRoutesRequest(), call
         )
         for route in routes.routes:
             created = route.start_time.seconds or self._started
-            found.append(self._model("route", route.name, base, base, created))
+            found.append(self._model("route", route.name, folder, base, created))
         request = pb.ListAdaptersRequest()
         while True:
             page: pb.ListAdaptersResponse = await self._list.run(request, call)

@@ -27,7 +27,7 @@ class Tokens:
         methods = services.by_path()
         self._tokenize = methods["deltaserve.v1.GenerationService/Tokenize"]
         self._detokenize = methods["deltaserve.v1.GenerationService/Detokenize"]
-        self._base = services.info.base
+        self._base = services.info.names
         self._words = Vocabularies(services.encoders)
         self._gate = gate
         self._most = config.max_message_bytes
@@ -56,7 +56,7 @@ class Tokens:
             "token_strs": None,
         }
         if given.return_token_strs:
-            model = given.model if given.model and given.model != self._base else ""
+            model = given.model if given.model and given.model not in self._base else ""
             served = pb.ServedBy(adapters=[pb.ServedAdapter(name=model)] if model else [])
             made["token_strs"] = list(map(await self._words.of(served), ids))
         return JSONResponse(made)

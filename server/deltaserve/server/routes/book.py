@@ -52,7 +52,7 @@ class RouteBook:
     def __init__(
         self,
         adapters: Adapters,
-        base: str,
+        base: tuple[str, ...],
         shelf: Shelf | None = None,
         clock: Callable[[], float] = time.time,
         reason: Callable[[Exception], str] = repr,

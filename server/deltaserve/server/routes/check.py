@@ -39,8 +39,9 @@ def refuse(field: str, found: str, right: str) -> NoReturn:
     raise InvalidRequest(f"{field}: {found} is not possible; it must be {right}", field=field)
 
 
-def check(given: pb.Route, base: str, pin: Pin) -> Route:
-    """The route that the message describes. pin: looks up an arm's adapters."""
+def check(given: pb.Route, base: tuple[str, ...], pin: Pin) -> Route:
+    """The route that the message describes. base: what the base is called. pin: looks up an arm's
+    adapters."""
     message = pb.Route()
     message.CopyFrom(given)
     for name in _OUTPUT:
@@ -50,8 +51,8 @@ def check(given: pb.Route, base: str, pin: Pin) -> Route:
         raise InvalidRequest(
             f"route.name: {found} is not possible; {NAME_RULE}", field="route.name"
         )
-    if message.name == base:
-        refuse("route.name", repr(base), "another than the base model's")
+    if message.name in base:
+        refuse("route.name", repr(message.name), "another than the base model's")
     if not 1 <= len(message.arms) <= MAX_ARMS:
         refuse("route.arms", f"{len(message.arms)} arms", f"1 to {MAX_ARMS}")
     arms: dict[str, Arm] = {}
@@ -100,10 +101,10 @@ def check_layer(name: str, part: Slice, others: Iterable[tuple[str, Slice] | Non
         raise InvalidRequest(text, field="route.layer") from None
 
 
-def _arm(field: str, given: pb.Arm, base: str, pin: Pin) -> Arm:
+def _arm(field: str, given: pb.Arm, base: tuple[str, ...], pin: Pin) -> Arm:
     if not _NAME.fullmatch(given.name):
         refuse(f"{field}.name", _shown(given.name), _ARM_RULE)
-    if given.model == base:
+    if given.model in base:
         given.model = ""
     if given.model and given.adapters:
         refuse(f"{field}.adapters", f"a list beside model {_shown(given.model)}", "empty")

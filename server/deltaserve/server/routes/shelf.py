@@ -38,7 +38,7 @@ class Shelf:
         async with self._store.transaction() as connection:
             await note(connection, entry)
 
-    async def all(self, base: str) -> tuple[list[Standing], dict[str, Lost]]:
+    async def all(self, base: tuple[str, ...]) -> tuple[list[Standing], dict[str, Lost]]:
         """Those that can be read, and why the others cannot, by name."""
         found: list[Standing] = []
         failed: dict[str, Lost] = {}
@@ -69,7 +69,7 @@ def record(of: Standing) -> RouteRecord:
     )
 
 
-def standing(row: RouteRecord, base: str) -> Standing:
+def standing(row: RouteRecord, base: tuple[str, ...]) -> Standing:
     """`record` back; its arms have the digests that are written down. Raises whatever its texts
     lead to if it is not that."""
     given = json_format.Parse(row.spec, pb.Route())

@@ -70,7 +70,7 @@ class AdapterService:
         self._adapters = engine.adapters
         self._sight = sight
         self._kept = Kept(engine.adapters, store, sight)
-        self._base = engine.info().base
+        self._base = engine.info().names
         self._watchers: set[Watcher] = set()
 
     def close(self) -> None:

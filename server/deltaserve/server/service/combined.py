@@ -40,7 +40,7 @@ def check(request: convert.Asked) -> bool:
 
 
 async def to_generate(
-    request: convert.GenerateRequest, base: str, encoder: Encoder
+    request: convert.GenerateRequest, base: tuple[str, ...], encoder: Encoder
 ) -> tuple[tuple[int, ...], Combination | None]:
     """The prompt's token ids, the first member's if it has none itself, and the combination."""
     if not check(request):
@@ -56,7 +56,7 @@ async def to_generate(
 
 
 async def to_score(
-    request: pb.ScoreRequest, base: str, encoder: Encoder
+    request: pb.ScoreRequest, base: tuple[str, ...], encoder: Encoder
 ) -> list[tuple[tuple[int, ...], int, Combination | None]]:
     """For each continuation the tokens of prompt and continuation, where the latter begins, and
     the combination. A continuation must be the same tokens behind every member's prompt."""
@@ -94,7 +94,7 @@ async def to_score(
 
 
 def _combination(
-    request: convert.Asked, base: str, prompts: Sequence[tuple[int, ...] | None]
+    request: convert.Asked, base: tuple[str, ...], prompts: Sequence[tuple[int, ...] | None]
 ) -> Combination:
     given = request.combination
     members = []

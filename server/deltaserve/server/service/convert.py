@@ -63,9 +63,9 @@ def in_request(error: InvalidRequest) -> InvalidRequest:
     return error
 
 
-def adapters(request: Targeted, base: str) -> tuple[AdapterRef, ...]:
-    """The adapters that the request names; none for the base."""
-    model = "" if request.model == base else request.model
+def adapters(request: Targeted, base: tuple[str, ...]) -> tuple[AdapterRef, ...]:
+    """The adapters that the request names; none for the base. base: what that is called."""
+    model = "" if request.model in base else request.model
     if model and request.adapters:
         refuse("adapters", f"a list beside model {_shown(model)}", "empty, or `model` must be")
     if model:
@@ -176,7 +176,7 @@ def max_wait(request: Asked) -> float | None:
     return request.max_wait_seconds if request.HasField("max_wait_seconds") else None
 
 
-def named(request: Asked, base: str) -> list[tuple[str, str]]:
+def named(request: Asked, base: tuple[str, ...]) -> list[tuple[str, str]]:
     """What the request calls its adapters, those of a combination's members as well, each with the
     path of its field."""
     of: list[tuple[str, Any]] = [("", request)]
@@ -185,7 +185,7 @@ def named(request: Asked, base: str) -> list[tuple[str, str]]:
     for path, one in of:
         found.append((f"{path}model", one.model))
         found += [(f"{path}adapters.name", item.name) for item in one.adapters]
-    return [(field, name) for field, name in found if name and name != base]
+    return [(field, name) for field, name in found if name and name not in base]
 
 
 @contextmanager
@@ -239,11 +239,11 @@ def continuations(request: pb.ScoreRequest) -> Sequence[pb.Continuation]:
     return found
 
 
-def adapter_name(name: str, base: str) -> str:
+def adapter_name(name: str, base: tuple[str, ...]) -> str:
     """A name for a new adapter."""
     if not ADAPTER_NAME.fullmatch(name):
         raise InvalidRequest(f"name: {_shown(name)} is not possible; {NAME_RULE}", field="name")
-    if name == base:
+    if name in base:
         refuse("name", _shown(name), "another than the base model's")
     return name
 

@@ -132,7 +132,7 @@ class GenerationService:
         request = routed.request
         convert.check_labels(request)
         name = request.request_id or uuid.uuid4().hex
-        base = self._info.base
+        base = self._info.names
         adapters = convert.adapters(request, base)
         deadline = call.deadline(self._max_seconds)
         tenant, user = call.caller.behalf(request.user)
@@ -199,7 +199,7 @@ class GenerationService:
         name = convert.label("model", model)
         route = self._routing.route(name, call)
         if route is None:
-            names = [("model", name)] if name and name != self._info.base else []
+            names = [("model", name)] if name and name not in self._info.names else []
             return await self._encoders.of(self._seen(names, call), known=True)
         found = {}
         for arm in route.arms.values():
@@ -224,7 +224,7 @@ class GenerationService:
     async def _asked(self, request: convert.GenerateRequest, call: Call) -> Asked:
         """One request for each choice."""
         convert.check_labels(request)
-        base = self._info.base
+        base = self._info.names
         adapters = convert.adapters(request, base)
         wanted = extras(request)
         samplings = [convert.sampling(request, i) for i in range(wanted.choices)]

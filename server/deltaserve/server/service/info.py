@@ -36,6 +36,7 @@ class ServerService:
             version=version("deltaserve"),
             base=pb.BaseModel(
                 name=info.base,
+                names=info.names,
                 architecture=info.architecture,
                 fingerprint=info.fingerprint,
                 held_fingerprint=info.held_fingerprint,

@@ -55,7 +55,7 @@ class Services:
         self._outbox = LoopOutbox(asyncio.get_running_loop())
         self.encoders = Encoders(text, info.max_length, engine.adapters.own_text)
         self._constrainer = Constrainer(text, info.vocab_size, info.eos_token_ids)
-        self._routes = RouteBook(engine.adapters, info.base, _shelf(store), reason=reason)
+        self._routes = RouteBook(engine.adapters, info.names, _shelf(store), reason=reason)
         self.ledger = Ledger(_keeper(store))
         self._routing = Routing(self._routes, metrics, self.ledger)
         self._watch = Watch(self._routes, self.ledger)
