@@ -21,7 +21,7 @@ new process.
 `check` compares every kernel with float64 at the sizes of Llama-3.1-8B, in mixed batches and in
 graphs replayed with other batches than they were captured with; then the engine on the GPU with the
 engine on the CPU, on the zoo's variants in one batch; with --architectures, on a small model of
-every architecture (of tests/archs.py). It exits with 1 if any is wrong.
+every architecture (of tests/archs.py). It exits with 1 if any is wrong, and says last what was.
 
 `kernels` prints microseconds by replay of a CUDA graph that rotates through copies of the weights,
 more than four times the L2 together: the median of two rounds of twenty replays, and beside it the
@@ -73,6 +73,8 @@ except ImportError:  # the package is not installed: use the folders beside this
 
 PARTS = ("ceilings", "base", "lowrank", "bit", "sparse", "mixed")
 CARRIED = Path(__file__).parent / "carried"
+SHOWN = 60
+"""Lines of what was wrong that are said once more at the end."""
 MODELS = Path(__file__).resolve().parents[1] / "models"
 
 
@@ -89,31 +91,51 @@ def check(args: argparse.Namespace) -> int:
         command += ["--architectures", *args.architectures]
     command.append("--unit")
 
-    end = time.monotonic() + args.seconds
+    end, known = time.monotonic() + args.seconds, os.environ.copy()
+    known.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
+    found: list[str] = []
 
     def run(unit: int) -> int | None:
         left = end - time.monotonic()
         if left <= 0:
+            found.append(f"{check.title(units[unit])}: not begun")
             return None
         piece = subprocess.Popen(
-            [*command, str(unit)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+            [*command, str(unit)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=known,
+        )  # fmt: skip
         stop = threading.Timer(left, piece.kill)
         stop.start()
         said = piece.communicate()[0]
         stop.cancel()
         cut = piece.returncode < 0 and time.monotonic() >= end
         print(said[-20000:], end="[cut short]\n" if cut else "", flush=True)
+        found.extend(_wrong(check.title(units[unit]), said, piece.returncode, cut))
         return None if cut else piece.returncode
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        found = list(pool.map(run, range(len(units))))
-    failed, late = sum(bool(status) for status in found), found.count(None)
+        statuses = list(pool.map(run, range(len(units))))
+    failed, late = sum(bool(status) for status in statuses), statuses.count(None)
+    if found:
+        print("\n".join(["", "What was wrong, refused or not done:", *found[:SHOWN]]))
+    if len(found) > SHOWN:
+        print(f"and {len(found) - SHOWN} more lines above")
     if failed or not late:
         print(f"{failed} of {len(units)} pieces had something wrong" if failed else "all right")
     if late:
         print(f"{late} of {len(units)} pieces were not done in {args.seconds:g} s")
     return 1 if failed or late else 0
+
+
+def _wrong(title: str, said: str, status: int, cut: bool) -> list[str]:
+    """The lines of a piece's output that say so, or that it ended without a word."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    found = [line[:200] for line in lines if line.endswith(" WRONG") or ": refused, " in line]
+    if cut:
+        found.append(f"{title}: cut short")
+    elif status and not found:
+        found.append(f"{title}: ended with {status}: {(lines or [''])[-1][:200]}")
+    return found
 
 
 def engine(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -62,6 +63,48 @@ def test_what_a_check_has_no_time_for_is_counted_and_fails(
     said = capsys.readouterr().out
     assert said.count("[cut short]") == 2
     assert said.endswith("3 of 3 pieces were not done in 0.5 s\n") and "all right" not in said
+    assert said.count("None: cut short") == 2 and said.count("None: not begun") == 1
+
+
+def test_what_was_wrong_is_said_once_more() -> None:
+    said = "a ok\nb 1e-1 WRONG\nc: refused, no layout\n3 checks, 1 wrong, 0 s\n"
+    assert gpu._wrong("it", said, 1, False) == ["b 1e-1 WRONG", "c: refused, no layout"]
+    assert gpu._wrong("it", "a ok\nKilled\n", -9, False) == ["it: ended with -9: Killed"]
+    assert gpu._wrong("it", "a ok\n", -9, True) == ["it: cut short"]
+    assert gpu._wrong("it", "a ok\n", 0, False) == []
+
+
+def test_a_piece_that_raises_is_wrong_and_the_others_are_checked(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def raises(report: Report, form: str) -> None:
+        raise ImportError("no module")
+
+    def right(report: Report) -> None:
+        report.fact("the other", True)
+
+    assert check.run([partial(raises, form="int4"), right]) == 1
+    said = capsys.readouterr().out
+    assert "raises int4" in said and "ImportError: no module WRONG" in said
+    assert "2 checks, 1 wrong" in said
+
+
+def test_what_is_measured_needs_nothing_that_the_doors_need() -> None:
+    """A machine that is lent has torch, Triton and transformers, and not all that a server has."""
+    needed = (
+        "aiosqlite alembic fastapi google grpc grpc_health grpc_reflection grpc_status httptools"
+    )
+    needed += " llguidance prometheus_client pydantic rich scipy sqlalchemy typer uvicorn uvloop"
+    program = f"""
+import sys
+sys.path.insert(0, {str(BENCHMARKS)!r})
+sys.modules.update(dict.fromkeys({needed.split()}))
+import gpu, gpu_kernels.check, gpu_kernels.cases, gpu_kernels.report
+import gpu_serving.command, gpu_serving.parts, gpu_serving.peer, gpu_serving.report
+import deltaserve.server.engine.text, deltaserve.server.tune
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_wrong_figure_and_a_figure_that_is_not_finite_are_counted() -> None:

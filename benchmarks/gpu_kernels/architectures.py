@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 TESTS = Path(__file__).parents[2] / "tests"
 GROUP = 32
 PROMPT = 9
+SEQUENCES = 8
+"""More than are asked at once; each number of tokens up to it is compiled for and captured."""
 TOKENS = 4 if ON_GPU else 2
 QUANTIZED = ("none", "int4") if ON_GPU else ("none",)
 TOLERANCE = 1e-3
@@ -124,8 +126,9 @@ def _engine(backend: Any, root: Path, quantize: str, eager: bool) -> Iterator[An
         root / "base", dtype=torch.float32, quantize=quantize, group_size=GROUP, backend=backend
     )  # type: ignore[call-overload]
     config = EngineConfig(
-        kv_cache_bytes=8 << 20, max_batch_tokens=64, block_size=8, enforce_eager=eager
-    )
+        kv_cache_bytes=8 << 20, max_batch_tokens=64, block_size=8, max_sequences=SEQUENCES,
+        enforce_eager=eager,
+    )  # fmt: skip
     engine = make_engine(model, config, AdapterConfig(roots=(root,)))
     engine.start()
     try:

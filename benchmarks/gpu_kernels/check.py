@@ -111,16 +111,24 @@ def units(quick: bool, served: Sequence[str] | None = None) -> list[Unit]:
     return found
 
 
+def title(unit: Unit) -> str:
+    if not isinstance(unit, partial):
+        return str(unit)
+    given = (getattr(value, "name", None) or str(value) for value in unit.keywords.values())
+    return " ".join([unit.func.__name__, *given])
+
+
 def run(chosen: Sequence[Unit]) -> int:
     """Returns the exit code."""
     torch.manual_seed(time.time_ns() % (1 << 32))
     report, begin = Report(), time.monotonic()
     for unit in chosen:
-        unit(report)
-        if ON_GPU:
-            for cached in (ours.source, ours.linear, ours.held_weight):
-                cached.cache_clear()
-            torch.cuda.empty_cache()
+        with report.attempt(title(unit)):
+            unit(report)
+            if ON_GPU:
+                for cached in (ours.source, ours.linear, ours.held_weight):
+                    cached.cache_clear()
+                torch.cuda.empty_cache()
     print(f"{report.checks} checks, {report.wrong} wrong, {time.monotonic() - begin:.0f} s")
     return 1 if report.wrong else 0
 

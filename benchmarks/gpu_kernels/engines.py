@@ -42,6 +42,8 @@ FORMS: tuple[Form, ...] = (
     ("int8", torch.bfloat16, "int8"),
     ("int4", torch.float32, "int8"),
 )
+SEQUENCES = 32
+"""More than are asked at once; each number of tokens up to it is compiled for and captured."""
 _ids = count()
 
 
@@ -56,13 +58,13 @@ class Asked:
 
 def engines(report: Report, form: Form, quick: bool) -> None:
     """quick: few variants and tokens, for the interpreter."""
-    from deltaserve.kernels.gpu.backend import TritonBackend
-    from deltaserve.server.engine.text import Text
-
     quantize, dtype, activations = form
     what = f"engine {quantize} {str(dtype).removeprefix('torch.')}"
     what += " activations int8" if activations == "int8" else ""
     with report.attempt(what):
+        from deltaserve.kernels.gpu.backend import TritonBackend
+        from deltaserve.server.engine.text import Text
+
         variants = json.loads((ZOO / "zoo.json").read_text())["variants"]
         if quick:
             variants = [v for v in variants if v["kind"] in ("LoRA", "BitDelta")][-2:]
@@ -135,7 +137,10 @@ def _engine(
         max_length=256, activations=activations,
     )  # fmt: skip
     config = EngineConfig(
-        kv_cache_bytes=32 << 20, max_batch_tokens=256 if ON_GPU else 64, enforce_eager=eager
+        kv_cache_bytes=32 << 20,
+        max_batch_tokens=256 if ON_GPU else 64,
+        max_sequences=SEQUENCES,
+        enforce_eager=eager,
     )
     engine = make_engine(model, config, AdapterConfig(roots=(ZOO,), bytes=256 << 20), text=text)
     engine.start()

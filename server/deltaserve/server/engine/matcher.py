@@ -2,6 +2,8 @@
 
 A grammar is compiled by another process first: what hangs, grows or overflows the stack does so
 there, within limits, and is refused. Only what passed is compiled here, in the same bounded time.
+
+llguidance is imported where a tokenizer is indexed: an engine without constraints needs none.
 """
 
 from __future__ import annotations
@@ -10,17 +12,19 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from deltaserve.server.confined.grammars import compiled
 from deltaserve.server.confined.helper import Helper, JobEnded
 from deltaserve.server.engine.constraint import Constraint
 from deltaserve.server.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 COMPILE_SECONDS = 2.0
 """Of the processor, for one grammar."""
@@ -92,6 +96,8 @@ class Grammars:
     def _read(self, tokenizer: Tokenizer, eos: list[int]) -> None:
         """Index the tokenizer. The library keeps the interpreter for itself meanwhile, a second for
         100,000 tokens: so it is done before anyone is served."""
+        from llguidance import LLTokenizer
+
         own = Tokenizer.from_str(tokenizer.to_str())
         own.no_padding()
         own.no_truncation()
@@ -130,6 +136,8 @@ class Grammars:
 
     def _compile(self, table: LLTokenizer, constraint: Constraint) -> LLMatcher | str:
         """Or what is wrong with it."""
+        from deltaserve.server.confined.grammars import compiled
+
         try:
             grammar = _grammar(constraint)
             answer = self._helper.ask({"grammar": grammar}, COMPILE_SECONDS)
@@ -153,6 +161,8 @@ class Grammars:
 
 def _grammar(constraint: Constraint) -> str:
     """As llguidance takes it. Raises ValueError."""
+    from llguidance import LLMatcher
+
     if constraint.kind == "json_object":
         return LLMatcher.grammar_from_json_schema('{"type": "object"}')
     if constraint.kind == "json_schema":
