@@ -15,18 +15,22 @@ import torch
 from engine_pair import Pair, on_gpu, pair, prompt
 from graph_double import RecordedCapture
 from rig import load_base, request
-from variants import VARIANTS, make_base
+from variants import VARIANTS, make_base, open_base
 
+from deltaserve.adapters.delta_file import write_delta
 from deltaserve.kernels.gpu import decoding
 from deltaserve.kernels.gpu.backend import TritonBackend
 from deltaserve.kernels.gpu.layers import LayerPlans
+from deltaserve.kernels.primitives import Replace
 from deltaserve.server.config import AdapterConfig, ConfigError, EngineConfig
 from deltaserve.server.engine.build import base_of, make_engine
 from deltaserve.server.engine.collector import Collector
 from deltaserve.server.engine.core import AdapterRef, Combination, Member, Rule, Speculation
 from deltaserve.server.engine.plan import graph_bytes
 
-NAMES = ["lora", "rslora", "bitdelta", "ia3", "lora-tokens", "lora-patterns"]
+NAMES = ["lora", "rslora", "bitdelta-published", "ia3", "lora-tokens", "lora-patterns"]
+NORMS = {"norms": lambda name: True, "one norm": lambda name: name.endswith("1.input_layernorm")}
+"""Adapters of norms alone, by which of them."""
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +41,12 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = torch.Generator().manual_seed(2)
     for name in NAMES:
         VARIANTS[name].make(root / "base", root / "adapters" / name, generator)
+    named = open_base(root / "base").named_modules()
+    sizes = {n: len(m.weight) for n, m in named if n.endswith("norm")}
+    for name, wanted in NORMS.items():
+        gains = {n: (Replace(torch.rand(size, generator=generator)),)
+                 for n, size in sizes.items() if wanted(n)}  # fmt: skip
+        write_delta(root / "adapters" / name, gains, kind=name)
     return root
 
 
@@ -52,8 +62,8 @@ def engines(gpu: TritonBackend, family: Path) -> Iterator[Pair]:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(decoding, "BUCKETS", (1, 4))
         yield pair(
-            stack, gpu, family, NAMES, captured=True, max_sequences=4, max_batch_tokens=32,
-            max_length=96,
+            stack, gpu, family, [*NAMES, *NORMS], captured=True, max_sequences=4,
+            max_batch_tokens=32, max_length=96,
         )  # fmt: skip
 
 
@@ -120,7 +130,7 @@ def test_any_mix_is_replayed(engines: Pair, monkeypatch: pytest.MonkeyPatch) -> 
     mixes = [
         [],
         [("lora", 1.0)],
-        [("bitdelta", 0.7), ("lora", -0.5)],
+        [("bitdelta-published", 0.7), ("lora", -0.5)],
         [("rslora", 0.5), ("ia3", 1.0)],
     ]
     asked = [
@@ -131,7 +141,7 @@ def test_any_mix_is_replayed(engines: Pair, monkeypatch: pytest.MonkeyPatch) -> 
         {
             "sampled": request(prompt(10), "lora", temperature=0.9, seed=5, max_tokens=3),
             "drafts": replace(
-                request(prompt(9, 3) * 3, "bitdelta", max_tokens=5),
+                request(prompt(9, 3) * 3, "bitdelta-published", max_tokens=5),
                 speculation=Speculation(2, 1, 3),
             ),
             "a combination": replace(
@@ -154,10 +164,27 @@ def test_plain_adapters_take_two_launches_less_in_every_layer(engines: Pair) -> 
     if not isinstance(capture, RecordedCapture):
         pytest.skip("a real graph does not say what it launches")
     mixed = [("lora", 1.0), ("rslora", -0.5)]
-    for mix, count in (([], 9), (mixed, 13), ("bitdelta", 15), ("ia3", 15)):
+    for mix, count in (([], 9), (mixed, 13), ("bitdelta-published", 15), ("ia3", 15)):
         engines.same({f"{mix}": request(prompt(50), mix, max_tokens=2)})
         first, second = (i for i, k in enumerate(capture.launched) if k == "rope_kernel")
         assert second - first == count, mix
+
+
+def test_adapters_of_norms_are_replayed(
+    engines: Pair, family: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all norms, of one, at a strength, beside others and the base; installed anew; by
+    themselves, when nothing acts on a linear. They cost no launch."""
+    seen = Watched(engines, monkeypatch)
+    mixes: list[Any] = ["norms", [("norms", 0.5), ("lora", 1.0)], "one norm", ""]
+    engines.same({f"{m}": request(prompt(60 + i), m, max_tokens=3) for i, m in enumerate(mixes)})
+    assert seen.replays == [4, 4] and "eager" not in seen.events
+    for engine in (engines.cpu, engines.gpu):
+        engine.adapters.unload("norms").result(timeout=60)
+        engine.adapters.load("norms", str(family / "adapters" / "norms")).result(timeout=60)
+    alone = engines.same({"norms": request(prompt(64), "norms", max_tokens=4)})["norms"]
+    base = engines.same({"base": request(prompt(64), max_tokens=1)})["base"]
+    assert seen.replays[2:] == [1, 1, 1] and base.logprobs != alone.logprobs[:1]
 
 
 def test_what_no_graph_holds_is_launched(engines: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,6 +218,10 @@ def test_the_memory_plan_has_room_for_graphs(engines: Pair) -> None:
     config = EngineConfig(max_sequences=4, block_size=8)
     bound = graph_bytes(base_of(engines.model), config, engines.model.ctx.backend)
     assert graphs.nbytes < bound < 4 * graphs.nbytes
+    base = replace(base_of(engines.model), norms=0)
+    plans = [found.graph.step.norms for found in graphs._table._graphs.values()]
+    offsets = sum(t.nbytes for plan in plans if plan is not None for t in plan._offsets)
+    assert bound - graph_bytes(base, config, engines.model.ctx.backend) >= offsets > 0
     eager = replace(config, enforce_eager=True)
     assert graph_bytes(base_of(engines.model), eager, engines.model.ctx.backend) == 0
 

@@ -16,18 +16,29 @@ os.environ.pop("TRITON_INTERPRET", None)  # the interpreter asks for nothing
 
 import torch  # noqa: E402
 import triton  # noqa: E402
-from aot.serving import ARCH, BLOCK, HOST, Driver, Group, Layer, be_served  # noqa: E402
+from aot.serving import (  # noqa: E402
+    ARCH,
+    BLOCK,
+    HOST,
+    NORMS,
+    Driver,
+    Group,
+    Layer,
+    be_served,
+    mixes,
+)
 
 from deltaserve.kernels.gpu import config  # noqa: E402
 from deltaserve.kernels.gpu.arena import Arena  # noqa: E402
 from deltaserve.kernels.gpu.base import GpuLinear  # noqa: E402
 from deltaserve.kernels.gpu.config import BUCKETS, GemmConfig  # noqa: E402
 from deltaserve.kernels.gpu.embedding import GpuEmbeddingDeltas  # noqa: E402
-from deltaserve.kernels.gpu.layer_variants import of_layer, spec_of_layer  # noqa: E402
+from deltaserve.kernels.gpu.layer_variants import of_layer, of_norm, spec_of_layer  # noqa: E402
+from deltaserve.kernels.gpu.norm_deltas import GpuNormDeltas  # noqa: E402
 from deltaserve.kernels.gpu.precompile import compile_variant  # noqa: E402
 from deltaserve.kernels.gpu.variant import Variant  # noqa: E402
 from deltaserve.kernels.gpu.variants import embedding_variant, of_group, spec_of  # noqa: E402
-from deltaserve.kernels.primitives import LowRank  # noqa: E402
+from deltaserve.kernels.primitives import LowRank, Replace  # noqa: E402
 from deltaserve.kernels.segments import Segments  # noqa: E402
 
 SIZES = (*BUCKETS, 512)
@@ -139,6 +150,19 @@ def embedding(hidden: int = 100) -> None:
     compare("embedding", [embedding_variant(hidden, BF16)], serve)
 
 
+def norm(hidden: int) -> None:
+    """In no layer."""
+    deltas, gain = GpuNormDeltas(hidden, BF16, HOST), torch.ones(hidden, dtype=BF16)
+    deltas.install(NORMS, deltas.prepare((Replace(torch.ones(hidden)),)))
+
+    def serve(tokens: int) -> None:
+        x = torch.zeros(tokens, hidden, dtype=BF16)
+        for segments in mixes(tokens):
+            deltas.rms(x, gain, 0.0, 1e-5, segments)
+
+    compare(f"alone, a norm of {hidden}", of_norm(hidden, BF16), serve)
+
+
 if __name__ == "__main__":
     be_served()
     embedding()
@@ -146,6 +170,7 @@ if __name__ == "__main__":
         group(what, **how)
     for what, how in LAYERS.items():
         layer(what, **how)
+    norm(256)
     config.table = lambda arch: Table(TUNED)
     group("tuned", quantize="int4", whole=False)
     layer("tuned", quantize="int4")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -25,21 +26,27 @@ from deltaserve.kernels.gpu.graph import StaticStep
 from deltaserve.kernels.gpu.graphs import GraphTable, default_limits
 from deltaserve.kernels.gpu.layers import LayerPlans
 from deltaserve.kernels.gpu.linear import GpuLinearDeltas
+from deltaserve.kernels.gpu.norm import run_norm
+from deltaserve.kernels.gpu.norm_deltas import GpuNormDeltas
+from deltaserve.kernels.gpu.norm_plans import NormPlans
 from deltaserve.kernels.gpu.reserved import Family
 from deltaserve.kernels.gpu.step import Limits, StepPlan
 from deltaserve.kernels.gpu.workspace import Workspace
+from deltaserve.kernels.primitives import Bias, Primitive, Replace
 from deltaserve.kernels.segments import Segments
 
 LAYERS, HIDDEN, HEADS, KV, DIM, VOCABULARY = 2, 64, 2, 1, 32, 50
 PARTS = ((HEADS * DIM, KV * DIM, KV * DIM), (HIDDEN,))
 BLOCK, LENGTH, BLOCKS = 4, 24, 64
 KINDS = {1: "low", 2: "bit", 3: "csr", 4: "rows", 5: "output", 6: "input", 7: "low", 8: "low"}
+NORMS = {9: (0, 1, 2), 10: (1,), 11: (0, 2)}
+"""Slots of adapters of norms, and which these tune; slot 10 adds biases too."""
 BUCKETS = (1, 5)
 
 
 class Model:
-    """Two layers of attention, of which every linear takes adapters. Those after attention multiply
-    in whole numbers."""
+    """Two layers of attention, of which every linear takes adapters, and a norm before each and
+    after the last. The linears after attention multiply in whole numbers."""
 
     def __init__(self) -> None:
         torch.manual_seed(1)
@@ -83,6 +90,17 @@ class Model:
                 made[2:] = made[:2]
             for deltas, prepared in zip(self.deltas, made, strict=True):
                 deltas.install(slot, prepared)
+        self.plans = NormPlans(self.arena)
+        self.norms = [
+            GpuNormDeltas(HIDDEN, torch.float32, plans=self.plans, workspace=self.workspace)
+            for _ in range(LAYERS + 1)
+        ]
+        for slot, which in NORMS.items():
+            for i in which:
+                own: tuple[Primitive, ...] = (Replace(torch.rand(HIDDEN)),)
+                own += (Bias(torch.randn(HIDDEN)),) if slot == 10 else ()
+                self.norms[i].install(slot, self.norms[i].prepare(own))
+        self.gain = torch.ones(HIDDEN, device=self.device)
         cache = torch.randn(BLOCKS, LAYERS, 2, BLOCK, KV, DIM, device=self.device)
         self.cache = cache.movedim(0, 2)
         self.families = {
@@ -91,7 +109,11 @@ class Model:
         }
 
     def table(
-        self, capture: RecordedCapture, limits: Limits | None = None, buckets: tuple = BUCKETS
+        self,
+        capture: RecordedCapture,
+        limits: Limits | None = None,
+        buckets: tuple = BUCKETS,
+        **norms: Any,
     ) -> GraphTable:
         return GraphTable(
             self.forward,
@@ -102,19 +124,25 @@ class Model:
             block_size=BLOCK,
             workspace=self.workspace,
             buckets=buckets,
+            norms=self.plans,
+            **{"captured": range(LAYERS + 1), **norms},
         )
 
     def forward(self, step: StaticStep) -> Tensor:
         x = self.embedding[step.ids] + 0.01 * step.positions[:, None]
         for layer in range(LAYERS):
-            qkv = self._linear(2 * layer, "qkv", x, step)
+            qkv = self._linear(2 * layer, "qkv", self._norm(layer, x, step), step)
             q, k, v = qkv.split(list(PARTS[0]), 1)
             keys, values = self.cache[layer]
             write_cells(keys, values, k.view(-1, KV, DIM), v.view(-1, KV, DIM), step.cells)
             query = q.reshape(-1, HEADS, DIM)
             y = paged_attention(query, keys, values, step.attention, DIM**-0.5)
             x = x + self._linear(2 * layer + 1, "o", y.view(-1, HEADS * DIM), step)
-        return x @ self.embedding.T
+        return self._norm(LAYERS, x, step) @ self.embedding.T
+
+    def _norm(self, i: int, x: Tensor, step: StaticStep) -> Tensor:
+        tuned = None if step.norms is None else step.norms.of(i)
+        return run_norm(x, self.gain, 1e-5, self.workspace, tuned=tuned).x
 
     def _linear(self, i: int, name: str, x: Tensor, step: StaticStep) -> Tensor:
         plan: StepPlan | None = step.plans[name][i // 2] if name in step.plans else None
@@ -133,7 +161,8 @@ class Model:
         plans = {name: f.layers.plan(step.segments, f.base) for name, f in self.families.items()}
         plans = {n: found for n, found in plans.items() if found[0] is not None}
         numbers = [torch.tensor(n, device=self.device) for n in (step.ids, step.positions, cells)]
-        return self.forward(StaticStep(count, *numbers, tables, plans))
+        norms = self.plans.plan(step.segments) if self.plans.act(step.segments.slots) else None
+        return self.forward(StaticStep(count, *numbers, tables, plans, norms))
 
 
 def decode_step(mixes: list[tuple[tuple[int, float], ...]], positions: list[int]) -> DecodeStep:
@@ -178,8 +207,8 @@ def check(model: Model, table: GraphTable, step: DecodeStep) -> Tensor | None:
 
 slot_mixes = st.one_of(
     st.just(()),
-    st.sampled_from(sorted(KINDS)).map(lambda s: ((s, 1.0),)),
-    st.tuples(st.sampled_from([1, 2, 3]), st.sampled_from([5, 6, 7])).map(
+    st.sampled_from(sorted(KINDS | NORMS)).map(lambda s: ((s, 1.0),)),
+    st.tuples(st.sampled_from([1, 2, 3, 9]), st.sampled_from([5, 6, 7, 10])).map(
         lambda pair: ((pair[0], 0.5), (pair[1], 1.5))
     ),
 )
@@ -222,8 +251,8 @@ def test_base_rows_are_the_same_with_and_without_adapters(
 def test_plain_adapters_have_a_graph_of_their_own(
     model: Model, captured: tuple[RecordedCapture, GraphTable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Low rank, whole rows and factors of outputs take no launch for inputs; the numbers are those
-    of the graph for any adapters, which serves them where there is no other."""
+    """Low rank, whole rows and factors of outputs take no launch for inputs and tune no norm; the
+    numbers are those of the graph for any adapters, which serves them where there is no other."""
     capture, table = captured
     mixes = [(), ((1, 0.5), (5, 1.5)), ((4, 1.0),), ((7, 1.0),)]
     step = decode_step(mixes, [3, 9, 4, 23])
@@ -231,10 +260,11 @@ def test_plain_adapters_have_a_graph_of_their_own(
     products = ["aux_kernel", "gemm_kernel"]
     assert plain is not None
     assert [k for k in capture.launched if k in (*products, "inputs_kernel")] == 4 * products
-    for slot in (2, 3, 6):  # also in one of the step's tokens alone
+    for slot in (2, 3, 6, 9, 10):  # also in one of the step's tokens alone
         other = replace(step, segments=Segments.of([*mixes[:3], ((slot, 1.0),)]))
         mixed = check(model, table, other)
         assert capture.launched.count("inputs_kernel") == 4
+        assert capture.launched.count("norm_kernel") == 3
         assert mixed is not None and torch.equal(mixed[0], plain[0])
     assert torch.equal(check(model, table, step), plain)
     assert capture.launched.count("inputs_kernel") == 0
@@ -265,13 +295,16 @@ def test_what_is_installed_changes_between_two_replays(
 ) -> None:
     """An adapter that moves, and another one in its slot, after both sides knew the step."""
     _, table = captured
-    step = decode_step([((7, 1.0),), ((8, 1.0),)], [5, 6])
+    step = decode_step([((7, 1.0),), ((8, 1.0),), ((9, 1.0),), ((10, 1.0),)], [5, 6, 7, 2])
     before, again = check(model, table, step), check(model, table, step)
     for deltas in model.deltas:
         deltas.remove(1)
-    moves = model.arena.moves
-    model.arena.drop(model.arena.reserve(model.arena.units * 16 - model.arena.used))
-    assert model.arena.moves > moves
+    places = [norm._vectors[9].spot.place for norm in model.norms]
+    starts = [place.offset for place in places]
+    rest = model.arena.reserve(model.arena.units * 16 - model.arena.used)
+    model.arena.bytes_of(rest).fill_(255)  # NaN where they were
+    model.arena.drop(rest)
+    assert all(place.offset != at for place, at in zip(places, starts, strict=True))
     after = check(model, table, step)
     assert before is not None and again is not None and after is not None
     assert torch.equal(before, again) and torch.equal(before, after)
@@ -279,14 +312,24 @@ def test_what_is_installed_changes_between_two_replays(
         deltas.install(7, deltas.slots[8])
     other = check(model, table, step)
     assert other is not None
-    assert not torch.equal(other[0], after[0]) and torch.equal(other[1], after[1])
+    assert not torch.equal(other[0], after[0]) and torch.equal(other[1:], after[1:])
+    for norm in model.norms:  # of all norms, where that of one was; and none of any
+        norm.install(10, norm.prepare((Replace(torch.rand(HIDDEN)),)))
+        norm.remove(9)
+    last = check(model, table, step)
+    assert last is not None and torch.equal(last[:2], other[:2])
+    assert not any(torch.equal(last[i], other[i]) for i in (2, 3))
+    base = check(model, table, replace(step, segments=Segments((), 4)))
+    assert base is not None and torch.equal(last[2], base[2])
 
 
 def test_steps_that_do_not_fit_are_for_the_caller(model: Model) -> None:
     patch = pytest.MonkeyPatch()
     capture = RecordedCapture(patch, model.workspace.poison)
     small = replace(default_limits(2, 128), width=16, pages=4)
-    table = model.table(capture, small, (2,))
+    middle = model.norms[1]
+    middle.install(12, middle.prepare((Replace(torch.rand(HIDDEN)),)))
+    table = model.table(capture, small, (2,), vectors=lambda tokens: 1, captured=(0, 2))
     assert table.run(decode_step([()], [3])) is None  # nothing is captured yet
     table.capture()
     assert check(model, table, decode_step([(), ()], [3, 4])) is not None
@@ -294,10 +337,13 @@ def test_steps_that_do_not_fit_are_for_the_caller(model: Model) -> None:
         decode_step([(), (), ()], [3, 4, 5]),  # more tokens
         decode_step([()], [LENGTH]),  # longer
         decode_step([((7, 1.0),)], [3]),  # a greater rank than there is room for
+        decode_step([((12, 1.0),)], [3]),  # a norm that was not captured
+        decode_step([((11, 1.0),), ((11, 0.5),)], [3, 4]),  # more vectors of norms
         DecodeStep((), (), (), Segments((), 0)),
     ):
         assert table.run(step) is None
-    assert check(model, table, decode_step([((5, 1.0),), ()], [3, 4])) is not None
+    for mix in ((5, 1.0),), ((11, 1.0),):
+        assert check(model, table, decode_step([mix, ()], [3, 4])) is not None
 
 
 def test_graphs_need_an_arena_that_stays() -> None:

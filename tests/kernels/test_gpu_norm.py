@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,14 @@ from gpu_rig import DTYPES, TOLERANCE, GpuRig
 from kernel_oracle import random_primitive, relative_error
 from torch import Tensor
 
+from deltaserve.kernels.gpu.arena import Arena
 from deltaserve.kernels.gpu.device import default_device
 from deltaserve.kernels.gpu.inputs import Inputs, Wanted, run_inputs
 from deltaserve.kernels.gpu.norm import Following, run_norm
-from deltaserve.kernels.gpu.norm_deltas import GpuNormDeltas, Tuned
+from deltaserve.kernels.gpu.norm_deltas import GpuNormDeltas
+from deltaserve.kernels.gpu.norm_plans import NormPlans
+from deltaserve.kernels.gpu.norm_tables import NormRoom
+from deltaserve.kernels.gpu.static import StaticMemory
 from deltaserve.kernels.gpu.step import StepTooLarge
 from deltaserve.kernels.gpu.workspace import Workspace
 from deltaserve.kernels.primitives import Bias, LowRank, Primitive, Replace
@@ -68,13 +73,15 @@ def adapters(hidden: int) -> Mapping[int, tuple[Primitive, ...]]:
     return {1: (Replace(vector()),), 2: (Bias(vector()), Replace(vector())), 3: (Bias(vector()),)}
 
 
-def expected(x: Tensor, gain: Tensor, segments: Segments, offset: float) -> Tensor:
-    """float64."""
+def expected(
+    x: Tensor, gain: Tensor, segments: Segments, offset: float, slots: Collection[int] = (1, 2, 3)
+) -> Tensor:
+    """float64. slots: of adapters that are on the norm."""
     want, own = norm(x, gain + offset), adapters(x.shape[1])
     for start, end, mix in segments.runs:
         total, bias = gain.double().cpu(), torch.zeros(x.shape[1]).double()
         for slot, w in mix:
-            for p in own[slot]:
+            for p in own[slot] if slot in slots else ():
                 if isinstance(p, Bias):
                     bias += w * p.bias.double()
                 else:
@@ -90,7 +97,7 @@ def test_gains_and_biases_of_adapters(dtype: torch.dtype, offset: float) -> None
     x, gain = draw(9, 200, dtype=dtype), draw(200, dtype=dtype)
     deltas = tuned(200, dtype)
     assert deltas.touches(SEGMENTS) and not deltas.touches(Segments([(0, 1, ((7, 1.0),))], 9))
-    space, plan = Workspace(DEVICE), deltas.planned(SEGMENTS, 9)
+    space, plan = Workspace(DEVICE), deltas.planned(SEGMENTS)
     y = run_norm(x, gain, EPS, space, offset=offset, tuned=plan).x.clone()
     assert relative_error(y.cpu(), expected(x, gain, SEGMENTS, offset)) < TOLERANCE[dtype]
     alone = run_norm(x, gain, EPS, space, offset=offset).x
@@ -106,23 +113,57 @@ def test_gains_and_biases_of_adapters(dtype: torch.dtype, offset: float) -> None
 
 
 def test_a_plan_is_filled_again() -> None:
-    x, gain = draw(9, 64, dtype=torch.float32), draw(64, dtype=torch.float32)
-    deltas, space = tuned(64, torch.float32), Workspace(DEVICE)
-    plan = deltas.plan(Segments([], 9), 16, mixes=3, vectors=6)
-    given = Tuned(plan, deltas.arena)
-    places = plan.buffer.data_ptr()
+    """Of two norms, of which adapters have other vectors, or none."""
+    plans, space = NormPlans(Arena(DEVICE)), Workspace(DEVICE)
+    both = [GpuNormDeltas(n, torch.float32, plans=plans) for n in (64, 96)]
+    given = [(draw(9, d.hidden, dtype=torch.float32), torch.rand(d.hidden)) for d in both]
+    for slot in adapters(64):
+        for deltas in both if slot == 1 else both[slot % 2 :][:1]:
+            deltas.install(slot, deltas.prepare(adapters(deltas.hidden)[slot]))
+    memory = StaticMemory(NormRoom(9, 6, 2).count, DEVICE)
+    plan = plans.reserve(9, 6, memory)
     for segments in (SEGMENTS, Segments([(8, 9, ((3, 1.0),))], 9), Segments([], 9)):
-        deltas.replan(plan, segments)
-        y = run_norm(x, gain, EPS, space, tuned=given).x
-        assert relative_error(y.cpu(), expected(x, gain, segments, 0.0)) < 2e-6
-    assert plan.buffer.data_ptr() == places
+        assert plans.replan(plan, segments) == bool(segments)
+        memory.send()
+        for number, (deltas, (x, gain)) in enumerate(zip(both, given, strict=True)):
+            gain = gain.to(DEVICE)
+            y = run_norm(x, gain, EPS, space, tuned=plan.of(number)).x
+            own = {s for s in adapters(64) if s == 1 or s % 2 == number}
+            want = expected(x, gain, segments, 0.0, own)
+            assert relative_error(y.cpu(), want) < 2e-6
+            eager = deltas.planned(segments)
+            assert (eager is None) == (not segments)
+            assert torch.equal(y, run_norm(x, gain, EPS, space, tuned=eager).x)
+    before = plan.staging.clone()
     for runs, what in (
-        ([(i, i + 1, ((3, 1.0 + i),)) for i in range(4)], "4 mixes"),
         ([(0, 17, ((3, 1.0),))], "17 tokens"),
         ([(i, i + 1, ((2, i + 1.0), (1, 0.5))) for i in range(3)], "9 vectors"),
     ):
         with pytest.raises(StepTooLarge, match=what):
-            deltas.replan(plan, Segments(runs, 17))
+            plans.replan(plan, Segments(runs, 17))
+    assert torch.equal(plan.staging, before)
+
+
+def test_plans_are_of_what_is_installed() -> None:
+    """As long as nothing changes or moves, a step takes the plan of the one before."""
+    deltas = tuned(64, torch.float32)
+    x, gain = draw(9, 64, dtype=torch.float32), draw(64, dtype=torch.float32)
+
+    def again() -> tuple[Any, Tensor]:
+        segments = Segments(SEGMENTS.runs, 9)
+        y = deltas.rms(x, gain, 0.0, EPS, segments)
+        assert relative_error(y.cpu(), expected(x, gain, segments, 0.0)) < 2e-6
+        return deltas.planned(segments), y
+
+    (first, y), (second, _) = again(), again()
+    assert first.offsets.data_ptr() == second.offsets.data_ptr()
+    deltas.arena.adopt(torch.zeros(1 << 14, dtype=torch.uint8, device=DEVICE))
+    moved, same = again()
+    assert not torch.equal(moved.offsets, first.offsets) and torch.equal(same, y)
+    deltas.install(3, deltas.prepare((Bias(torch.ones(64)),)))
+    other = deltas.rms(x, gain, 0.0, EPS, Segments(SEGMENTS.runs, 9))
+    rows = [i for i in range(9) if i != 4]
+    assert torch.equal(other[rows], y[rows]) and not torch.equal(other[4], y[4])
 
 
 def test_install_and_remove() -> None:

@@ -107,7 +107,7 @@ def test_norms_of_heads_that_adapters_tune(dtype: torch.dtype, dim: int, turned:
                     gain = gain + w * (p.weight.double() - gains[i].double().cpu())
             parts[i][row] = normed(parts[i][row], gain + 1, 1e-5) + bias
         parts[i] = rotated(parts[i], cosine.double().cpu(), sine.double().cpu())
-    planned = deltas[0].planned(segments, tokens), deltas[1].planned(segments, tokens)
+    planned = tuple(d.planned(segments) for d in deltas)
     given = qkv.clone()
     for tuned in (None, planned):
         before, qkv = qkv, given.clone()

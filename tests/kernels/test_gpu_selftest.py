@@ -29,7 +29,7 @@ from deltaserve.kernels.gpu.base import make_linear
 from deltaserve.kernels.gpu.device import default_device
 from deltaserve.kernels.gpu.form import Form
 from deltaserve.kernels.gpu.launch import launch
-from deltaserve.kernels.gpu.layer_variants import LayerSpec, of_layer
+from deltaserve.kernels.gpu.layer_variants import LayerSpec, of_layer, of_norm
 from deltaserve.kernels.gpu.selftest import self_test
 from deltaserve.kernels.gpu.variants import GroupSpec, embedding_variant, of_group, spec_of
 from deltaserve.kernels.table import Group
@@ -106,6 +106,17 @@ def test_layers_are_tested_as_they_are_run(monkeypatch: pytest.MonkeyPatch) -> N
             check()
 
 
+def test_norms_of_no_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = partial(self_test, torch.bfloat16, default_device(), [], [], 4, norms=[48])
+    check()
+    with monkeypatch.context() as patch, pytest.raises(KernelError, match="norms of 48: the base"):
+        patch.setattr(norm, "launch", lambda *_, **__: None)
+        check()
+    monkeypatch.setattr(norm, "TUNED", norm.BIASED)
+    with pytest.raises(KernelError, match="norms of 48: tuned tokens"):
+        check()
+
+
 @pytest.mark.parametrize("name, named", [("pack_signs", "1 bit"), ("pack_entries", "entries")])
 def test_what_is_read_wrongly(name: str, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One number of a thousand."""
@@ -155,6 +166,7 @@ def test_compiled_and_tested_before_it_is_ready(monkeypatch: pytest.MonkeyPatch)
         [spec],
         [PLAIN],
         [LAYER],
+        [48],
         [80],
         torch.float32,
         default_device(),
@@ -173,6 +185,7 @@ def test_compiled_and_tested_before_it_is_ready(monkeypatch: pytest.MonkeyPatch)
         [embedding_variant(80, torch.float32)],
         variants(4, 2, 32, 32, 16, torch.float32),
         of_layer(LAYER, (1, 600), 90),
+        of_norm(48, torch.float32),
         of_layer(selftest_layer.layer_specs([LAYER], torch.float32)[0], selftest.BUCKETS, 90),
     ):
         assert {v.identity for v in wanted} <= identities
@@ -187,6 +200,7 @@ def test_not_ready_with_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KernelError, match="the base product is wrong"):
         ready.make_ready(
             [spec],
+            [],
             [],
             [],
             [],

@@ -164,7 +164,7 @@ def plan(
     **config: int | None,
 ) -> MemoryPlan:
     layer = LayerAttention(0, 4, 2, 64, 64, None, None, False, 1.0)  # a page a block and side
-    base = Base(1000, (layer,), {}, 64, 260, torch.float32, 512)
+    base = Base(1000, (layer,), {}, 3, 64, 260, torch.float32, 512)
     return plan_memory(
         base,
         EngineConfig(max_batch_tokens=1, max_sequences=2, block_size=8, **config),  # type: ignore[arg-type]
@@ -213,7 +213,7 @@ def test_one_allocation_is_shared_out_as_pages_are() -> None:
 
 def test_a_block_whose_layers_lie_side_by_side_is_of_whole_cache_lines() -> None:
     layer = LayerAttention(0, 4, 2, 5, 64, None, None, False, 1.0)
-    base = Base(1000, (layer,), {}, 64, 260, torch.float32, 512)
+    base = Base(1000, (layer,), {}, 3, 64, 260, torch.float32, 512)
     config = EngineConfig(memory=1 << 20, block_size=3)
     shape = plan_memory(base, config, AdapterConfig(), 1 << 30, backend=Whole()).shape
     assert (shape.block, shape.extent) == (128 + 3 * 2 * 64 * 4, 1)

@@ -211,12 +211,14 @@ class Layout(Protocol):
         head: Group,
         attention: Collection[AttentionSpec],
         *,
+        norms: int,
         most: int,
         max_length: int,
         block_size: int,
     ) -> int:
         """A bound of what `Backend.graphs` take, beside what a step takes. groups: linears that
-        adapters act on, and how many layers have each; head: the last one, which makes logits."""
+        adapters act on, and how many layers have each; head: the last one, which makes logits.
+        norms: that adapters act on."""
         ...
 
 
@@ -297,6 +299,7 @@ class Backend(Layout, Protocol):
         linears: Iterable[tuple[Any, Group | None]],
         attention: Iterable[AttentionSpec],
         layers: Iterable[tuple[DecoderLayer, int]],
+        norms: Iterable[NormDeltas],
         dtype: torch.dtype,
         *,
         max_tokens: int,
@@ -305,7 +308,8 @@ class Backend(Layout, Protocol):
     ) -> None:
         """Compile what a loaded model's steps need, and test it. linears: each group's base with
         its shape, None where no adapter may act on it. layers: those that this backend runs, each
-        with the elements of a head that its positions turn. max_tokens: of a step. progress: called
+        with the elements of a head that its positions turn. norms: of all RMS norms that adapters
+        act on, those of layers too. max_tokens: of a step. progress: called
         with the share done (0 to 1) and what is done now. Raises KernelError."""
         ...
 

@@ -67,7 +67,10 @@ ITEM = (("gain", "u8"), ("bias", "u8"))
 
 
 class NormDeltas:
-    """hidden: size of the gain; dtype: of x and y; device: where they are."""
+    """hidden: size of the gain; dtype: of x and y; device: where they are. by_token: whether `rms`
+    of one row for each token is for steps of the base and captured steps too."""
+
+    by_token = False
 
     def __init__(self, hidden: int, dtype: torch.dtype, device: torch.device = HOST) -> None:
         self.hidden = hidden

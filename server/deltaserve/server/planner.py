@@ -37,6 +37,7 @@ def plan(
         weights=found.weights,
         attention=skeleton.report.attention,
         groups=found.groups,
+        norms=len(skeleton.report.norms),
         hidden=int(skeleton.config.get_text_config().hidden_size),
         vocabulary=skeleton.modules[skeleton.report.head].out_features,
         dtype=getattr(torch, model.dtype),

@@ -31,6 +31,7 @@ from deltaserve.kernels.gpu.layer import GpuLayer
 from deltaserve.kernels.gpu.layer_variants import spec_of_layer
 from deltaserve.kernels.gpu.linear import GpuLinearDeltas
 from deltaserve.kernels.gpu.norm_deltas import GpuNormDeltas
+from deltaserve.kernels.gpu.norm_plans import NormPlans
 from deltaserve.kernels.gpu.prepared import prepare
 from deltaserve.kernels.gpu.ready import make_ready
 from deltaserve.kernels.gpu.shared import SharedMemory
@@ -76,6 +77,7 @@ class TritonBackend:
         self.workspace = Workspace(self.device)
         self._stacks = Stacks()
         self._embeddings: set[int] = set()  # sizes of their rows
+        self._norms = NormPlans(self.arena)
         cuda = self.device.type == "cuda"
         self.capture: Capture | None = CudaCapture(self.device) if cuda else None
 
@@ -97,7 +99,9 @@ class TritonBackend:
         return made
 
     def norm_deltas(self, hidden: int, dtype: torch.dtype) -> NormDeltas:
-        return GpuNormDeltas(hidden, dtype, self.device, arena=self.arena)
+        return GpuNormDeltas(
+            hidden, dtype, self.device, plans=self._norms, workspace=self.workspace
+        )
 
     def embedding_deltas(
         self, vocabulary: int, hidden: int, dtype: torch.dtype
@@ -132,6 +136,7 @@ class TritonBackend:
         linears: Iterable[tuple[GpuLinear, Group | None]],
         attention: Iterable[AttentionSpec],
         layers: Iterable[tuple[DecoderLayer, int]],
+        norms: Iterable[NormDeltas],
         dtype: torch.dtype,
         *,
         max_tokens: int,
@@ -142,10 +147,13 @@ class TritonBackend:
         for layer, turned in layers:
             assert isinstance(layer, GpuLayer)
             own.add(spec_of_layer(layer, turned, block_size))
-            inside |= {id(linear.base) for linear in layer.parts.linears}
+            parts = layer.parts
+            inside |= {id(linear.base) for linear in parts.linears}
+            inside |= {id(norm.deltas) for norm in (*parts.norms, *(parts.head_norms or ()))}
+        alone = {deltas.hidden for deltas in norms if id(deltas) not in inside}
         specs = {spec_of(base, group) for base, group in linears if id(base) not in inside}
         make_ready(
-            specs, set(attention), own, self._embeddings, dtype, self.device, max_tokens,
+            specs, set(attention), own, alone, self._embeddings, dtype, self.device, max_tokens,
             block_size, progress,
         )  # fmt: skip
 
@@ -170,6 +178,7 @@ class TritonBackend:
                 most=most,
                 max_length=max_length,
                 block_size=block_size,
+                norms=self._norms,
                 progress=progress,
             )
         except NotCapturable as error:
@@ -184,6 +193,7 @@ class TritonBackend:
         head: Group,
         attention: Collection[AttentionSpec],
         *,
+        norms: int,
         most: int,
         max_length: int,
         block_size: int,
@@ -191,8 +201,8 @@ class TritonBackend:
         if self.capture is None:
             return 0
         return graph_bytes(
-            groups, head, attention, buckets(most), max_length=max_length, block_size=block_size,
-            arch=gpu.arch(self.device),
+            groups, head, attention, buckets(most), norms=norms, max_length=max_length,
+            block_size=block_size, arch=gpu.arch(self.device),
         )  # fmt: skip
 
     def works(self) -> bool:

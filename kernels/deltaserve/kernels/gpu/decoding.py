@@ -17,7 +17,10 @@ from deltaserve.kernels.gpu.capture import Capture, NotCapturable
 from deltaserve.kernels.gpu.config import BUCKETS
 from deltaserve.kernels.gpu.graph import StaticStep
 from deltaserve.kernels.gpu.graphs import GraphTable, default_limits
+from deltaserve.kernels.gpu.norm_plans import NormPlans
+from deltaserve.kernels.gpu.norm_tables import NormPlan, NormRoom, Tuned
 from deltaserve.kernels.gpu.reserved import Family, Reserved
+from deltaserve.kernels.gpu.static import StaticMemory
 from deltaserve.kernels.gpu.step import Limits, StepPlan
 from deltaserve.kernels.gpu.workspace import Workspace
 from deltaserve.kernels.segments import Segments
@@ -32,8 +35,8 @@ def buckets(most: int) -> tuple[int, ...]:
 
 
 class DecodeGraphs:
-    """forward: computes a step of the model. Other arguments as `GraphTable` has them. Raises
-    NotCapturable."""
+    """forward: computes a step of the model, which `norms` are of. Other arguments as `GraphTable`
+    has them. Raises NotCapturable."""
 
     def __init__(
         self,
@@ -45,23 +48,28 @@ class DecodeGraphs:
         most: int,
         max_length: int,
         block_size: int,
+        norms: NormPlans,
         limits: Callable[[int, int], Limits] = default_limits,
         progress: Callable[[float, str], None] = lambda share, what: None,
     ) -> None:
         sizes, device = buckets(most), workspace.device
         self._forward = forward
+        self._norms = norms
         self._rows = torch.arange(sizes[-1], device=device)
         self._logits = torch.zeros(sizes[-1], vocabulary, dtype=torch.float32, device=device)
         self._best = torch.zeros(sizes[-1], 2, dtype=torch.int64, device=device)
+        families, self._captured = self._asked(max_length, block_size, device)
         self._table = GraphTable(
             self._launch,
-            self._families(max_length, block_size, device),
+            families,
             capture,
             limits=limits,
             max_length=max_length,
             block_size=block_size,
             workspace=workspace,
             buckets=sizes,
+            norms=norms,
+            captured=self._captured,
         )
         self._table.capture(
             lambda done, count, what: progress(done / count, f"capturing steps of {what}")
@@ -84,7 +92,10 @@ class DecodeGraphs:
 
     def _launch(self, step: StaticStep) -> Tensor:
         tokens = step.tokens
-        segments = Reserved(tokens, partial(_given, step)) if step.plans else Segments((), tokens)
+        asked: set[int] = set()
+        segments = Segments((), tokens)
+        if step.plans or step.norms is not None:
+            segments = Reserved(tokens, partial(_given, step), partial(_tuned, step.norms, asked))
         logits = self._logits[:tokens]
         self._forward(
             StepTensors(
@@ -96,14 +107,19 @@ class DecodeGraphs:
                 logits,
             )
         )
+        if isinstance(segments, Reserved) and asked != self._captured:
+            raise NotCapturable(f"a step of {tokens} tokens asks for other norms than one of 1")
         self._best[:tokens].copy_(best_of(logits))
         return logits
 
-    def _families(
+    def _asked(
         self, max_length: int, block_size: int, device: torch.device
-    ) -> dict[Hashable, Family]:
-        """Those whose plans a step asks for, by the name that they are asked by."""
+    ) -> tuple[dict[Hashable, Family], set[int]]:
+        """Families whose plans a step asks for, by the name that they are asked by; and norms."""
         found: dict[Hashable, Family] = {}
+        norms: set[int] = set()
+        room = NormRoom(1, 0, self._norms.norms)
+        plan = self._norms.reserve(1, 0, StaticMemory(room.count, device))
 
         def reserved(name: Hashable, family: Family) -> Sequence[StepPlan]:
             found[name] = family
@@ -113,15 +129,17 @@ class DecodeGraphs:
         number = torch.zeros(1, dtype=torch.int64, device=device)
         tables = AttentionTables.allocate(1, max_length, block_size, 1, device)
         step = GpuStep(number - 1, tables)
-        self._forward(
-            StepTensors(
-                number, number, self._rows[:1], step, Reserved(1, reserved), self._logits[:1]
-            )
-        )
-        return found
+        segments = Reserved(1, reserved, partial(_tuned, plan, norms))
+        self._forward(StepTensors(number, number, self._rows[:1], step, segments, self._logits[:1]))
+        return found, norms
 
 
 def _given(step: StaticStep, name: Hashable, family: Family) -> Sequence[StepPlan]:
     if name not in step.plans:
         raise NotCapturable(f"a step of {step.tokens} tokens asks for other plans than one of 1")
     return step.plans[name]
+
+
+def _tuned(plan: NormPlan | None, asked: set[int], norm: int) -> Tuned | None:
+    asked.add(norm)
+    return None if plan is None else plan.of(norm)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from deltaserve.kernels.attention.tables import AttentionTables
 from deltaserve.kernels.captured import DecodeStep
+from deltaserve.kernels.gpu.norm_plans import NormPlans
+from deltaserve.kernels.gpu.norm_tables import NormPlan, NormRoom
 from deltaserve.kernels.gpu.reserved import Family
 from deltaserve.kernels.gpu.static import StaticMemory
 from deltaserve.kernels.gpu.step import PLAIN, StepPlan, StepTooLarge
@@ -26,7 +28,8 @@ SIDES = 2
 class StaticStep:
     """A step of `tokens` tokens as a graph reads it. ids, positions, cells: int64 [tokens].
     attention: of as many sequences of one token. plans: name -> one per layer; none without
-    adapters. What pads a step is id 0 at position 0, in no cell and of no sequence."""
+    adapters. norms: of all; None if no adapter tunes one. What pads a step is id 0 at position 0,
+    in no cell and of no sequence."""
 
     tokens: int
     ids: Tensor
@@ -34,20 +37,22 @@ class StaticStep:
     cells: Tensor
     attention: AttentionTables
     plans: Mapping[Hashable, Sequence[StepPlan]]
+    norms: NormPlan | None = None
 
 
 @dataclass(eq=False, slots=True)
 class _Side:
     """What the host writes of one step. longs: int64 [3, tokens], ids, positions and cells. words:
     int32, how many sequences there are, where their tokens start, and their lengths; table:
-    [width, tokens], their blocks. plans: by the family's name. planned: what these were made of
-    (None: of nothing that is known), plain: whether they use nothing beside x; held: the blocks
-    that the table has of each sequence."""
+    [width, tokens], their blocks. plans: by the family's name; norms: of those. planned: what these
+    were made of (None: of nothing that is known), plain: whether they use nothing beside x and tune
+    no norm; held: the blocks that the table has of each sequence."""
 
     longs: npt.NDArray[np.int64]
     words: npt.NDArray[np.int32]
     table: npt.NDArray[np.int32]
     plans: Mapping[Hashable, StepPlan]
+    norms: NormPlan | None
     planned: Any = None
     plain: bool = True
     held: list[list[int]] = field(default_factory=list)
@@ -55,7 +60,8 @@ class _Side:
 
 class Graph:
     """A step of `tokens` tokens. reserve: a family's plan for steps of so many, in some memory.
-    step: for any adapters. plain: over the same memory, for those that use nothing beside x."""
+    norms: with room for so many vectors; None for a step without adapters. step: for any adapters.
+    plain: over the same memory, for those that use nothing beside x and tune no norm."""
 
     def __init__(
         self,
@@ -63,12 +69,15 @@ class Graph:
         families: Mapping[Hashable, Family],
         reserve: Callable[[Family, StaticMemory | None], StepPlan],
         *,
+        norms: NormPlans | None,
+        vectors: int,
         max_length: int,
         block_size: int,
         device: torch.device,
     ) -> None:
         self.tokens = tokens
         self._families = families
+        self._norms = norms
         self._size = block_size
         width = -(-max_length // block_size)
         sizes = (3 * 2 * tokens, 2 + 2 * tokens + width * tokens)
@@ -76,10 +85,14 @@ class Graph:
         for family in families.values():  # made twice: only then is their size known
             count = reserve(family, None).buffer.numel()
             room += count + -count % 4
+        if norms is not None:
+            count = NormRoom(tokens, vectors, norms.norms).count
+            room += count + -count % 4
         self._memory = StaticMemory(room, device, SIDES)
         # The plans come first, and last the sequences' blocks, the first of each and so on: what is
         # in use is one piece, with the plans or without.
         plans = {name: reserve(family, self._memory) for name, family in families.items()}
+        tuned = None if norms is None else norms.reserve(tokens, vectors, self._memory)
         (long, long_out), (word, word_out) = map(self._memory.take, sizes)
         ids, positions, cells = long_out.view(torch.int64).view(3, tokens)
         parts = torch.split(word_out, [1, tokens + 1, tokens, width * tokens])
@@ -87,11 +100,11 @@ class Graph:
             parts[0], parts[1], parts[2], parts[3].view(width, tokens).T, block_size, 1, max_length
         )
         layers = {name: plan.layers for name, plan in plans.items()}
-        self.step = StaticStep(tokens, ids, positions, cells, attention, layers)
+        self.step = StaticStep(tokens, ids, positions, cells, attention, layers, tuned)
         alone = {name: [replace(p, uses=PLAIN) for p in own] for name, own in layers.items()}
-        self.plain = replace(self.step, plans=alone)
+        self.plain = replace(self.step, plans=alone, norms=None)
         self._head, self._table = int(long.storage_offset()), int(parts[3].storage_offset())
-        self._sides = [self._side(i, long, word, plans, width) for i in range(SIDES)]
+        self._sides = [self._side(i, long, word, plans, tuned, width) for i in range(SIDES)]
         self._next = 0
         self._sent: Any = None
         self._refused: Any = None
@@ -143,7 +156,7 @@ class Graph:
         return side
 
     def _plan(self, side: _Side, segments: Segments, state: object) -> None:
-        if not self._families:
+        if not self._families and self._norms is None:
             return
         wanted = segments.runs, state
         if side.planned == wanted:
@@ -157,20 +170,24 @@ class Graph:
                 self._families[name].layers.replan(plan, padded)
                 for name, plan in side.plans.items()
             ]
+            tuned = bool(side.norms and self._norms and self._norms.replan(side.norms, padded))
         except StepTooLarge:
             self._refused = wanted
             raise
-        side.planned, side.plain = wanted, all(uses == PLAIN for uses in used)
+        side.planned = wanted
+        side.plain = not tuned and all(uses == PLAIN for uses in used)
 
     def _side(
-        self, i: int, long: Tensor, word: Tensor, plans: Mapping[Hashable, StepPlan], width: int
-    ) -> _Side:
+        self, i: int, long: Tensor, word: Tensor, plans: Mapping[Hashable, StepPlan],
+        norms: NormPlan | None, width: int,
+    ) -> _Side:  # fmt: skip
         words, start = self._memory.on(i, word).numpy(), 2 * self.tokens + 2
         return _Side(
             self._memory.on(i, long).view(torch.int64).view(3, self.tokens).numpy(),
             words[:start],
             words[start:].reshape(width, self.tokens),
             {name: _on(plan, self._memory, i) for name, plan in plans.items()},
+            norms and norms.on(self._memory.on(i, norms.staging)),
             held=[[] for _ in range(self.tokens)],
         )
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from deltaserve.kernels.attention.launch import decode_splits
 from deltaserve.kernels.attention.step import AttentionSpec
 from deltaserve.kernels.gpu.config import aux_config
-from deltaserve.kernels.gpu.graphs import default_limits
+from deltaserve.kernels.gpu.graphs import default_limits, norm_vectors
+from deltaserve.kernels.gpu.norm_tables import NormRoom
 from deltaserve.kernels.gpu.step import ARRAYS, OFFSETS
 from deltaserve.kernels.table import Group
 
@@ -30,13 +31,15 @@ def graph_bytes(
     attention: Iterable[AttentionSpec],
     buckets: Iterable[int],
     *,
+    norms: int,
     max_length: int,
     block_size: int,
     arch: int,
 ) -> int:
     """A bound. groups: linears that take adapters, and how many layers have each; head: the last
-    one, which makes logits. What the driver keeps of a graph is not in it. Those for plain adapters
-    take nothing else: they read the tables of those for any, and write where they do."""
+    one, which makes logits; norms: of the model. What the driver keeps of a graph is not in it.
+    Those for plain adapters take nothing else: they read the tables of those for any, and write
+    where they do."""
     buckets, vocabulary = sorted(buckets), sum(head.out_features)
     largest, size = buckets[-1], head.dtype.itemsize
     shapes = {**groups, head: 1}
@@ -45,6 +48,7 @@ def graph_bytes(
     for tokens in reversed(buckets):
         steps = 4 * (6 * tokens + 2 + tokens * (2 + -(-max_length // block_size)) + 8)
         static += 2 * steps + sum(_tables(tokens, g, n) for g, n in shapes.items())
+        static += 4 * (NormRoom(tokens, norm_vectors(tokens), norms).count + LEAST)
         for group in shapes:
             for name, nbytes in _workspace(tokens, group, arch).items():
                 if nbytes > kept.get(name, 0):  # the smaller one stays, for graphs that have it

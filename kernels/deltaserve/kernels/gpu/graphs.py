@@ -3,7 +3,7 @@ to: without adapters, with plain ones, with any."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, product
@@ -14,6 +14,7 @@ from deltaserve.kernels.captured import DecodeStep
 from deltaserve.kernels.gpu.capture import Capture
 from deltaserve.kernels.gpu.config import BUCKETS
 from deltaserve.kernels.gpu.graph import Graph, StaticStep
+from deltaserve.kernels.gpu.norm_plans import NormPlans
 from deltaserve.kernels.gpu.reserved import Family
 from deltaserve.kernels.gpu.static import StaticMemory
 from deltaserve.kernels.gpu.step import Limits, StepPlan, StepTooLarge
@@ -37,8 +38,9 @@ class _Captured:
 class GraphTable:
     """forward: launches a step, reading nothing but `StaticStep`, the base, the cache and the
     arena, and returns a row for each token. families: by name. limits: what a step's adapters may
-    take, by bucket and the outputs of a group. max_length: cells of a sequence at most. buckets:
-    ascending.
+    take, by bucket and the outputs of a group. norms: of the model; captured: numbers of those that
+    `forward` runs as their plan says; vectors: that a step's adapters may have for them, by bucket.
+    max_length: cells of a sequence at most. buckets: ascending.
 
     A step that nothing was captured for, or whose adapters need more than the limits, is for the
     caller to run without a graph. The arena must not grow.
@@ -55,6 +57,9 @@ class GraphTable:
         block_size: int,
         workspace: Workspace,
         buckets: Sequence[int] = BUCKETS,
+        norms: NormPlans | None = None,
+        captured: Collection[int] = (),
+        vectors: Callable[[int], int] | None = None,
     ) -> None:
         self._groups = tuple(chain.from_iterable(f.layers.layers for f in families.values()))
         if any(deltas.arena.grows for deltas in self._groups):
@@ -67,13 +72,18 @@ class GraphTable:
         self._block_size = block_size
         self._workspace = workspace
         self._buckets = tuple(buckets)
+        self._all_norms = norms
+        self._norms = norms if captured else None
+        self._elsewhere = set(range(norms.norms)) - set(captured) if norms else set()
+        self._vectors = vectors or norm_vectors
         self._graphs: dict[tuple[int, bool], _Captured] = {}
         self._keeps: list[tuple[Tensor, ...]] = []
 
     def capture(self, progress: Callable[[int, int, str], None] | None = None) -> None:
         """The largest first, so that the memory they share is taken once. progress: called with
         (done, all, which) before each. Raises NotCapturable."""
-        kinds = ("any adapters", "plain adapters", "") if self._families else ("",)
+        adapted = self._families or self._norms
+        kinds = ("any adapters", "plain adapters", "") if adapted else ("",)
         count = len(self._buckets) * len(kinds)
         for done, (tokens, kind) in enumerate(product(reversed(self._buckets), kinds)):
             if progress is not None:
@@ -82,7 +92,7 @@ class GraphTable:
                 found = self._graphs[tokens, True]
                 found.plain = self._capture(partial(self._forward, found.graph.plain))
             else:
-                graph = self._laid_out(tokens, self._families if kind else {})
+                graph = self._laid_out(tokens, kind != "")
                 replay = self._capture(partial(self._forward, graph.step))
                 self._graphs[tokens, kind != ""] = _Captured(graph, replay)
             self._keeps.append(self._workspace.buffers())
@@ -122,19 +132,27 @@ class GraphTable:
         tokens = next((n for n in self._buckets if n >= count), None)
         if not count or tokens is None or max(step.positions) >= self._max_length:
             return None
-        slots = step.segments.slots
-        adapters = bool(slots) and any(not d.slots.keys().isdisjoint(slots) for d in self._groups)
+        slots, norms = step.segments.slots, self._all_norms
+        if not slots:
+            return self._graphs.get((tokens, False))
+        if norms is not None and self._elsewhere and norms.act(slots, self._elsewhere):
+            return None
+        adapters = any(not d.slots.keys().isdisjoint(slots) for d in self._groups)
+        adapters = adapters or (norms is not None and norms.act(slots))
         return self._graphs.get((tokens, adapters))
 
     def _state(self) -> object:
         """Changes whenever equal segments may need other plans."""
-        return tuple(family.layers.residents.version for family in self._families.values())
+        versions = [family.layers.residents.version for family in self._families.values()]
+        return tuple(versions), self._norms and self._norms.version
 
-    def _laid_out(self, tokens: int, families: Mapping[Hashable, Family]) -> Graph:
+    def _laid_out(self, tokens: int, adapters: bool) -> Graph:
         graph = Graph(
             tokens,
-            families,
+            self._families if adapters else {},
             partial(self._reserve, tokens),
+            norms=self._norms if adapters else None,
+            vectors=self._vectors(tokens),
             max_length=self._max_length,
             block_size=self._block_size,
             device=self._workspace.device,
@@ -149,6 +167,12 @@ class GraphTable:
 
 def _nothing(tokens: int) -> DecodeStep:
     return DecodeStep((), (), (), Segments((), tokens))
+
+
+def norm_vectors(tokens: int) -> int:
+    """Room for an adapter on every token that has a gain and a bias for norms, or two of which each
+    has gains."""
+    return 16 + 2 * tokens
 
 
 def default_limits(tokens: int, outputs: int) -> Limits:

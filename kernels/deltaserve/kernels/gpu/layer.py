@@ -83,7 +83,7 @@ class GpuLayer:
         first, second = parts.norms
         plans = [g.planned(segments) for g in (self.qkv, self.o, self.up, self.down)]
         qkv = self.qkv.run(self._norm(first, x, self.qkv, plans[0], segments), plans[0])
-        norms = self._head_norms(segments, tokens)
+        norms = self._head_norms(segments)
         rope_write(qkv, parts.heads, *rotation, *cache, step.cells, norms)
         want = self.o.wanted(tokens, plans[1])
         sums = self._sums(want, sum_step(parts.dim, want.step_of_x) if want.step_of_x else 0)
@@ -107,19 +107,18 @@ class GpuLayer:
             norm.eps,
             self.workspace,
             offset=norm.offset,
-            tuned=deltas.planned(segments, want.padded) if deltas.touches(segments) else None,
+            tuned=deltas.planned(segments),
             following=None if ordered else Following(want, plan, group.deltas.arena),
         )
         return inputs.x if ordered else inputs
 
-    def _head_norms(self, segments: Segments, tokens: int) -> HeadNorms | None:
+    def _head_norms(self, segments: Segments) -> HeadNorms | None:
         if self.parts.head_norms is None:
             return None
         query, key = self.parts.head_norms
-        deltas = [cast(GpuNormDeltas, norm.deltas) for norm in (query, key)]
-        tuned = None
-        if any(d.touches(segments) for d in deltas):
-            tuned = deltas[0].planned(segments, tokens), deltas[1].planned(segments, tokens)
+        own, other = (cast(GpuNormDeltas, n.deltas).planned(segments) for n in (query, key))
+        assert (own is None) == (other is None), "norms of a layer must be planned together"
+        tuned = None if own is None or other is None else (own, other)
         return HeadNorms(query.gain, key.gain, query.eps, query.offset, tuned)
 
     def _attend(

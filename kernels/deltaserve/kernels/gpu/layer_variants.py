@@ -125,7 +125,9 @@ def _of_step(spec: LayerSpec, bucket: int, adapters: bool, arch: int) -> Iterato
     dtype = qkv.spec.dtype
     for cut in (qkv, up):
         if cut.spec.ordered:  # the norm makes x alone
-            yield norm_variant(replace(cut.spec, parts=(1,), format="dense"), 16, 0, adapters)
+            yield _norm(
+                f"norm {cut.spec.name} alone", norm.alone(1, cut.spec.in_features), dtype, adapters
+            )
             yield from _inputs(cut, 0)
         else:
             for tokens in {cut.tokens, cut.fewer}:  # tuned norms alone are adapters too
@@ -172,15 +174,23 @@ def norm_variant(spec: GroupSpec, tokens: int, step: int, adapters: bool) -> Var
     want = Wanted(
         tokens, spec.in_features, len(spec.parts), step, 1, tokens, Uses(), whole=spec.whole
     )
-    constants = norm.constants(want, False, adapters, True)
     name = f"norm {spec.name} {tokens} tokens"
     name += f" sums of {step}" if step else ""
     name += " in 8 bits" if spec.whole else ""
+    return _norm(name, want, spec.dtype, adapters)
+
+
+def of_norm(hidden: int, dtype: torch.dtype) -> Iterator[Variant]:
+    """What a norm of which nothing but x is wanted needs, with adapters and without."""
+    for adapters in (False, True):
+        yield _norm(f"norm of {hidden}", norm.alone(1, hidden), dtype, adapters)
+
+
+def _norm(name: str, want: Wanted, dtype: torch.dtype, adapters: bool) -> Variant:
+    constants = norm.constants(want, False, adapters, True)
     name += " adapters" if adapters else ""
-    types = {"scaled": "*i8"} if spec.whole else {}
-    return variant_of(
-        name, norm_kernel, constants, spec.dtype, norm.warps(want), 1, types, pdl=True
-    )
+    types = {"scaled": "*i8"} if want.whole else {}
+    return variant_of(name, norm_kernel, constants, dtype, norm.warps(want), 1, types, pdl=True)
 
 
 def rope_variant(spec: LayerSpec, dtype: torch.dtype, tuned: bool) -> Variant:

@@ -28,11 +28,12 @@ class GpuLayout:
         head: Group,
         attention: Collection[AttentionSpec],
         *,
+        norms: int,
         most: int,
         max_length: int,
         block_size: int,
     ) -> int:
         return graph_bytes(
-            groups, head, attention, buckets(most), max_length=max_length, block_size=block_size,
-            arch=self.arch,
+            groups, head, attention, buckets(most), norms=norms, max_length=max_length,
+            block_size=block_size, arch=self.arch,
         )  # fmt: skip

@@ -12,8 +12,8 @@ from deltaserve.kernels.gpu import device as gpu
 from deltaserve.kernels.gpu.arena import Arena
 from deltaserve.kernels.gpu.inputs import Inputs, Wanted, column_offsets, row_block, row_warps
 from deltaserve.kernels.gpu.launch import launch
-from deltaserve.kernels.gpu.norm_deltas import Tuned
 from deltaserve.kernels.gpu.norm_kernel import BIASED, SCALED, TUNED, TURNED, norm_kernel
+from deltaserve.kernels.gpu.norm_tables import Tuned
 from deltaserve.kernels.gpu.plan import Uses
 from deltaserve.kernels.gpu.step import StepPlan
 from deltaserve.kernels.gpu.workspace import Workspace
@@ -39,12 +39,14 @@ def run_norm(
     offset: float = 0.0,
     tuned: Tuned | None = None,
     following: Following | None = None,
+    out: Tensor | None = None,
 ) -> Inputs:
     """RMS norm (Zhang and Sennrich 2019) ``x / sqrt(mean(x^2) + eps) * (offset + gain)``, in
     float32, rounded once, in one launch with what the next linears want beside it.
 
     x: [M, K], contiguous. gain: [K]. residual: [M, K], is added to x in place before. tuned: the
-    gains and biases of the step's adapters. Returns inputs whose x is the norm, in the workspace.
+    gains and biases of the step's adapters. Returns inputs whose x is the norm, in `out` [M, K] or
+    the workspace.
     """
     count, width = x.shape
     for name, other, shape in (("gain", gain, (width,)), ("residual", residual, (count, width))):
@@ -52,13 +54,17 @@ def run_norm(
             raise ValueError(f"{name} is {tuple(other.shape)}; x {(count, width)} needs {shape}")
     if not x.is_contiguous():
         raise ValueError("x must be contiguous: it is updated in place")
-    want = following.want if following else Wanted(count, width, 1, 0, -(-count // 16), 16, Uses())
+    want = following.want if following else alone(count, width)
+    if tuned is not None and len(tuned.mixes) < count:
+        raise ValueError(f"x has {count} tokens, and the plan {len(tuned.mixes)}")
     plan, arena = (following.plan, following.arena) if following else (None, None)
     if (want.count, want.width) != (count, width):
         raise ValueError(f"the next linears want {(want.count, want.width)}, not {(count, width)}")
-    normed = workspace.take("normed", x.numel(), x.dtype)[: x.numel()].view(count, width)
+    normed = out
+    if normed is None:
+        normed = workspace.take("normed", x.numel(), x.dtype)[: x.numel()].view(count, width)
     inputs = want.room(normed, want.step, None, workspace)
-    t, tables = plan.tables if plan else {}, tuned.plan if tuned else None
+    t = plan.tables if plan else {}
     ints, floats = workspace.take("nothing", 1, torch.int32), workspace.take("nothing", 1)
     adapters = tuned is not None or plan is not None
     uses = sum(
@@ -82,9 +88,9 @@ def run_norm(
             arena.view(torch.float32) if arena else floats,
             tuned.arena.view(torch.float32) if tuned else floats, t.get("in_offset", ints),
             t.get("in_lo", ints), t.get("in_hi", ints), t.get("in_strength", floats),
-            t.get("in_bounds", ints), tables.mixes if tables else ints,
-            tables.bounds if tables else ints, tables.offsets if tables else ints,
-            tables.strengths if tables else floats, count, want.tiles, want.copies, uses, eps,
+            t.get("in_bounds", ints), tuned.mixes if tuned else ints,
+            tuned.bounds if tuned else ints, tuned.offsets if tuned else ints,
+            tuned.strengths if tuned else floats, count, want.tiles, want.copies, uses, eps,
             offset,
         ),
         constants(want, residual is not None, adapters, pdl),
@@ -93,6 +99,11 @@ def run_norm(
         pdl=pdl,
     )  # fmt: skip
     return inputs
+
+
+def alone(count: int, width: int) -> Wanted:
+    """Nothing beside x."""
+    return Wanted(count, width, 1, 0, -(-count // 16), 16, Uses())
 
 
 def constants(want: Wanted, residual: bool, adapters: bool, pdl: bool) -> dict[str, Any]:

@@ -15,6 +15,18 @@ SCALED = tl.constexpr(2)
 TURNED = tl.constexpr(4)
 BIASED = tl.constexpr(8)
 
+NONE = tl.constexpr(1 << 30)
+"""No column."""
+
+
+@triton.jit
+def listed(floats, offsets, v, k, inside, missing):
+    """Columns k of the v-th of a list of vectors, by offsets in units of 16 bytes; `missing` where
+    its offset is negative."""
+    at = tl.load(offsets + v)
+    inside = inside & (k >= tl.where(at < 0, NONE, 0))
+    return tl.load(floats + at.to(tl.int64) * 4 + k, mask=inside, other=missing)
+
 
 @triton.jit(do_not_specialize=["M", "TILES", "copies", "uses"])
 def norm_kernel(
@@ -30,7 +42,8 @@ def norm_kernel(
     RESIDUAL: x += residual [M, K] first, in place. normed [M, K] = ``x / sqrt(mean(x^2) + eps) *
     (offset + gain)``, in float32, rounded once. TUNED: a token's gain is ``gain + sum of w (g -
     gain)`` and ``sum of w b`` is added, over the gains g and then the biases b of its mix: mixes
-    int32 [MP], mix_bounds [2 (mixes + 1) + 1], vectors by offset in norm_float; mix 0 has none.
+    int32 [M], mix_bounds [2 (mixes + 1) + 1], vectors by offset in norm_float, none where it is
+    negative; mix 0 has none.
     BLOCK: K rounded up to a power of two. The rest is what inputs_kernel makes of x, here of
     normed; its tables are named as there. WHOLE: scaled int8 [parts, M, K rounded up to 128] is
     that copy, or normed, in 8 bits, with token_scale, and sums are of those (`store_in_8_bits`).
@@ -45,6 +58,12 @@ def norm_kernel(
     seen = k < tl.where(row < M, K, 0)
     place = row.to(tl.int64) * K + k
     g = tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)
+    if ADAPTERS:  # tables of the step, which no launch before writes
+        mix = tl.load(mixes + row, mask=(row < M) & ((uses & TUNED) != 0), other=0)
+        mix = mix_bounds + mix * 2
+        first = tl.load(mix, mask=(uses & TUNED) != 0, other=0)
+        middle = tl.load(mix + 1, mask=(uses & TUNED) != 0, other=0)
+        last = tl.load(mix + 2, mask=(uses & TUNED) != 0, other=0)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -56,18 +75,13 @@ def norm_kernel(
         value = total.to(tl.float32)
     value *= tl.rsqrt(tl.sum(value * value, axis=0) / K + eps)
     if ADAPTERS:
-        bias = tl.zeros((BLOCK,), tl.float32)
-        if uses & TUNED:
-            mix = mix_bounds + tl.load(mixes + row) * 2
-            first, middle, last = tl.load(mix), tl.load(mix + 1), tl.load(mix + 2)
-            base = g
-            for v in range(first, middle):
-                own = norm_float + tl.load(mix_offset + v).to(tl.int64) * 4
-                own = tl.load(own + k, mask=inside, other=0.0)
-                g += tl.load(mix_strength + v) * (own - base)
-            for v in range(middle, last):
-                own = norm_float + tl.load(mix_offset + v).to(tl.int64) * 4
-                bias += tl.load(mix_strength + v) * tl.load(own + k, mask=inside, other=0.0)
+        bias, base = tl.zeros((BLOCK,), tl.float32), g
+        for v in range(first, middle):
+            own = listed(norm_float, mix_offset, v, k, inside, base)
+            g += tl.load(mix_strength + v) * (own - base)
+        for v in range(middle, last):
+            own = listed(norm_float, mix_offset, v, k, inside, 0.0)
+            bias += tl.load(mix_strength + v) * own
         value = value * (offset + g) + bias
     else:
         value *= offset + g

@@ -13,7 +13,7 @@ from deltaserve.kernels.gpu.config import BUCKETS
 from deltaserve.kernels.gpu.device import arch as arch_of
 from deltaserve.kernels.gpu.device import interpreted
 from deltaserve.kernels.gpu.form import Form
-from deltaserve.kernels.gpu.layer_variants import LayerSpec, of_layer
+from deltaserve.kernels.gpu.layer_variants import LayerSpec, of_layer, of_norm
 from deltaserve.kernels.gpu.precompile import precompile
 from deltaserve.kernels.gpu.selftest import self_test
 from deltaserve.kernels.gpu.variant import Variant
@@ -27,6 +27,7 @@ def make_ready(
     groups: Collection[GroupSpec],
     attention: Collection[AttentionSpec],
     layers: Collection[LayerSpec],
+    norms: Collection[int],
     embeddings: Collection[int],
     dtype: torch.dtype,
     device: torch.device,
@@ -36,12 +37,12 @@ def make_ready(
 ) -> None:
     """Compiles what steps of up to `max_tokens` tokens launch, on all processors, as far as it is
     not in Triton's cache; then tests the kernels. groups, attention, layers: of the model, each
-    kind once; groups: those that no layer has as its own. embeddings: sizes of their rows.
-    block_size: cells of a block. progress: called with the share done (0 to 1) and what is done
-    now. Raises KernelError.
+    kind once; groups: those that no layer has as its own. norms: sizes of those that no layer has;
+    embeddings: of their rows. block_size: cells of a block. progress: called with the share done (0
+    to 1) and what is done now. Raises KernelError.
     """
     if not interpreted():
-        kinds = groups, attention, layers, embeddings
+        kinds = groups, attention, layers, norms, embeddings
         found = variants(*kinds, dtype, arch_of(device), max_tokens, block_size)
 
         def say(done: int, count: int, name: str) -> None:
@@ -57,6 +58,7 @@ def make_ready(
         sorted(attention, key=str),
         block_size,
         sorted(layers, key=repr),
+        sorted(norms),
     )
     progress(1.0, "testing kernels")
 
@@ -65,6 +67,7 @@ def variants(
     groups: Collection[GroupSpec],
     attention: Collection[AttentionSpec],
     layers: Collection[LayerSpec],
+    norms: Collection[int],
     embeddings: Collection[int],
     dtype: torch.dtype,
     arch: int,
@@ -81,6 +84,8 @@ def variants(
         found += of_layer(layer, buckets, arch)
     for layer in selftest_layer.layer_specs(layers, dtype):
         found += of_layer(layer, selftest.BUCKETS, arch)
+    for hidden in norms:
+        found += of_norm(hidden, dtype)
     found += [embedding_variant(size, dtype) for size in {*embeddings, selftest_embedding.HIDDEN}]
     for kind in attention:
         found += attention_variants.variants(

@@ -12,7 +12,7 @@ from torch import Tensor
 from deltaserve.kernels.attention.blocks import block_step, step_unit
 from deltaserve.kernels.gpu import device as gpu
 from deltaserve.kernels.gpu.launch import launch
-from deltaserve.kernels.gpu.norm_deltas import Tuned
+from deltaserve.kernels.gpu.norm_tables import Tuned
 from deltaserve.kernels.gpu.rope_kernel import rope_kernel
 
 TILE_ELEMENTS = 2048
@@ -36,8 +36,8 @@ class HeadNorms:
         for i, gain in enumerate((self.query, self.key)):
             tables: list[Any] = [None] * 5
             if self.tuned is not None:
-                plan, floats = self.tuned[i].plan, self.tuned[i].arena.view(torch.float32)
-                tables = [floats, plan.mixes, plan.bounds, plan.offsets, plan.strengths]
+                own, floats = self.tuned[i], self.tuned[i].arena.view(torch.float32)
+                tables = [floats, own.mixes, own.bounds, own.offsets, own.strengths]
             found += [gain, *tables]
         return tuple(found)
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from deltaserve.kernels.gpu.norm_kernel import listed
+
 
 @triton.jit
 def _put(out, row, keys, values, place, at, mask, turns, is_key, is_value):
@@ -27,11 +29,10 @@ def _gain(
         first, middle, last = tl.load(mix), tl.load(mix + 1), tl.load(mix + 2)
         base = g
         for v in range(first, middle):
-            own = tl.load(floats + tl.load(offsets + v).to(tl.int64) * 4 + at, inside, 0.0)
+            own = listed(floats, offsets, v, at, inside, base)
             g += tl.load(strengths + v) * (own - base)
         for v in range(middle, last):
-            own = tl.load(floats + tl.load(offsets + v).to(tl.int64) * 4 + at, inside, 0.0)
-            bias += tl.load(strengths + v) * own
+            bias += tl.load(strengths + v) * listed(floats, offsets, v, at, inside, 0.0)
     return offset + g, bias
 
 

@@ -16,7 +16,7 @@ from deltaserve.kernels.attention.tables import AttentionTables
 from deltaserve.kernels.backend import KernelError
 from deltaserve.kernels.bit.reference import delta as bit_delta
 from deltaserve.kernels.gated.reference import delta as gated_delta
-from deltaserve.kernels.gpu import selftest_embedding
+from deltaserve.kernels.gpu import selftest_embedding, selftest_norm
 from deltaserve.kernels.gpu.base import GpuLinear
 from deltaserve.kernels.gpu.form import Form, as_read
 from deltaserve.kernels.gpu.layer_variants import LayerSpec
@@ -65,9 +65,10 @@ def self_test(
     attention: Sequence[AttentionSpec],
     block_size: int,
     layers: Sequence[LayerSpec] = (),
+    norms: Sequence[int] = (),
 ) -> None:
-    """forms: of the base's linears. Raises KernelError for the first kernel that is wrong. torch's
-    generator of the host is left as it was."""
+    """forms: of the base's linears. norms: sizes of those that no layer has. Raises KernelError for
+    the first kernel that is wrong. torch's generator of the host is left as it was."""
     checks: list[tuple[str, Callable[[], Results], float]] = []
     for form in forms:
         for tokens in BUCKETS:
@@ -79,6 +80,9 @@ def self_test(
             more = FLIPPED if any(group.whole for group in layer.groups) else 0.0
             checks.append((f"{layer}, {tokens} tokens", run, more))
     checks.append(("the token embedding", partial(selftest_embedding.results, dtype, device), 0.0))
+    for hidden in norms:
+        norm = partial(selftest_norm.results, hidden, dtype, device)
+        checks.append((f"norms of {hidden}", norm, 0.0))
     for spec in attention:
         checks.append(
             (f"attention of {spec}", partial(_attention, spec, block_size, dtype, device), 0.0)

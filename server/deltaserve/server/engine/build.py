@@ -70,6 +70,7 @@ def build_engine(
             ],
             {la.spec for la in model.attention},
             [(fused.layer, fused.turned) for fused in fused_layers(model.model)],
+            [norm.deltas for norm in model.modules.norms.values() if norm.is_rms],
             model.dtype,
             max_tokens=max(config.engine.max_batch_tokens, config.engine.max_sequences),
             block_size=config.engine.block_size,
@@ -202,6 +203,7 @@ def base_of(model: BaseModel) -> Base:
             for g in served
             if g.deltas is not None
         ),
+        norms=len(model.modules.norms),
         hidden=model.spec.hidden_size,
         vocabulary=model.vocab_size,
         dtype=model.dtype,

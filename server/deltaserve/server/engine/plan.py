@@ -23,11 +23,12 @@ the operator gives a number. The rest is for adapters on their way in, and for e
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """What of a base decides about memory. weights: its bytes."""
+    """What of a base decides about memory. weights: its bytes. norms: how many there are."""
 
     weights: int
     attention: tuple[LayerAttention, ...]
     groups: Groups
+    norms: int
     hidden: int
     vocabulary: int
     dtype: torch.dtype
@@ -176,6 +177,7 @@ def graph_bytes(base: Base, config: EngineConfig, backend: Layout) -> int:
         groups,
         Group(base.hidden, (base.vocabulary,), base.dtype),
         {la.spec for la in base.attention},
+        norms=base.norms,
         most=config.most_decodes,
         max_length=base.max_length,
         block_size=config.block_size,

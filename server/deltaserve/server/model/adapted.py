@@ -33,7 +33,7 @@ class Modules:
         self.not_native: set[int] = set()
         """Slots whose adapters do to the linears what no native call does."""
         self.by_row: set[int] = set()
-        """Slots whose adapters act on norms or the embedding."""
+        """Slots whose adapters act on the embedding."""
 
     @property
     def linears(self) -> tuple[Linears, ...]:
@@ -72,7 +72,6 @@ class Modules:
             self.norms[name].install(slot, norm)
         if prepared.embedding is not None:
             self.embedding.deltas.install(slot, prepared.embedding)
-        if prepared.norms or prepared.embedding is not None:
             self.by_row.add(slot)
         self._installed[slot] = prepared
 

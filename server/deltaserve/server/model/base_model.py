@@ -72,7 +72,7 @@ class BaseModel:
     @property
     def by_row(self) -> Collection[int]:
         """Slots of adapters of which something is computed for the rows that they act on alone:
-        what such a step launches depends on its adapters."""
+        what such a step launches depends on its adapters. Of norms, the backend knows which."""
         return self.modules.by_row.union(self.ctx.gated_prefixes.slots)
 
     @cached_property

@@ -42,6 +42,9 @@ class DeltaNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., T, ..., hidden] -> the same shape."""
+        if self.deltas.by_token and self._one_row_each(x):
+            weight, of = self.weight, (self.offset or 0.0, self.eps, self.ctx.segments)
+            return self.deltas.rms(x.reshape(-1, len(weight)), weight, *of).view(x.shape)
         if self.slots and self.ctx.segments:
             assert self.token_dim is not None
             rows = x.movedim(self.token_dim, 0)
@@ -50,6 +53,18 @@ class DeltaNorm(nn.Module):
             return rms_norm(x, self.gain, self.eps)
         found: Tensor = self.inner(x)
         return found
+
+    def _one_row_each(self, x: Tensor) -> bool:
+        """Whether it is an RMS norm of one row of x for each token."""
+        dim, weight = self.token_dim, self.weight
+        if dim is None or not self.is_rms or x.dtype != weight.dtype:
+            return False
+        return x.numel() == x.shape[dim] * len(weight)
+
+    @property
+    def is_rms(self) -> bool:
+        """Whether it is an RMS norm that adapters may act on."""
+        return self.offset is not None and self.token_dim is not None
 
     def _tuned(self, rows: Tensor) -> Tensor:
         """rows: [T, ..., hidden] -> the same."""
