@@ -329,6 +329,11 @@ class Backend(Layout, Protocol):
         are launched one kernel after the other, or this model's have to be, which is logged."""
         ...
 
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """A copy in host memory of what nobody writes to any more, made beside the steps. From any
+        thread."""
+        ...
+
     def works(self) -> bool:
         """Whether it still computes, asked after something has failed; waits for the device. What
         breaks a GPU's context, as a kernel that reads where nothing is, breaks it for good."""

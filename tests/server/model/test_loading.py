@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import archs
@@ -17,6 +18,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from deltaserve.adapters.base import ModuleKind
 from deltaserve.server.model import MalformedModel, ModelNotFound, UnsupportedModel, load
+from deltaserve.server.model.linear import LinearGroup
+from deltaserve.server.model.spec import _Weights
 
 Save = Callable[[PreTrainedModel], Path]
 
@@ -239,3 +242,24 @@ def test_quantizing_while_loading_keeps_memory_near_the_result(tmp_path: Path) -
     largest = own["vocab_size"] * own["hidden_size"] * 4
     assert peak < held + 4 * largest, "more than a few float weights were in memory at once"
     assert peak < source
+
+
+def test_weights_are_read_beside_the_steps() -> None:
+    """By the backend's way: a copy in the steps' own order would keep them waiting."""
+    beside: list[torch.Tensor] = []
+    backend = SimpleNamespace(to_host=lambda tensor: beside.append(tensor) or tensor)
+    ctx: Any = SimpleNamespace(backend=backend)
+    held = [torch.randn(2).bfloat16() for _ in range(4)]
+    linear: Any = SimpleNamespace(in_features=3, dtype=torch.bfloat16, bias=held[3])
+    norm = SimpleNamespace(weight=held[1], inner=SimpleNamespace(bias=held[2]))
+    modules: Any = SimpleNamespace(
+        embedding_name="embedding",
+        embedding=SimpleNamespace(weight=held[0], ctx=ctx),
+        norms={"norm": norm},
+        group_of={"linear": LinearGroup(["linear"], linear, [2], ctx, by_token=False)},
+    )
+    weights = _Weights(modules, {})
+    found = [weights.weight("embedding"), weights.weight("norm")]
+    found += [b for name in ("norm", "linear") if (b := weights.bias(name)) is not None]
+    for tensor, read, one in zip(held, beside, found, strict=True):
+        assert torch.equal(read, tensor) and torch.equal(one, tensor.float())

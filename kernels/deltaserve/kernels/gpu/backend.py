@@ -37,7 +37,7 @@ from deltaserve.kernels.gpu.ready import make_ready
 from deltaserve.kernels.gpu.shared import SharedMemory
 from deltaserve.kernels.gpu.stacks import Stacks
 from deltaserve.kernels.gpu.staging import Staging
-from deltaserve.kernels.gpu.streams import streams
+from deltaserve.kernels.gpu.streams import streams, to_host
 from deltaserve.kernels.gpu.variants import spec_of
 from deltaserve.kernels.gpu.workspace import Workspace
 from deltaserve.kernels.native.openmp import compute_alone
@@ -204,6 +204,9 @@ class TritonBackend:
             groups, head, attention, buckets(most), norms=norms, max_length=max_length,
             block_size=block_size, arch=gpu.arch(self.device),
         )  # fmt: skip
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        return to_host(tensor)
 
     def works(self) -> bool:
         if self.device.type == "cuda":

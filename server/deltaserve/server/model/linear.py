@@ -54,7 +54,9 @@ class LinearGroup:
     def bias(self, name: str) -> Tensor | None:
         """float32 [out] of one module, in host memory."""
         start, end = self._span(name)
-        return None if self.base.bias is None else self.base.bias[start:end].cpu().float()
+        if self.base.bias is None:
+            return None
+        return self.ctx.backend.to_host(self.base.bias[start:end]).float()
 
     def _span(self, name: str) -> tuple[int, int]:
         i = self.names.index(name)

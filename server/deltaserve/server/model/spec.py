@@ -86,9 +86,9 @@ class _Weights:
     def weight(self, name: str) -> Tensor:
         """float32, in checkpoint layout. Raises KeyError for a name that is not in `modules`."""
         if name == self.modules.embedding_name:
-            return self.modules.embedding.weight.detach().cpu().float()
+            return self._host(self.modules.embedding.weight)
         if name in self.modules.norms:
-            return self.modules.norms[name].weight.detach().cpu().float()
+            return self._host(self.modules.norms[name].weight)
         weight = self.modules.group_of[name].weight(name)
         return weight.T.contiguous() if self.found[name].transposed else weight
 
@@ -98,8 +98,11 @@ class _Weights:
             return None
         if name in self.modules.norms:
             bias: Any = getattr(self.modules.norms[name].inner, "bias", None)
-            return None if bias is None else bias.detach().cpu().float()
+            return None if bias is None else self._host(bias)
         return self.modules.group_of[name].bias(name)
+
+    def _host(self, tensor: Tensor) -> Tensor:
+        return self.modules.embedding.ctx.backend.to_host(tensor.detach()).float()
 
 
 def held_fingerprint(modules: Modules) -> str:
