@@ -4,9 +4,13 @@ weights that a CPU serves."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from gpu_rig import TOLERANCE, GpuRig
 from kernel_oracle import random_primitive, relative_error
 
@@ -17,6 +21,7 @@ from deltaserve.kernels.base import (
     Int4Linear,
     PermutedLinear,
 )
+from deltaserve.kernels.base.float_kernel import float_product
 from deltaserve.kernels.gpu import device
 from deltaserve.kernels.gpu.convert import held_on_gpu
 from deltaserve.kernels.gpu.device import default_device
@@ -107,3 +112,28 @@ def test_codes_keep_every_bit(dtype: torch.dtype) -> None:
     place = default_device()
     y = held_on_gpu(linear, place, Workspace(place))(x.to(place, dtype))
     assert torch.equal(y.cpu().double(), (code[1:] - code[0]).double()[:, None].expand(15, 3))
+
+
+@triton.jit
+def last_tile(x, weight, y, N: tl.constexpr, K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """y [16, 16]: the base product of the last rows, over the last columns."""
+    r = tl.arange(0, 16)
+    n = N - 16 + r
+    acc = float_product(
+        x, x, weight, x, x, n, n < N, r, K - 32, K, 1, 16, N, K, "dense", 1, "sums", tl.float16,
+        16, 16, 32, 32, 1, True, True, False,
+    )  # fmt: skip
+    tl.store(y + r[:, None] * 16 + r[None, :], acc)
+
+
+@pytest.mark.skipif(default_device().type == "cuda", reason="takes 8 GiB, which only a file has")
+def test_a_head_of_more_weights_than_numbers_of_32_bits_tell(tmp_path: Path) -> None:
+    """As Command R+'s, of 256000 by 12288. Where a place wraps around, there are zeros."""
+    rows, width = (1 << 11) + 16, 1 << 20
+    memory = np.memmap(tmp_path / "sparse", np.float16, "w+", shape=2 * rows * width)
+    weight = torch.from_numpy(memory)[rows * width :].view(rows, width)
+    weight[-16:, -32:] = torch.randn(16, 32)
+    x, y = torch.zeros(1, width, dtype=torch.float16), torch.zeros(16, 16)
+    x[0, -32:] = torch.randn(32)
+    last_tile[(1,)](x, weight, y, rows, width)
+    torch.testing.assert_close(y[:, 0], weight[-16:, -32:].float() @ x[0, -32:].float())

@@ -125,7 +125,10 @@ def float_product(
         xt = tl.trans(tl.load(x + m[:, None] * K + (k + at)[None, :], mask=seen, other=0.0))
         if FORMAT == "dense":
             inside = live[:, None] & ((k + at)[None, :] < K)
-            p = weight + n[:, None] * K + (k + at)[None, :]
+            row = n[:, None]
+            if N * K >= 2147483648:
+                row = row.to(tl.int64)
+            p = weight + row * K + (k + at)[None, :]
             if EVEN_N and EVEN_K:
                 w = tl.load(p, eviction_policy="evict_first")
             else:
