@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from deltaserve.kernels.gpu import tune
 from deltaserve.kernels.gpu.config import GemmConfig, GroupKey, gemm_config
@@ -32,19 +33,23 @@ def test_candidates_are_many_distinct_and_fit(format: str, gated: bool, tokens: 
 
 
 def test_the_fastest_right_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that is faster still gives something else, and is left out."""
+    """One that is faster still gives something else, and is left out, and so is one that the GPU
+    has no memory for."""
     configs = [
         GemmConfig(16, 64, 128),
         GemmConfig(16, 64, 64),
         GemmConfig(16, 128, 128),
         GemmConfig(16, 32, 128),
+        GemmConfig(16, 256, 128),
     ]
-    speed = dict(zip(configs, (5.0, 3.0, 4.0, 1.0), strict=True))
+    speed = dict(zip(configs, (5.0, 3.0, 4.0, 1.0, 0.5), strict=True))
     monkeypatch.setattr(tune, "candidates", lambda *_: iter(configs))
     genuine, used = tune.run_gemm, []
 
     def run_gemm(*arguments: object) -> torch.Tensor:
         used.append(arguments[6])
+        if arguments[6] == configs[4]:
+            raise OutOfResources(240000, 232448, "shared memory")
         y: torch.Tensor = genuine(*arguments)  # type: ignore[arg-type]
         return y * 1.1 if arguments[6] == configs[3] else y
 
