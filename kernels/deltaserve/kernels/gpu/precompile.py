@@ -29,6 +29,10 @@ TYPES = {
 }
 
 
+MOST = 32
+"""Processes at once: each has a quarter of a gigabyte of its own before it compiles anything."""
+
+
 class _Driver:
     """A GPU of an architecture that kernels are compiled for and never run on."""
 
@@ -86,10 +90,12 @@ def precompile(
     workers: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> None:
-    """Compiles what is not in the cache yet. workers: processes, as many as processors if None.
-    progress: called with (done, all, name) after each. Raises the first compiler's error."""
+    """Compiles what is not in the cache yet. workers: processes; if None as many as processors that
+    this one may use, up to MOST. progress: called with (done, all, name) after each. Raises the
+    first compiler's error.
+    """
     unique = {v.identity: v for v in variants}.values()
-    workers = min(workers or os.cpu_count() or 1, max(1, len(unique)))
+    workers = min(workers or min(_processors(), MOST), max(1, len(unique)))
     context = multiprocessing.get_context("spawn")  # a fork would inherit the engine's threads
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         waiting = {pool.submit(_compile, _sent(v), arch): v.name for v in unique}
@@ -97,6 +103,12 @@ def precompile(
             future.result()
             if progress is not None:
                 progress(done, len(waiting), waiting[future])
+
+
+def _processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _compile(variant: Variant, arch: int) -> None:
