@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from gpu_rig import DTYPES, TOLERANCE
 from kernel_oracle import in_8_bits, relative_error
 
 from deltaserve.kernels.base import dequantize, words
-from deltaserve.kernels.bit.words import pack_signs
+from deltaserve.kernels.bit.words import pack_signs, places
 from deltaserve.kernels.gpu import device
 from deltaserve.kernels.gpu.base import GpuLinear, concat, make_linear
 from deltaserve.kernels.gpu.device import default_device
@@ -48,6 +49,21 @@ def test_where_a_weight_lies_in_its_word() -> None:
     q[2, 42], q[2, 34] = 0, 5
     signs = pack_signs(pack_bits(q > 0)[None], 128, torch.bfloat16)
     assert (signs[0, 0, 2, 1] ^ signs[0, 0, 2, 0]) == 1 << 13 and signs[0, 0, 2, 0] >> 13 & 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_sign_has_a_bit_of_its_own(dtype: torch.dtype) -> None:
+    """Of 200 columns, row r has the one +1 in column r; row 200 has none."""
+    found = pack_signs(pack_bits(torch.eye(201)[None, :, :200] > 0), 200, dtype)
+    assert found.shape == (1, 2, 256, 4) and found.dtype == torch.int32
+    changed = (found[0] ^ found[0, :, 200:201])[:, :200].numpy().view("u4")
+    assert np.count_nonzero(changed) == 200
+    for column in range(200):
+        chunk, at = divmod(column, 128)
+        pair, lane, half = at // 8, at % 8 // 2, at % 2
+        shift, bit = places(dtype)[pair]
+        assert changed[chunk, column, lane] == 1 << (bit - shift + 16 * half)
+        assert (found[0, chunk, column, lane] >> (bit - shift + 16 * half) & 1) == (bit != 15)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
