@@ -6,6 +6,7 @@ other projects'.
     python benchmarks/gpu.py engine [--part base adapters ...] [--graphs auto off] [--save]
     python benchmarks/gpu.py engine --rehearse [cpu]
     python benchmarks/gpu.py kernels [--part base lowrank ...] [--seconds 90] [--save]
+    python benchmarks/gpu.py tune [--tokens 16,64] [--out FOLDER]
     python benchmarks/gpu.py report [--svg FILE] [--svg-engine FILE]
 
 Where a GPU is to be had for three times ten minutes, in this order:
@@ -40,6 +41,9 @@ each kind; `base` with steps launched one by one; `transformers`, its own contin
 same weights in 16 bits, when the engine is gone. Prompts are of 448 tokens, figures from about 512
 tokens of context. --graphs says whether steps are replayed from graphs (auto) or launched (off);
 both by default, of which the second only makes `base`. Goals are judged and said again at the end.
+
+`tune` is `deltaserve tune` for the linears of that base; it needs no checkpoint, and nothing of a
+server's dependencies.
 
 `report` prints the tables of the saved results and draws what LoRA adds to a layer.
 
@@ -168,9 +172,8 @@ def work(args: argparse.Namespace) -> int:
     from gpu_kernels import case, cases, ceilings, record, supervise
 
     if args.shard is not None:
-        for part in args.part:
-            if part in cases.PARTS:
-                case.warm(cases.PARTS[part](args.peers), args.shard, args.warm)
+        parts = [cases.PARTS[part](args.peers) for part in args.part if part in cases.PARTS]
+        case.warm(case.in_turn(parts), args.shard, args.warm)
         return 0
     file = args.out or (record.RESULTS if args.save else None)
     if file is not None and not torch.cuda.is_available():
@@ -213,6 +216,21 @@ def report(args: argparse.Namespace) -> int:
     drawn = engine_report.plot(served)
     if args.svg_engine and drawn is not None:
         args.svg_engine.write_text(drawn)
+    return 0
+
+
+def tune(args: argparse.Namespace) -> int:
+    from gpu_serving import checkpoint, sizes
+
+    from deltaserve.server.tune import TuneError, run
+
+    with tempfile.TemporaryDirectory() as folder:
+        shape = sizes.LLAMA_8B
+        base = checkpoint.outline(Path(folder), shape)
+        try:
+            run(base, shape.dtype, "int4", shape.group, "float", args.tokens, args.out, False)
+        except TuneError as error:
+            sys.exit(f"tune: {error}")
     return 0
 
 
@@ -271,8 +289,11 @@ def main() -> int:
     four.add_argument("--commit", help="of the source, where there is no git")
     four.add_argument("--folder", type=Path, help="of the model and adapters, made once")
     four.add_argument("--place", type=Path, help=argparse.SUPPRESS)
+    five = commands.add_parser("tune")
+    five.add_argument("--tokens", default="16,64", help="numbers of tokens in a step, or all")
+    five.add_argument("--out", type=Path, help="folder of the table; the user's cache if left out")
     args = parser.parse_args()
-    run = {"check": check, "kernels": kernels, "engine": engine, "report": report}
+    run = {"check": check, "kernels": kernels, "engine": engine, "report": report, "tune": tune}
     return run[args.command](args)
 
 

@@ -28,6 +28,8 @@ from gpu_kernels.peers.work import AbsentError, Work  # noqa: E402
 from gpu_kernels.reference import relative_error  # noqa: E402
 from gpu_kernels.svg import Cluster, bars  # noqa: E402
 
+from deltaserve.server import tune as server_tune  # noqa: E402
+
 QKV, OUT, GATE_UP, DOWN = shapes.LLAMA_8B
 TINY = shapes.TINY[0]
 
@@ -257,6 +259,34 @@ def test_what_does_not_fit_in_the_time_is_not_run(capsys: pytest.CaptureFixture[
 
 class GaveUp(Exception):
     pass
+
+
+def test_the_first_cases_of_every_part_are_warmed_first() -> None:
+    parts: Any = [["a", "b", "c"], ["d"], ["e", "f"]]
+    assert list(case.in_turn(parts)) == ["a", "d", "e", "b", "f", "c"]
+
+
+def test_tuning_asks_for_the_groups_of_the_benchmarks_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def tuned(specs: Any, buckets: Any, device: Any, progress: Any) -> Any:
+        asked.extend((list(specs), buckets))
+        return iter(())
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    monkeypatch.setattr(server_tune, "arch", lambda device: 90)
+    monkeypatch.setattr(server_tune, "tune", tuned)
+    assert gpu.tune(argparse.Namespace(tokens="64,16", out=tmp_path)) == 0
+    specs, buckets = asked
+    assert buckets == [16, 64]
+    found = {(s.format, s.in_features, s.parts, s.group_size, s.activation) for s in specs}
+    for group in shapes.LLAMA_8B:
+        act = "silu" if group.name == "gate_up" else None
+        assert ("int4", group.in_features, group.parts, shapes.QUANTIZED_GROUP, act) in found
 
 
 def test_a_device_that_does_not_answer_is_left_to_a_new_process(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, NoReturn
 
 import torch
@@ -133,6 +134,12 @@ def copies_of(case: Case) -> int:
         return 2
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     return max(2, min(copies(case.weights, cache), MEMORY // max(case.weights, 1)))
+
+
+def in_turn(parts: Iterable[Iterable[Case]]) -> Iterator[Case]:
+    """One case of each part by turns: where time is short, the first of every part are warmed."""
+    for row in zip_longest(*parts):
+        yield from (case for case in row if case is not None)
 
 
 def warm(cases: Iterable[Case], shard: int, shards: int) -> None:

@@ -37,12 +37,14 @@ def write(folder: Path, shape: Shape, moved: Callable[[], object] = lambda: None
     index = {"metadata": {}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     byte_tokenizer(shape.config["vocab_size"]).save_pretrained(folder)
-    config = LlamaConfig(
-        rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"], dtype=shape.dtype, quantization_config=_scheme(shape),
-        **shape.config,
-    )  # fmt: skip
-    config.save_pretrained(folder)
+    _config(shape, quantization_config=_scheme(shape)).save_pretrained(folder)
+    return folder
+
+
+def outline(folder: Path, shape: Shape) -> Path:
+    """A checkpoint that is not quantized, without its weights."""
+    _config(shape).save_pretrained(folder)
+    save_file({}, folder / "model.safetensors")
     return folder
 
 
@@ -63,6 +65,13 @@ def dense_model(folder: Path, shape: Shape) -> nn.Module:
     model.eval()
     model.generation_config.eos_token_id = -1
     return model  # type: ignore[no-any-return]
+
+
+def _config(shape: Shape, **more: Any) -> LlamaConfig:
+    return LlamaConfig(
+        rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"], dtype=shape.dtype, **more, **shape.config,
+    )  # fmt: skip
 
 
 def _layer(shape: Shape, i: int, generator: torch.Generator) -> dict[str, Tensor]:

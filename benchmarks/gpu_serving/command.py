@@ -22,7 +22,7 @@ from gpu_serving import PARTS
 from gpu_serving.sizes import FULL, REHEARSAL, Sizes
 
 LIMITS = {
-    "start": 30, "base": 90, "adapters": 150, "floor": 90, "loads": 120, "bits": 120,
+    "start": 30, "base": 90, "adapters": 150, "floor": 90, "loads": 120, "bits": 150,
     "kinds": 120, "transformers": 150,
 }  # fmt: skip
 """Seconds after which a part is given up."""

@@ -26,6 +26,8 @@ LOAD, COMPILE, TEST, CAPTURE, REST = (
     "capture graphs",
     "plan memory, wire",
 )
+LOADERS = 4
+"""Adapters that are loaded at once, for so many gigabytes of them."""
 STAGES = {"compiling": COMPILE, "testing": TEST, "capturing": CAPTURE}
 """First word of what `build_engine` says it is doing -> stage; else it is loading."""
 
@@ -125,7 +127,9 @@ def serving(
     a GPU "cuda" is Triton's interpreter. moved: is called as the start goes on."""
     config = Config(
         ModelConfig(base, dtype=sizes.shape.dtype, device=device),
-        AdapterConfig(roots=(roots,), bytes=sizes.adapter_bytes, loader_processes=ON_GPU),
+        AdapterConfig(
+            roots=(roots,), bytes=sizes.adapter_bytes, loaders=LOADERS, loader_processes=ON_GPU
+        ),
         EngineConfig(
             kv_cache_bytes=sizes.kv_bytes,
             max_length=sizes.max_length,
