@@ -67,19 +67,30 @@ from pathlib import Path
 import gpu_serving
 import torch
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def use_source() -> None:
+    """The folders beside this one, also for processes that are started from here: those that load
+    adapters are programs of their own."""
+    folders = [str(ROOT / part) for part in ("kernels", "adapters", "server", "proto")]
+    sys.path[:0] = folders
+    given = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([*folders, *([given] if given else [])])
+
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 try:
     import deltaserve.kernels  # noqa: F401
-except ImportError:  # the package is not installed: use the folders beside this one
-    root = Path(__file__).resolve().parents[1]
-    sys.path[:0] = [str(root / part) for part in ("kernels", "adapters", "server", "proto")]
+except ImportError:  # the package is not installed
+    use_source()
 
 PARTS = ("ceilings", "base", "lowrank", "bit", "sparse", "mixed")
 CARRIED = Path(__file__).parent / "carried"
 SHOWN = 60
 """Lines of what was wrong that are said once more at the end."""
-MODELS = Path(__file__).resolve().parents[1] / "models"
+MODELS = ROOT / "models"
 
 
 def check(args: argparse.Namespace) -> int:

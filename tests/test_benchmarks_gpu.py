@@ -91,6 +91,16 @@ def test_a_piece_that_raises_is_wrong_and_the_others_are_checked(
     assert "2 checks, 1 wrong" in said
 
 
+def test_the_source_serves_processes_of_their_own_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that load adapters for a GPU start from nothing but the environment."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONPATH", "/nowhere")
+    gpu.use_source()
+    program = "import deltaserve.kernels as k, sys; print(k.__path__[0], '/nowhere' in sys.path)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split() == [str(gpu.ROOT / "kernels/deltaserve/kernels"), "True"]
+
+
 def test_what_is_measured_needs_nothing_that_the_doors_need() -> None:
     """A machine that is lent has torch, Triton and transformers, and not all that a server has."""
     needed = (
