@@ -13,11 +13,13 @@ Where a GPU is to be had for three times ten minutes, in this order:
 
     1   gpu.py check --jobs 12 --seconds 480, then gpu.py kernels --part ceilings --save
     2   gpu.py engine --seconds 570 --save
-    3   gpu.py kernels --part base lowrank bit sparse mixed --warm 14 --seconds 85 --save
+    3   gpu.py kernels --part base lowrank bit sparse mixed --warm 14 --warm-seconds 100
+        --seconds 85 --save, and if time is left gpu.py tune
 
-Whatever ends one of them, rows and verdicts printed by then are kept: every figure is saved as soon
-as it is known, a part that fails, hangs or crashes is said to be absent, and the others go on in a
-new process.
+with --out FILE in place of --save where only some files are kept, and --commit HASH where there is
+no git. Whatever ends one of them, rows and verdicts printed by then are kept: every figure is saved
+as soon as it is known, a part that fails, hangs or crashes is said to be absent, and the others go
+on in a new process.
 
 `check` compares every kernel with float64 at the sizes of Llama-3.1-8B, in mixed batches and in
 graphs replayed with other batches than they were captured with; then the engine on the GPU with the
@@ -41,6 +43,8 @@ each kind; `base` with steps launched one by one; `transformers`, its own contin
 same weights in 16 bits, when the engine is gone. Prompts are of 448 tokens, figures from about 512
 tokens of context. --graphs says whether steps are replayed from graphs (auto) or launched (off);
 both by default, of which the second only makes `base`. Goals are judged and said again at the end.
+The start compiles 282 kernels, some 150 to 200 seconds of one core, and unpacks the base, some 5 of
+a layer: both estimates from a part of them on a machine without a GPU, and shared by all cores.
 
 `tune` is `deltaserve tune` for the linears of that base; it needs no checkpoint, and nothing of a
 server's dependencies.

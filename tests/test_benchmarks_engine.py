@@ -395,6 +395,25 @@ def test_the_tables_show_the_newest_figures_and_what_is_missing() -> None:
     assert "99.0" not in text and "123456" not in text
 
 
+def test_a_part_is_absent_no_more_once_it_was_measured() -> None:
+    failed = {**_row("bits", 0, "", section="bits"), "absent": "failed", "engine": None}
+    failed |= {"batch": None}
+    failed.pop("value")
+    made = _row("decode", 1.0, "tokens/s", section="bits", p50_ms=1.0)
+    assert "- bits" in report.markdown([made, failed])
+    assert "- bits" not in report.markdown([failed, made])
+
+
+def test_a_steps_kernels_are_listed() -> None:
+    kernels = {"gemm_kernel": 1.25, "norm_kernel": 0.5}
+    row = _row("sum of own kernels", 1.75, "ms", kernels=kernels, launches=9, form="base")
+    less = {**row, "batch": 1, "value": 1.0, "kernels": {"gemm_kernel": 1.0}}
+    text = report.markdown([row, less])
+    assert "| batch | of | launches | gemm | norm | sum |" in text
+    assert "| 64 | base | 9 | 1.25 | 0.5 | 1.75 ms |" in text
+    assert "| 1 | base | 9 | 1 | - | 1 ms |" in text
+
+
 def test_the_plot_has_the_steps_of_the_base() -> None:
     rows = [row for row in _results() if "absent" not in row]
     drawn = report.plot(rows)

@@ -11,10 +11,17 @@ Row = dict[str, Any]
 
 
 def newest(rows: Iterable[Row]) -> dict[tuple[Any, ...], Row]:
-    """Of each figure the last row, rehearsals left out."""
+    """Of each figure the last row, rehearsals left out; of a part that was absent nothing, once it
+    has been measured."""
     names = ("shape", "section", "what", "engine", "graphs", "batch", "form")
     real = (row for row in rows if not row.get("rehearsal"))
-    return {tuple(row.get(name) for name in names): row for row in real}
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in real:
+        if "value" in row:
+            part = (row["shape"], row["section"], row["section"], None, row["graphs"], None, None)
+            found.pop(part, None)
+        found[tuple(row.get(name) for name in names)] = row
+    return found
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -40,6 +47,7 @@ def _of(rows: Sequence[Row], title: str) -> str:
             f"torch {last['torch']}, Triton {last['triton']}, Python {last['python']}; "
             f"commit {runs}.\n",
             _table("Decoding", DECODING, steps),
+            _kernels([r for r in measured if r.get("kernels")]),
             _table("Goals", GOALS, [r for r in measured if r.get("goal")]),
             _table("Start", FIGURES, [r for r in measured if r["section"] == "start"]),
             _table(
@@ -117,6 +125,18 @@ def _table(title: str, cells: Cells, rows: Sequence[Row]) -> str:
         return ""
     lines = [list(cells), ["---"] * len(cells), *([f(r) for f in cells.values()] for r in rows)]
     return f"{title}:\n\n" + "\n".join("| " + " | ".join(x) + " |" for x in lines) + "\n"
+
+
+def _kernels(rows: Sequence[Row]) -> str:
+    """What a step's own kernels take, each timed apart."""
+    names = list(dict.fromkeys(name for row in rows for name in row["kernels"]))
+
+    def of(name: str) -> Callable[[Row], str]:
+        return lambda row: f"{row['kernels'][name]:g}" if name in row["kernels"] else "-"
+
+    cells = {"batch": _cell("batch"), "of": _cell("form"), "launches": _cell("launches")}
+    each = {name.removesuffix("_kernel"): of(name) for name in names}
+    return _table("Milliseconds of a step's kernels", {**cells, **each, "sum": _value}, rows)
 
 
 def _absent(rows: Sequence[Row]) -> str:

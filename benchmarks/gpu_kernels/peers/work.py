@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,6 +53,7 @@ def stand_in(name: str, contents: Mapping[str, Any], path: Path | None = None) -
     """A module put in place of one of the peer's own; with a path it is a package, whose other
     modules are found there."""
     module = ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None)  # others ask whether it can be imported
     for key, value in contents.items():
         setattr(module, key, value)
     if path is not None:
