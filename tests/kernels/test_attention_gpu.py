@@ -15,9 +15,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from deltaserve.kernels.attention import gpu, reference
+from deltaserve.kernels.attention.gpu_step import GpuStep
 from deltaserve.kernels.attention.launch import MAX_SPLITS, Shape, decode_splits
+from deltaserve.kernels.attention.step import Span
 from deltaserve.kernels.attention.tables import AttentionTables
 from deltaserve.kernels.attention.variants import variants
+from deltaserve.kernels.gpu.static import StaticMemory
 from deltaserve.kernels.gpu.sums import Sums
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -479,3 +482,29 @@ def test_tables_refuse_what_they_cannot_hold(
     tables = AttentionTables.allocate(2, 8, 4, 4, "cpu")
     with pytest.raises(ValueError, match=message):
         tables.fill(queries, lengths, blocks)
+
+
+def test_a_step_comes_to_the_device_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells and tables; more blocks are given than hold its tokens."""
+    sent: list[StaticMemory] = []
+    send = StaticMemory.send
+    monkeypatch.setattr(StaticMemory, "send", lambda memory: sent.append(memory) or send(memory))
+    size, pasts, counts = 4, (0, 3, 4, 9, 41), (1, 6, 1, 3, 14)
+    lengths = [past + count for past, count in zip(pasts, counts, strict=True)]
+    order = iter(torch.randperm(100).tolist())
+    blocks = [[next(order) for _ in range(-(-n // size) + 1)] for n in lengths]
+    spans = [Span(*of) for of in zip(pasts, counts, blocks, strict=True)]
+    step = GpuStep.of(spans, size, torch.device(DEVICE))
+    assert len(sent) == 1
+    want = [
+        held[at // size] * size + at % size
+        for past, n, held in zip(pasts, lengths, blocks, strict=True)
+        for at in range(past, n)
+    ]
+    assert step.cells.tolist() == want
+    tables, expected = step.tables, AttentionTables.allocate(5, max(lengths), size, 14, DEVICE)
+    used = [held[: -(-n // size)] for held, n in zip(blocks, lengths, strict=True)]
+    expected.fill(counts, lengths, used)
+    assert (tables.max_queries, tables.max_length) == (14, max(lengths))
+    for name in ("rows", "query_start", "lengths", "tables"):
+        assert torch.equal(getattr(tables, name), getattr(expected, name)), name

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from deltaserve.kernels.attention.cpu_step import cells_of
 from deltaserve.kernels.attention.gpu import paged_attention, write_cells
 from deltaserve.kernels.attention.step import AttentionStep, How, Span
 from deltaserve.kernels.attention.tables import AttentionTables
+from deltaserve.kernels.gpu.static import ALIGN, StaticMemory
 
 
 class GpuStep(AttentionStep):
@@ -24,22 +26,22 @@ class GpuStep(AttentionStep):
 
     @classmethod
     def of(cls, spans: Sequence[Span], block_size: int, device: torch.device) -> Self:
-        """With room for this step alone."""
+        """With room for this step alone, brought to the device in one copy."""
         queries = [span.tokens for span in spans]
         lengths = [span.past + span.tokens for span in spans]
         used = [-(-n // block_size) for n in lengths]
         blocks = [span.blocks[:n] for span, n in zip(spans, used, strict=True)]
-        cells = np.concatenate(
-            [
-                cells_of(np.array(held), block_size, past, past + count)
-                for (past, count, _), held in zip(spans, blocks, strict=True)
-            ]
+        bounds = len(spans), max(lengths), block_size
+        sizes = 2 * sum(queries), AttentionTables.numbers(*bounds)
+        memory = StaticMemory(sum(size + -size % ALIGN for size in sizes), device)
+        (own, cells), (words, held) = map(memory.take, sizes)
+        AttentionTables.over(words, *bounds, max(queries)).fill(queries, lengths, blocks)
+        np.concatenate(
+            [_new_cells(s, block_size) for s in spans], out=own.view(torch.int64).numpy()
         )
-        tables = AttentionTables.allocate(
-            len(spans), max(lengths), block_size, max(queries), device
-        )
-        tables.fill(queries, lengths, blocks)
-        return cls(torch.from_numpy(cells).to(device), tables)
+        memory.send()
+        tables = AttentionTables.over(held, *bounds, max(queries))
+        return cls(cells.view(torch.int64), tables)
 
     def write(self, keys: Tensor, values: Tensor, key: Tensor, value: Tensor) -> None:
         rows = key[0].transpose(0, 1), value[0].transpose(0, 1)
@@ -58,3 +60,12 @@ class GpuStep(AttentionStep):
             how.softcap,
             how.sinks,
         )
+
+
+def _new_cells(span: Span, block_size: int) -> npt.NDArray[np.int64]:
+    """Of its tokens, found from the blocks that hold those alone: there may be thousands before."""
+    first = span.past // block_size
+    past = span.past - first * block_size
+    end = past + span.tokens
+    held = np.array(span.blocks[first : first - (-end // block_size)])
+    return cells_of(held, block_size, past, end)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,8 +45,21 @@ class AttentionTables:
         device: torch.device | str,
     ) -> AttentionTables:
         """Tables of a step without sequences, in one piece of memory."""
+        count = cls.numbers(max_rows, max_length, block_size)
+        held = torch.zeros(count, dtype=torch.int32, device=device)
+        return cls.over(held, max_rows, max_length, block_size, max_queries)
+
+    @staticmethod
+    def numbers(max_rows: int, max_length: int, block_size: int) -> int:
+        """Of 32 bits, that they are."""
+        return 2 + max_rows * (2 + -(-max_length // block_size))
+
+    @classmethod
+    def over(
+        cls, held: Tensor, max_rows: int, max_length: int, block_size: int, max_queries: int
+    ) -> AttentionTables:
+        """In memory of somebody else, int32 [numbers], zeros for a step without sequences."""
         width = -(-max_length // block_size)
-        held = torch.zeros(2 + max_rows * (2 + width), dtype=torch.int32, device=device)
         rows, start, lengths, tables = torch.split(
             held, [1, max_rows + 1, max_rows, max_rows * width]
         )
@@ -64,7 +78,7 @@ class AttentionTables:
                 f"{len(queries)} queries, {len(lengths)} lengths and {len(blocks)} lists of blocks "
                 f"for at most {self.max_rows} sequences"
             )
-        table = torch.zeros(len(blocks), self.tables.shape[1], dtype=torch.int32)
+        table = np.zeros((len(blocks), self.tables.shape[1]), dtype=np.int32)
         for i, (n, length, held) in enumerate(zip(queries, lengths, blocks, strict=True)):
             if not 0 <= n <= min(length, self.max_queries) or length > self.max_length:
                 raise ValueError(
@@ -74,9 +88,9 @@ class AttentionTables:
             used = -(-length // self.block_size)
             if len(held) < used:
                 raise ValueError(f"sequence {i} has {len(held)} blocks for {length} cells")
-            table[i, :used] = torch.tensor(held[:used], dtype=torch.int32)
+            table[i, :used] = held[:used]
         start = torch.tensor([0, *accumulate(queries)], dtype=torch.int32)
-        self.tables[: len(blocks)].copy_(table)
+        self.tables[: len(blocks)].copy_(torch.from_numpy(table))
         self.lengths[: len(lengths)].copy_(torch.tensor(lengths, dtype=torch.int32))
         self.query_start[: len(start)].copy_(start)
         self.rows.fill_(len(queries))
