@@ -58,6 +58,7 @@ to show that the code works; nothing is saved then.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import subprocess
 import sys
@@ -83,6 +84,8 @@ def use_source() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([*folders, *([given] if given else [])])
 
 
+faulthandler.enable()
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all that is read is local; looking further may hang
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 try:

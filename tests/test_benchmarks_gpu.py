@@ -271,6 +271,19 @@ class GaveUp(Exception):
     pass
 
 
+def test_an_error_says_once_where_it_came_from(capsys: pytest.CaptureFixture[str]) -> None:
+    def raises_it() -> None:
+        raise ValueError("of a kernel, told once")
+
+    for _ in range(2):
+        report = Report()
+        with report.attempt("it"):
+            raises_it()
+        assert report.wrong == 1
+    said = capsys.readouterr().err
+    assert said.count("in raises_it") == 1 and said.count("ValueError: of a kernel") == 1
+
+
 def test_the_first_cases_of_every_part_are_warmed_first() -> None:
     parts: Any = [["a", "b", "c"], ["d"], ["e", "f"]]
     assert list(case.in_turn(parts)) == ["a", "d", "e", "b", "f", "c"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from gpu_kernels import ceilings
+from gpu_kernels import ceilings, traces
 from gpu_kernels.data import ON_GPU
 from gpu_kernels.peers.work import AbsentError, Work
 from gpu_kernels.record import Recorder
@@ -77,6 +78,7 @@ def run(
 
         def hung(case: Case = case) -> None:
             recorder.write(case.row(absent=f"not done after {HUNG} s"))
+            faulthandler.dump_traceback()
             give_up()
 
         watch = threading.Timer(HUNG, hung)
@@ -114,6 +116,7 @@ def run_one(case: Case) -> dict[str, Any]:
     except AbsentError as reason:
         return case.row(absent=str(reason))
     except Exception as error:  # a peer's own failure must not end the run
+        traces.tell(error)
         return case.row(absent=f"failed, {type(error).__name__}: {str(error)[:300]}")
     limits = ceilings.copy_tb_per_s(), ceilings.matmul_tflop_per_s()
     floor = floor_us(case.nbytes, case.operations, *limits)

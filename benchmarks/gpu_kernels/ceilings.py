@@ -43,6 +43,16 @@ def matmul_tflop_per_s() -> float:
     return 2 * SQUARE**3 / measure([lambda: torch.mm(a, b)], 5).us / 1e6
 
 
+def clock_mhz() -> float:
+    """Of the multiprocessors while they multiply. Raises ModuleNotFoundError without pynvml."""
+    a, b = (torch.randn(SQUARE, SQUARE, device=DEVICE).to(DTYPE) for _ in range(2))
+    for _ in range(100):
+        torch.mm(a, b)
+    found = float(torch.cuda.clock_rate())  # the products go on meanwhile
+    torch.cuda.synchronize()
+    return found
+
+
 def launch_us(pdl: bool) -> float:
     """Of one small kernel among many in a graph, with programmatic dependent launch or without: the
     slope between two lengths, so that starting the graph drops out."""
@@ -72,6 +82,7 @@ def rows() -> Iterator[dict[str, Any]]:
     for what, unit, find in (
         ("device copy", "TB/s", copy_tb_per_s),
         ("16-bit matmul", "TFLOP/s", matmul_tflop_per_s),
+        ("clock while multiplying", "MHz", clock_mhz),
         ("launch in a graph", "us", lambda: launch_us(False)),
         ("launch in a graph, PDL", "us", lambda: launch_us(True)),
     ):
@@ -79,7 +90,10 @@ def rows() -> Iterator[dict[str, Any]]:
         if what.endswith("PDL") and not has_pdl():
             yield {**head, "absent": "needs compute capability 9.0"}
             continue
+        if find is clock_mhz and not ON_GPU:
+            yield {**head, "absent": "needs a GPU"}
+            continue
         try:
             yield {**head, "value": round(find(), 4), "unit": unit}
-        except RuntimeError as error:
+        except (RuntimeError, ImportError) as error:
             yield {**head, "absent": str(error)[:300]}

@@ -24,7 +24,7 @@ from deltaserve.kernels.primitives import (
     SparseRows,
 )
 from deltaserve.kernels.segments import Mix, Segments
-from gpu_kernels import architectures, data, ours, shapes
+from gpu_kernels import architectures, data, ours, shapes, traces
 from gpu_kernels.data import DEVICE, ON_GPU, Adapter
 from gpu_kernels.engines import FORMS, engines
 from gpu_kernels.reference import relative_error, served
@@ -76,6 +76,7 @@ class Report:
             yield
         except Exception as error:
             self._count(False, f"{what:72} {type(error).__name__}: {str(error)[:300]}")
+            traces.tell(error)
 
     def _count(self, right: bool, text: str) -> None:
         self.checks += 1

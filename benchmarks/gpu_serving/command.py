@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import sys
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_kernels import case, ceilings
+from gpu_kernels import case, ceilings, traces
 from gpu_kernels.record import RESULTS, Recorder, line
 from gpu_kernels.supervise import Place, give_up
 
@@ -168,6 +169,7 @@ def _serve(run: Run, step: Step, graphs: str, stack: ExitStack) -> Any:
                 serving(base, run.folder, run.sizes, graphs, run.device, watch.moved)
             )
     except Exception as error:
+        traces.tell(error)
         run.absent(step, f"no engine, {type(error).__name__}: {error}")
         give_up()
 
@@ -185,6 +187,7 @@ def _measure(run: Run, step: Step, served: Any) -> None:
                 for row in part(stage):
                     run.write(step, row)
         except Exception as error:
+            traces.tell(error)
             run.absent(step, f"failed, {type(error).__name__}: {error}")
     print(f"[{step}: {time.monotonic() - began:.0f} s]", flush=True)
     if not case.usable():
@@ -208,6 +211,7 @@ class _watch:
 
     def _late(self, limit: float) -> None:
         self._run.absent(self._step, f"{self._what} was not done after {limit:.0f} s")
+        faulthandler.dump_traceback()
         give_up()
 
     def __enter__(self) -> _watch:
