@@ -17,6 +17,16 @@ class FeedbackTarget:
 
 
 @dataclass(frozen=True, slots=True)
+class Erased:
+    """What was known of a user and is not any more. counts: one for each route and each change of
+    what its arms are; requests that were kept one by one; pieces of feedback."""
+
+    counts: int
+    requests: int
+    feedback: int
+
+
+@dataclass(frozen=True, slots=True)
 class Estimate:
     """A number and its interval, from -inf to inf while it is not known at all."""
 

@@ -7,7 +7,7 @@ from typing import Any, Unpack
 
 from deltaserve.clients import report_messages, route_messages
 from deltaserve.clients.errors import typed
-from deltaserve.clients.report_types import FeedbackTarget, Report
+from deltaserve.clients.report_types import Erased, FeedbackTarget, Report
 from deltaserve.clients.route_types import Route, RouteArm, RouteOptions
 from deltaserve.v1 import route_pb2 as pb
 
@@ -98,6 +98,16 @@ class RouteCalls:
             response = self._routes.GetReport(request, timeout=timeout or self._timeout)
         return report_messages.report(response)
 
+    def erase_user(
+        self, user: str, tenant: str | None = None, *, timeout: float | None = None
+    ) -> Erased:
+        """Forget what came of a user's requests on all routes, and what was said of them. It is
+        durable when this returns. tenant: whose user it is; the key's own if left out."""
+        request = pb.EraseUserRequest(user=user, tenant=tenant)
+        with typed():
+            response = self._routes.EraseUser(request, timeout=timeout or self._timeout)
+        return Erased(response.counts, response.requests, response.feedback)
+
 
 class AsyncRouteCalls:
     """Of the asynchronous client; the twin of `RouteCalls`."""
@@ -184,3 +194,13 @@ class AsyncRouteCalls:
         with typed():
             response = await self._routes.GetReport(request, timeout=timeout or self._timeout)
         return report_messages.report(response)
+
+    async def erase_user(
+        self, user: str, tenant: str | None = None, *, timeout: float | None = None
+    ) -> Erased:
+        """Forget what came of a user's requests on all routes, and what was said of them. It is
+        durable when this returns. tenant: whose user it is; the key's own if left out."""
+        request = pb.EraseUserRequest(user=user, tenant=tenant)
+        with typed():
+            response = await self._routes.EraseUser(request, timeout=timeout or self._timeout)
+        return Erased(response.counts, response.requests, response.feedback)

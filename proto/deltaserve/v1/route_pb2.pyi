@@ -393,3 +393,21 @@ class ReportPoint(_message.Message):
     reward: Estimate
     difference: Estimate
     def __init__(self, time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., arm: _Optional[str] = ..., rewarded_users: _Optional[int] = ..., reward: _Optional[_Union[Estimate, _Mapping]] = ..., difference: _Optional[_Union[Estimate, _Mapping]] = ...) -> None: ...
+
+class EraseUserRequest(_message.Message):
+    __slots__ = ("user", "tenant")
+    USER_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    user: str
+    tenant: str
+    def __init__(self, user: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
+
+class EraseUserResponse(_message.Message):
+    __slots__ = ("counts", "requests", "feedback")
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    FEEDBACK_FIELD_NUMBER: _ClassVar[int]
+    counts: int
+    requests: int
+    feedback: int
+    def __init__(self, counts: _Optional[int] = ..., requests: _Optional[int] = ..., feedback: _Optional[int] = ...) -> None: ...

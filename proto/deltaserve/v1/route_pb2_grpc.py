@@ -70,6 +70,11 @@ class RouteServiceStub:
                 request_serializer=deltaserve_dot_v1_dot_route__pb2.GetReportRequest.SerializeToString,
                 response_deserializer=deltaserve_dot_v1_dot_route__pb2.GetReportResponse.FromString,
                 _registered_method=True)
+        self.EraseUser = channel.unary_unary(
+                '/deltaserve.v1.RouteService/EraseUser',
+                request_serializer=deltaserve_dot_v1_dot_route__pb2.EraseUserRequest.SerializeToString,
+                response_deserializer=deltaserve_dot_v1_dot_route__pb2.EraseUserResponse.FromString,
+                _registered_method=True)
 
 
 class RouteServiceServicer:
@@ -127,6 +132,15 @@ class RouteServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EraseUser(self, request, context):
+        """Forgets one user: its requests, what was counted of it and the feedback on it, on all routes, in
+        memory and in the database. It is durable when it is answered. Requests that end later count
+        anew. A user that there is not is no error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RouteServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -164,6 +178,11 @@ def add_RouteServiceServicer_to_server(servicer, server):
                     servicer.GetReport,
                     request_deserializer=deltaserve_dot_v1_dot_route__pb2.GetReportRequest.FromString,
                     response_serializer=deltaserve_dot_v1_dot_route__pb2.GetReportResponse.SerializeToString,
+            ),
+            'EraseUser': grpc.unary_unary_rpc_method_handler(
+                    servicer.EraseUser,
+                    request_deserializer=deltaserve_dot_v1_dot_route__pb2.EraseUserRequest.FromString,
+                    response_serializer=deltaserve_dot_v1_dot_route__pb2.EraseUserResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -356,6 +375,33 @@ class RouteService:
             '/deltaserve.v1.RouteService/GetReport',
             deltaserve_dot_v1_dot_route__pb2.GetReportRequest.SerializeToString,
             deltaserve_dot_v1_dot_route__pb2.GetReportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EraseUser(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/deltaserve.v1.RouteService/EraseUser',
+            deltaserve_dot_v1_dot_route__pb2.EraseUserRequest.SerializeToString,
+            deltaserve_dot_v1_dot_route__pb2.EraseUserResponse.FromString,
             options,
             channel_credentials,
             insecure,

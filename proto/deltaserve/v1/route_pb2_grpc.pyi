@@ -50,6 +50,11 @@ class RouteServiceStub:
     """
     GetReport: _grpc.UnaryUnaryMultiCallable[_route_pb2.GetReportRequest, _route_pb2.GetReportResponse]
     """Compares the arms of a route."""
+    EraseUser: _grpc.UnaryUnaryMultiCallable[_route_pb2.EraseUserRequest, _route_pb2.EraseUserResponse]
+    """Forgets one user: its requests, what was counted of it and the feedback on it, on all routes, in
+    memory and in the database. It is durable when it is answered. Requests that end later count
+    anew. A user that there is not is no error.
+    """
 
 @_typing.type_check_only
 class RouteServiceAsyncStub(RouteServiceStub):
@@ -73,6 +78,11 @@ class RouteServiceAsyncStub(RouteServiceStub):
     """
     GetReport: _aio.UnaryUnaryMultiCallable[_route_pb2.GetReportRequest, _route_pb2.GetReportResponse]  # type: ignore[assignment]
     """Compares the arms of a route."""
+    EraseUser: _aio.UnaryUnaryMultiCallable[_route_pb2.EraseUserRequest, _route_pb2.EraseUserResponse]  # type: ignore[assignment]
+    """Forgets one user: its requests, what was counted of it and the feedback on it, on all routes, in
+    memory and in the database. It is durable when it is answered. Requests that end later count
+    anew. A user that there is not is no error.
+    """
 
 class RouteServiceServicer(metaclass=_abc_1.ABCMeta):
     """Routes requests to arms, and compares the arms. A route's name is used as `model` in requests."""
@@ -135,5 +145,16 @@ class RouteServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_route_pb2.GetReportResponse, _abc.Awaitable[_route_pb2.GetReportResponse]]:
         """Compares the arms of a route."""
+
+    @_abc_1.abstractmethod
+    def EraseUser(
+        self,
+        request: _route_pb2.EraseUserRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_route_pb2.EraseUserResponse, _abc.Awaitable[_route_pb2.EraseUserResponse]]:
+        """Forgets one user: its requests, what was counted of it and the feedback on it, on all routes, in
+        memory and in the database. It is durable when it is answered. Requests that end later count
+        anew. A user that there is not is no error.
+        """
 
 def add_RouteServiceServicer_to_server(servicer: RouteServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -8,11 +8,16 @@ import math
 from pathlib import Path
 
 import pytest
+from issue import issue
 from served import served
 from typer.testing import CliRunner
 
 from deltaserve.clients import AsyncClient, errors
 from deltaserve.clients.cli import app
+from deltaserve.clients.report_types import Erased
+from deltaserve.server.identity.book import Book
+from deltaserve.server.identity.caller import Role
+from deltaserve.server.service.identity import Identity
 from deltaserve.server.state.store import Store
 from deltaserve.server.state.url import parse
 
@@ -99,3 +104,47 @@ async def test_from_answers_to_a_report(tmp_path: Path) -> None:
             await client.get_report("none")
         with pytest.raises(errors.FailedPrecondition, match="'stranger'"):
             await client.record_feedback(route="r", user="stranger", reward=1.0)
+
+
+async def test_a_user_is_erased(tmp_path: Path) -> None:
+    """By who may, for good, and nothing says who it was."""
+    store, book = await Store.open(parse(str(tmp_path / "s.db"))), Book()
+    every = [role for role in Role if role is not Role.ADMIN]
+    acme, admin = issue(book, *every, tenant="acme")[1], issue(book, Role.ADMIN, tenant="ops")[1]
+    identity = Identity(book)
+    users = {"the one": 1.0, "u1": 0.0, "u2": -1.0}
+
+    async def counted(client: AsyncClient) -> tuple[int, float, int]:
+        arms = (await client.get_report("r")).arms
+        rewarded = [(a.rewarded_users, a.reward.value if a.reward else 0.0) for a in arms]
+        return sum(a.users for a in arms), sum(n * m for n, m in rewarded), arms[0].requests
+
+    async with served(identity=identity, store=store) as s:
+        async with AsyncClient(s.address, token=acme) as client:
+            await client.put_route("r", [{"name": "base"}, {"name": "other"}])
+            for user, reward in users.items():
+                answer = await client.generate("hi", "r", max_tokens=1, user=user)
+                await client.record_feedback(answer.request_id, reward)
+            before = await counted(client)
+            assert before[:2] == (3, pytest.approx(0.0))
+            with pytest.raises(errors.PermissionDenied):
+                await client.erase_user("the one")
+        async with AsyncClient(s.address, token=admin) as operator:
+            assert await operator.erase_user("the one") == Erased(0, 0, 0), "of its own tenant"
+            assert await operator.erase_user("the one", "acme") == Erased(1, 1, 1)
+            for arguments, field in ((("",), "user"), (("u", "a\nb"), "tenant")):
+                with pytest.raises(errors.InvalidArgument) as caught:
+                    await operator.erase_user(*arguments)
+                assert caught.value.field == field
+        async with AsyncClient(s.address, token=acme) as client:
+            after = await counted(client)
+            assert after == (2, pytest.approx(-1.0), before[2]), "the arm's requests stay"
+    audit = [e for e in await store.audit() if e.verb == "EraseUser"]
+    assert [(e.name, e.outcome) for e in audit] == [("ops", "OK"), ("acme", "OK")]
+    assert all(e.who.startswith("ops/") for e in audit) and "the one" not in repr(audit)
+    again = await Store.open(parse(str(tmp_path / "s.db")))
+    async with (
+        served(identity=identity, store=again) as s,
+        AsyncClient(s.address, token=acme) as client,
+    ):
+        assert await counted(client) == after

@@ -203,6 +203,17 @@ class Book:
         rest = {user: past for user, past in self.past.items() if past[1]}
         return {**rest, **dict(zip(users, found, strict=True))}
 
+    def erase(self, user: int) -> int:
+        """As if nothing were known of the user. Sums in which nobody can be told from others stay:
+        the arms' totals, the balance of the assignments, the history. -> as `Users.erase`."""
+        self.past.pop(user, None)
+        return self.users.erase(user)
+
+    def shadows(self) -> set[str]:
+        """Names of the arms that ran in the shadow of answers."""
+        pairs = zip(self.arms, self.totals, strict=True)
+        return {arm for arm, totals in pairs if totals.shadow}
+
     def randomized(self) -> bool:
         """Whether any user was assigned at random."""
         return bool(self.balance.found)

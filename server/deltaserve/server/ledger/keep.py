@@ -13,10 +13,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from deltaserve.server.ledger.balance import Balance
 from deltaserve.server.ledger.batch import Batch, Waiting, fill, repay
 from deltaserve.server.ledger.book import Book, Counts, Totals
+from deltaserve.server.ledger.erased import Erased, Keys
 from deltaserve.server.ledger.feedback import Answer, Given
 from deltaserve.server.ledger.looks import Looks
 from deltaserve.server.ledger.tables import BOOKS, EXPOSURES, FEEDBACK, LOOKS, TRIALS
-from deltaserve.server.state.store import Store
+from deltaserve.server.state.records import Entry
+from deltaserve.server.state.store import Store, note
 
 PAGE = 20_000
 """Rows that are read at once: a transaction is not to take long."""
@@ -67,6 +69,35 @@ class Keeper:
             last = (await connection.execute(select(func.max(BOOKS.c.id)))).scalar()
         rows = [row for row in found if routes is None or row["route"] in routes]
         return [await self._book(row) for row in rows], last or 0
+
+    async def shadows(self) -> dict[str, set[str]]:
+        """The arms that ever ran in the shadow of answers, of each route that was ever counted."""
+        found: dict[str, set[str]] = {}
+        for route, totals in await self._rows(select(BOOKS.c.route, BOOKS.c.totals)):
+            arms = json.loads(totals)["arms"].items()
+            shadows = found.setdefault(route, set())
+            shadows.update(arm for arm, dumped in arms if dumped["shadow"])
+        return found
+
+    async def erase(self, keys: Keys, entry: Entry) -> Erased:
+        """All rows of a user."""
+        counts: set[tuple[int, int]] = set()
+        requests = feedback = 0
+        async with self._store.transaction() as connection:
+            for route, users in keys.items():
+                books = select(BOOKS.c.id).where(BOOKS.c.route == route)
+                exposed, given = (
+                    and_(table.c.book.in_(books), table.c.user.in_(users))
+                    for table in (EXPOSURES, FEEDBACK)
+                )
+                query = select(EXPOSURES.c.book, EXPOSURES.c.user).where(exposed)
+                counts.update(map(tuple, await connection.execute(query)))
+                await connection.execute(delete(EXPOSURES).where(exposed))
+                feedback += (await connection.execute(delete(FEEDBACK).where(given))).rowcount
+                theirs = TRIALS.c.user.in_(users)
+                requests += (await connection.execute(delete(TRIALS).where(theirs))).rowcount
+            await note(connection, entry)
+        return Erased(counts, requests, feedback)
 
     async def prune(self, before: float) -> None:
         """Forget the trials that ended earlier; what they counted for stays."""

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from deltaserve.server.errors import AnswerUnknown, UserNotExposed
 from deltaserve.server.ledger.batch import Waiting
 from deltaserve.server.ledger.book import Book, Counts
+from deltaserve.server.ledger.erased import Erased, Keys
 from deltaserve.server.ledger.feedback import Answer, Feedback, Given
 from deltaserve.server.ledger.names import request_key, user_key
 from deltaserve.server.ledger.tally import Tallies
 from deltaserve.server.ledger.trial import Trial
-from deltaserve.server.ledger.writer import KEPT_DAYS, Writer
+from deltaserve.server.ledger.writer import KEPT_DAYS, Place, Writer
 
 if TYPE_CHECKING:
     from deltaserve.server.ledger.keep import Keeper
+    from deltaserve.server.state.records import Entry
 
 MAX_USERS = 2_000_000
 """Of all books together, about 400 MB."""
@@ -43,6 +45,7 @@ class Ledger:
         self._last = 0
         self._answers: OrderedDict[bytes, Answer] = OrderedDict()
         self._given: OrderedDict[bytes, Given] = OrderedDict()
+        self._erasures = 0
         self._keeper = keeper
         self._writer = None if keeper is None else Writer(keeper, self._settled, self._apply)
 
@@ -89,7 +92,10 @@ class Ledger:
     async def feedback(self, feedback: Feedback) -> Answer:
         """Kept when it returns. -> what it counts for. AnswerUnknown, UserNotExposed, and
         StateUnavailable, after which it is unknown whether it is kept."""
+        erasures = self._erasures
         answer = await self._answer(feedback)
+        while self._erasures != erasures:  # it may be of one who was erased while it was looked up
+            erasures, answer = self._erasures, await self._answer(feedback)
         labels = dict(feedback.labels)
         given = Given(feedback.key(), feedback.at, answer, feedback.reward, labels)
         if self._writer is None:
@@ -101,6 +107,43 @@ class Ledger:
         else:
             await self._writer.put(given)
         return answer
+
+    async def erase(self, tenant: str, user: str, entry: Entry) -> Erased:
+        """Forget what came of the user's requests and what was said of them, on every route: in
+        the database and in memory. Durable when it returns, with the entry in the audit log, which
+        must not name the user. StateUnavailable, after which nothing is erased."""
+        shadows = await self._keeper.shadows() if self._keeper is not None else {}
+        for route, _ in self._ids:
+            shadows.setdefault(route, set())
+        changed = self._writer.books if self._writer is not None else []
+        for book in (*self._books.values(), *changed):
+            shadows.setdefault(book.route, set()).update(book.shadows())
+        keys = {
+            route: [user_key(route, tenant, user, shadow) for shadow in ("", *arms)]
+            for route, arms in shadows.items()
+        }
+        if self._writer is not None:
+            return await self._writer.erase(keys, entry, self._forget)
+        requests, said = len(self._answers), len(self._given)
+        counts = [(book, key) for book, key, _ in self._forget(keys, ())]
+        return Erased(counts, requests - len(self._answers), said - len(self._given))
+
+    def _forget(self, keys: Keys, changed: Iterable[Book]) -> list[Place]:
+        """Of a user, in the books that there are and in those that have changed."""
+        users = {user for each in keys.values() for user in each}
+        places = []
+        current = {book.id: book for book in self._books.values()}
+        for book in ({book.id: book for book in changed} | current).values():
+            for user in keys.get(book.route, ()):
+                if (i := book.erase(user)) >= 0:
+                    places.append((book.id, user, i))
+                    self._users -= book.id in current
+        for key in [k for k, answer in self._answers.items() if answer.user in users]:
+            del self._answers[key]
+        for key in [k for k, given in self._given.items() if given.answer.user in users]:
+            del self._given[key]
+        self._erasures += 1
+        return places
 
     async def tallies(
         self, route: str, epoch: int, limits: Mapping[str, float] | None = None

@@ -69,6 +69,7 @@ TRIALS = Table(
     Column("empty", Boolean, nullable=False),
     Column("refusal", Boolean, nullable=False),
     Index("trials_at", "at"),
+    Index("trials_user", "user"),
 )
 
 FEEDBACK = Table(

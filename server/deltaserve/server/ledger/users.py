@@ -51,11 +51,13 @@ PAGE = 16_384
 
 
 class Users:
-    """rows: `ROW`s, of which the first len(self) are in use. 96 bytes a user, and about as much
-    for finding it."""
+    """96 bytes a user, and about as much for finding it. A row keeps its place: that of a user who
+    was erased is of arm -1, which there is not, and goes to the next one who comes."""
 
     def __init__(self) -> None:
         self._rows: Rows = np.zeros(64, ROW)
+        self._places = 0
+        self._free: list[int] = []
         self.index: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -63,13 +65,13 @@ class Users:
 
     @property
     def rows(self) -> Rows:
-        """A view: changes with every change."""
-        return self._rows[: len(self.index)]
+        """`ROW`s, those of erased users among them. A view: changes with every change."""
+        return self._rows[: self._places]
 
     async def pages(self) -> AsyncIterator[Rows]:
         """The rows that there are now, some at a time; others have their turn in between. Each row
         comes once, as it is then."""
-        for start in range(0, len(self), PAGE):
+        for start in range(0, self._places, PAGE):
             if start:
                 await asyncio.sleep(0)
             yield self.rows[start : start + PAGE]
@@ -80,10 +82,24 @@ class Users:
 
     def add(self, user: int) -> int:
         """-> its index, of a row of zeros."""
-        i = self.index[user] = len(self.index)
+        if self._free:
+            i = self._free.pop()
+            self._rows[i] = np.zeros((), ROW)
+        else:
+            i, self._places = self._places, self._places + 1
         if i == len(self._rows):
             grown = np.zeros(i + i // 2, ROW)
             grown[:i] = self._rows
             self._rows = grown
+        self.index[user] = i
         self._rows[i]["user"] = user
+        return i
+
+    def erase(self, user: int) -> int:
+        """-> the index that it had, -1 if it is not here."""
+        i = self.index.pop(user, -1)
+        if i >= 0:
+            self._rows[i] = np.zeros((), ROW)
+            self._rows[i]["arm"] = -1
+            self._free.append(i)
         return i

@@ -7,17 +7,19 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-from deltaserve.server.errors import StateUnavailable
+from deltaserve.server.errors import AnswerUnknown, RequestError, StateUnavailable
 from deltaserve.server.ledger.batch import Batch, Waiting, exposures
 from deltaserve.server.ledger.book import Book
+from deltaserve.server.ledger.erased import Erased, Keys
 from deltaserve.server.ledger.feedback import Given
 
 if TYPE_CHECKING:
     from deltaserve.server.ledger.keep import Keeper
+    from deltaserve.server.state.records import Entry
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,10 @@ CHUNK = 1000
 
 MOST = 100_000
 """Trials, and pieces of feedback, that wait for a database that does not answer."""
+
+
+Place: TypeAlias = tuple[int, int, int]
+"""Where a user was: a book's id, the user's key, its index there."""
 
 
 class Writer:
@@ -89,6 +95,32 @@ class Writer:
         writing = asyncio.ensure_future(self._write_until(done))
         writing.add_done_callback(lambda task: task.cancelled() or task.exception())
         await asyncio.shield(writing)
+
+    @property
+    def books(self) -> list[Book]:
+        """Those that have changed since they were written."""
+        return list(self._books.values())
+
+    async def erase(
+        self, keys: Keys, entry: Entry, forget: Callable[[Keys, Iterable[Book]], Sequence[Place]]
+    ) -> Erased:
+        """Returns when it is durable. forget: takes the user out of these books and of all else
+        that is in memory, once it has gone from the database; gives where it was.
+        StateUnavailable, after which nothing is erased."""
+        async with self._writing:
+            erased = await self._keeper.erase(keys, entry)
+            users = {user for each in keys.values() for user in each}
+            pending = len(self._trials)
+            self._trials = deque(one for one in self._trials if one.user not in users)
+            pending -= len(self._trials)
+            said = [pair for pair in self._given if pair[0].answer.user in users]
+            self._given = deque(pair for pair in self._given if pair[0].answer.user not in users)
+            _refuse(said, AnswerUnknown("the user was erased meanwhile"))
+            places = forget(keys, self.books)
+            for book, _, index in places:
+                self._users.pop((book, index), None)
+        counts = [(book, user) for book, user, _ in places]
+        return erased + Erased(counts, pending, len(said))
 
     async def _run(self) -> None:
         pruned = -PRUNE_SECONDS
@@ -192,7 +224,7 @@ class Writer:
 
 
 def _refuse(queue: list[tuple[Given, asyncio.Future[None]]], error: BaseException) -> None:
-    said = error if isinstance(error, StateUnavailable) else StateUnavailable("the server stops")
+    said = error if isinstance(error, RequestError) else StateUnavailable("the server stops")
     for _, done in queue:
         if not done.done():
             done.set_exception(said)

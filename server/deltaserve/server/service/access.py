@@ -30,6 +30,7 @@ NEEDED: dict[str, Role] = {
     "deltaserve.v1.RouteService/ListRoutes": Role.GENERATE,
     "deltaserve.v1.RouteService/RecordFeedback": Role.FEEDBACK,
     "deltaserve.v1.RouteService/GetReport": Role.FEEDBACK,
+    "deltaserve.v1.RouteService/EraseUser": Role.ADMIN,
     "deltaserve.v1.IdentityService/CreateKey": Role.ADMIN,
     "deltaserve.v1.IdentityService/ListKeys": Role.ADMIN,
     "deltaserve.v1.IdentityService/RevokeKey": Role.ADMIN,

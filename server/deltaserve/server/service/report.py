@@ -62,7 +62,7 @@ async def see(book: Book, points: int, now: float) -> Seen:
     """In the event loop of the book. now: `time.time()`."""
     looks = book.looks.chosen(points, Look(now, await book.samples())) if points else []
     random, crossed = book.randomized(), 0
-    rows = np.empty(len(book.users), book.users.rows.dtype)
+    rows = np.empty_like(book.users.rows)
     filled = 0
     async for page in book.users.pages():
         rows[filled : filled + len(page)] = page[: len(rows) - filled]

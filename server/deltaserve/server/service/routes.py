@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +17,21 @@ from deltaserve.server.routes.book import RouteBook
 from deltaserve.server.routes.route import Standing, State
 from deltaserve.server.routes.seen import check_owned
 from deltaserve.server.routes.seen import unknown as no_route
+from deltaserve.server.routes.whole import Whole
 from deltaserve.server.service import convert
 from deltaserve.server.service.call import Call
 from deltaserve.server.service.caveats import caveats
 from deltaserve.server.service.feedback import asked, feedback
 from deltaserve.server.service.report import fill, ratio, see, stamp, totals
+from deltaserve.server.state.records import Entry
 from deltaserve.v1 import generation_pb2
 from deltaserve.v1 import route_pb2 as pb
 
 if TYPE_CHECKING:
     from deltaserve.server.engine.engine import Engine
 
+
+log = logging.getLogger(__name__)
 
 STATES: dict[State, Any] = {
     state: pb.RouteState.Value(f"ROUTE_STATE_{state.name}") for state in State
@@ -46,6 +51,7 @@ class RouteService:
         self._metrics = metrics
         self._sight = sight
         self._ledger = ledger
+        self._whole = Whole(None, repr)
 
     async def PutRoute(self, request: pb.PutRouteRequest, call: Call) -> pb.PutRouteResponse:
         for i, arm in enumerate(request.route.arms):
@@ -111,6 +117,19 @@ class RouteService:
             await asyncio.to_thread(fill, response, route, seen, asked_for)
         response.warnings.extend(caveats(response, standing, book, asked_for.cuped, crossed))
         return response
+
+    async def EraseUser(self, request: pb.EraseUserRequest, call: Call) -> pb.EraseUserResponse:
+        user = convert.label("user", request.user)
+        if not user:
+            convert.refuse("user", "''", "the `user` of requests")
+        own = call.caller.tenant
+        tenant = convert.label("tenant", request.tenant) if request.HasField("tenant") else own
+        entry = Entry(call.caller.name, "EraseUser", tenant)
+        erased = await self._whole.run(entry, self._ledger.erase(tenant, user, entry))
+        log.info("a user of tenant %r was erased by %s: %s", tenant, call.caller.name, erased)
+        return pb.EraseUserResponse(
+            counts=len(erased.counts), requests=erased.requests, feedback=erased.feedback
+        )
 
     def _check_overrides(self, path: str, arm: pb.Arm) -> None:
         """What would be refused of every request."""
