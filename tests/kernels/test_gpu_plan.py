@@ -10,11 +10,12 @@ from gpu_rig import GpuRig
 from kernel_oracle import random_primitive, relative_error
 from torch import Tensor
 
-from deltaserve.kernels.gpu import config
+from deltaserve.kernels.gpu import aux, config
 from deltaserve.kernels.gpu.config import GemmConfig, GroupKey
 from deltaserve.kernels.gpu.plan import Uses
 from deltaserve.kernels.gpu.step import Limits, StepPlan, StepTooLarge
 from deltaserve.kernels.segments import Segments
+from deltaserve.kernels.table import Group
 
 LIMITS = Limits(
     width=160,
@@ -105,6 +106,19 @@ def test_experts_with_a_router_do_not_fit() -> None:
     plan = own.deltas.plan(Segments([], 12), own.base, limits=LIMITS)
     with pytest.raises(StepTooLarge, match="gates has 8 numbers"):
         own.deltas.replan(plan, Segments([(0, 3, ((9, 1.0),))], 12))
+
+
+@pytest.mark.parametrize(("arch", "like"), [(120, 89), (100, 90)])
+def test_a_blackwell_is_cut_as_what_it_is_like(arch: int, like: int) -> None:
+    """Of sm_120 a program has 99 KiB of shared memory, and no instruction that reads them."""
+    key = GroupKey("dense", 0, 4096, 512)
+    for tokens in (1, 16, 64, 256):
+        assert config.rule(key, tokens, arch) == config.rule(key, tokens, like)
+        own = config.aux_config(tokens, 4096, arch)
+        assert own == config.aux_config(tokens, 4096, like)
+        group = Group(4096, (512,), torch.bfloat16)
+        made = aux.constants(group, own, 128, arch, True)
+        assert made == aux.constants(group, own, 128, like, True)
 
 
 def test_the_table_comes_before_the_rule(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:

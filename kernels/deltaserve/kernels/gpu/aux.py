@@ -11,7 +11,7 @@ from deltaserve.kernels.bit.words import ROWS
 from deltaserve.kernels.gpu import device as gpu
 from deltaserve.kernels.gpu.arena import Arena
 from deltaserve.kernels.gpu.aux_kernel import aux_kernel
-from deltaserve.kernels.gpu.config import AuxConfig
+from deltaserve.kernels.gpu.config import AuxConfig, is_hopper
 from deltaserve.kernels.gpu.inputs import Inputs
 from deltaserve.kernels.gpu.launch import launch
 from deltaserve.kernels.gpu.step import StepPlan
@@ -59,5 +59,5 @@ def constants(group: Group, aux: AuxConfig, tokens: int, arch: int, pdl: bool) -
         BM=aux.block, TOKENS=tokens, ROWS=aux.rows, BK_SHRINK=aux.bk_shrink,
         H_SPLIT=aux.h_split, BN=panels.TILE, BN_BIT=ROWS, BK_BIT=aux.bk_bit, BT=aux.gathers,
         C=sell.ROWS, DEPTH=DEPTH, EVEN_K=group.in_features % 256 == 0, PACKED=gpu.packs(),
-        HOPPER=arch >= 90, PDL=pdl,
+        HOPPER=is_hopper(arch), PDL=pdl,
     )  # fmt: skip

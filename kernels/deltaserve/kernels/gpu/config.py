@@ -90,11 +90,18 @@ def measured(key: GroupKey, arch: int) -> list[int]:
     return [int(tokens) for tokens in table(arch).get(str(key), {})]
 
 
+def is_hopper(arch: int) -> bool:
+    """Whether the matrix instruction takes operands out of shared memory by itself, of which there
+    is much then: Hopper's, and that of the Blackwell of data centres (sm_100 to sm_110). The other
+    Blackwell, sm_120, has the instruction of sm_80 and the memory of sm_89."""
+    return 90 <= arch < 120
+
+
 def rule(key: GroupKey, tokens: int, arch: int) -> GemmConfig:
     """Without a measurement: small token tiles while the weights' bytes are the cost, then square
-    ones. Before sm_90 the matrix instruction's operands are all registers, and tiles half as large
-    are what fits without spilling."""
-    many, hopper = bucket(tokens), arch >= 90
+    ones. Where the matrix instruction is not Hopper's, its operands are all registers, and tiles
+    half as large are what fits without spilling."""
+    many, hopper = bucket(tokens), is_hopper(arch)
     wide = key.format != "code4" and (key.gated or key.out_features >= 16384)
     deep = depth(key)
     if many <= 32:
@@ -141,17 +148,18 @@ def _stages(key: GroupKey, bm: int, bn: int, bk: int, arch: int) -> int:
     weights, x = bk * bn * BITS[key.format] // 8, bk * bm * (1 if key.format in WHOLE else 2)
     tiles = max(1, key.out_features // bn)
     wanted = 1 + -(-IN_FLIGHT // (tiles * weights))
-    room = (48 if arch in (86, 89) else 80 if arch < 90 else 112) << 10
+    room = (112 if is_hopper(arch) else 48 if arch in (86, 89) or arch >= 120 else 80) << 10
     return max(3, min(wanted, room // (weights + x), 10))
 
 
 def aux_config(tokens: int, in_features: int, arch: int) -> AuxConfig:
-    """By rule: what decides is how few tokens there are, and before sm_90 the registers."""
+    """By rule: what decides is how few tokens there are, and the registers where it is not Hopper's
+    matrix instruction."""
     many = bucket(tokens)
-    bits = 256 if arch >= 90 and -(-in_features // 128) % 2 == 0 else 128
+    bits = 256 if is_hopper(arch) and -(-in_features // 128) % 2 == 0 else 128
     gathers = 1 if many <= 2 else 8
     split = 4 if many <= 16 else 2 if many <= 32 else 1
-    if arch < 90:
+    if not is_hopper(arch):
         return AuxConfig(16, h_split=split, bk_bit=bits, gathers=gathers, num_stages=2)
     if many <= 16:
         return AuxConfig(16, h_split=split, bk_bit=bits, gathers=gathers, num_stages=4)
