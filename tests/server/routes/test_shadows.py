@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from fake_engine import FakeEngine
+from fake_engine import FakeEngine, failed
 from served import Served, served
 
 from deltaserve.clients import AsyncClient
+from deltaserve.server.engine.core import Outbox, Output, Request
 from deltaserve.server.errors import NonFiniteLogits
 from deltaserve.server.ledger.trial import Ended, Trial
 from deltaserve.server.service.shadows import MAX_SHADOWS, PRIORITY, TENANT
@@ -63,13 +64,23 @@ async def test_a_shadow_is_measured_and_answers_nobody() -> None:
         assert (first.priority, first.tenant) == (7, "u")
         assert (second.priority, second.tenant, second.max_wait) == (PRIORITY, TENANT, 1.0)
         assert PRIORITY < -1000 and [r.name for r in second.adapters] == ["a@digest-of-/a"]
+        submit, running = s.engine.submit, []
+
+        def noted(request: Request, outbox: Outbox) -> None:
+            running.append(s.engine.in_flight)
+            submit(request, outbox)
+
+        s.engine.submit = noted  # type: ignore[method-assign]
         async for _ in s.client.stream("hi", "r", max_tokens=2, user="v"):
-            assert len(s.engine.submitted) == 3, "it begins when the answer has ended"
+            pass
         await until(lambda: len(s.trials) == 4)
+        assert running == [0, 0], "it begins when the answer has ended"
 
 
 async def test_no_shadow_begins_while_somebody_waits_and_none_goes_on() -> None:
-    async with scene(FakeEngine(step_seconds=0.02)) as s:
+    async with scene(
+        FakeEngine(step_seconds=0.1)
+    ) as s:  # the shadow takes 4 s, unless it gives way
         s.engine.waiting = 1
         await s.ask()
         assert s.shed == 1 and len(s.engine.submitted) == 1
@@ -95,13 +106,15 @@ async def test_a_shadow_that_fails_is_its_own_arms_error() -> None:
     async with scene() as s:
         await s.ask()
         await until(lambda: len(s.trials) == 2)
-        s.engine.break_with = NonFiniteLogits("not a number")
-        answers = s.client.stream("hi", "r", max_tokens=200, user="u")
-        await anext(answers)
-        s.engine.break_with = None
-        async for _ in answers:
-            pass
-        s.engine.break_with = NonFiniteLogits("not a number")
+        next_of = s.engine._next
+
+        def broken(request: Request, done: int, since: float, cancelled: set[str]) -> Output:
+            if request.tenant == TENANT and done:
+                return failed(request, NonFiniteLogits("not a number"))
+            return next_of(request, done, since, cancelled)
+
+        s.engine._next = broken  # type: ignore[method-assign]
+        await s.ask()
         await until(lambda: len(s.trials) == 4)
         assert [t.ended for t in s.trials[2:]] == [Ended.ANSWERED, Ended.ERROR]
 
