@@ -15,7 +15,7 @@ import torch
 from engine_pair import Pair, on_gpu, pair, prompt
 from graph_double import RecordedCapture
 from rig import load_base, request
-from variants import VARIANTS, make_base, open_base
+from variants import COMMON, VARIANTS, make_base, open_base
 
 from deltaserve.adapters.delta_file import write_delta
 from deltaserve.kernels.gpu import decoding
@@ -24,13 +24,22 @@ from deltaserve.kernels.gpu.layers import LayerPlans
 from deltaserve.kernels.primitives import Replace
 from deltaserve.server.config import AdapterConfig, ConfigError, EngineConfig
 from deltaserve.server.engine.build import base_of, make_engine
-from deltaserve.server.engine.collector import Collector
+from deltaserve.server.engine.collector import Collector, generate
 from deltaserve.server.engine.core import AdapterRef, Combination, Member, Rule, Speculation
 from deltaserve.server.engine.plan import graph_bytes
 
 NAMES = ["lora", "rslora", "bitdelta-published", "ia3", "lora-tokens", "lora-patterns"]
 NORMS = {"norms": lambda name: True, "one norm": lambda name: name.endswith("1.input_layernorm")}
 """Adapters of norms alone, by which of them."""
+
+
+def tune_norms(root: Path, name: str, wanted: Callable[[str], bool]) -> None:
+    """An adapter that gives some norms other gains."""
+    generator = torch.Generator().manual_seed(3)
+    named = open_base(root / "base").named_modules()
+    sizes = {n: len(m.weight) for n, m in named if n.endswith("norm") and wanted(n)}
+    gains = {n: (Replace(torch.rand(size, generator=generator)),) for n, size in sizes.items()}
+    write_delta(root / "adapters" / name, gains, kind=name)
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +50,8 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = torch.Generator().manual_seed(2)
     for name in NAMES:
         VARIANTS[name].make(root / "base", root / "adapters" / name, generator)
-    named = open_base(root / "base").named_modules()
-    sizes = {n: len(m.weight) for n, m in named if n.endswith("norm")}
     for name, wanted in NORMS.items():
-        gains = {n: (Replace(torch.rand(size, generator=generator)),)
-                 for n, size in sizes.items() if wanted(n)}  # fmt: skip
-        write_delta(root / "adapters" / name, gains, kind=name)
+        tune_norms(root, name, wanted)
     return root
 
 
@@ -185,6 +190,39 @@ def test_adapters_of_norms_are_replayed(
     alone = engines.same({"norms": request(prompt(64), "norms", max_tokens=4)})["norms"]
     base = engines.same({"base": request(prompt(64), max_tokens=1)})["base"]
     assert seen.replays[2:] == [1, 1, 1] and base.logprobs != alone.logprobs[:1]
+
+
+def test_norms_of_heads_and_activations_in_8_bits(
+    gpu: TritonBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rounding before may move a number to the next whole one: most log-probabilities are the
+    same, the others a little off."""
+    monkeypatch.setitem(COMMON, "num_hidden_layers", 1)
+    make_base(tmp_path / "base", "qwen3")
+    tune_norms(tmp_path, "norms", NORMS["norms"])
+    VARIANTS["lora"].make(
+        tmp_path / "base", tmp_path / "adapters" / "lora", torch.Generator().manual_seed(3)
+    )
+    monkeypatch.setattr(decoding, "BUCKETS", (2,))
+    asked = [
+        request(prompt(70, 2), "norms", max_tokens=3),
+        request(prompt(71, 2), [("norms", 0.5), ("lora", 1.0)], max_tokens=3),
+    ]
+    with ExitStack() as stack:
+        both = pair(
+            stack, gpu, tmp_path, ["norms", "lora"], "int8", captured=True, activations="int8",
+            max_sequences=2, max_length=32,
+        )  # fmt: skip
+        seen = Watched(both, monkeypatch)
+        want, got = (generate(engine, asked, timeout=120) for engine in (both.cpu, both.gpu))
+    assert seen.replays == [2, 2]
+    off = [
+        abs(a.logprob - b.logprob)
+        for right, found in zip(want, got, strict=True)
+        for a, b in zip(right.logprobs, found.logprobs, strict=True)
+    ]
+    assert [right.token_ids for right in want] == [found.token_ids for found in got]
+    assert sorted(off)[len(off) // 2] < 1e-4 and max(off) < 0.05
 
 
 def test_what_no_graph_holds_is_launched(engines: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
