@@ -60,10 +60,6 @@ def norm_kernel(
     g = tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)
     if ADAPTERS:  # tables of the step, which no launch before writes
         mix = tl.load(mixes + row, mask=(row < M) & ((uses & TUNED) != 0), other=0)
-        mix = mix_bounds + mix * 2
-        first = tl.load(mix, mask=(uses & TUNED) != 0, other=0)
-        middle = tl.load(mix + 1, mask=(uses & TUNED) != 0, other=0)
-        last = tl.load(mix + 2, mask=(uses & TUNED) != 0, other=0)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -76,6 +72,10 @@ def norm_kernel(
     value *= tl.rsqrt(tl.sum(value * value, axis=0) / K + eps)
     if ADAPTERS:
         bias, base = tl.zeros((BLOCK,), tl.float32), g
+        mix = mix_bounds + mix * 2
+        first = tl.load(mix, mask=(uses & TUNED) != 0, other=0)
+        middle = tl.load(mix + 1, mask=(uses & TUNED) != 0, other=0)
+        last = tl.load(mix + 2, mask=(uses & TUNED) != 0, other=0)
         for v in range(first, middle):
             own = listed(norm_float, mix_offset, v, k, inside, base)
             g += tl.load(mix_strength + v) * (own - base)
