@@ -2,16 +2,17 @@
 
     python benchmarks/planning.py [--layers 32] [--rows 64] [--repeats 30]
 
-Four groups of linears of the shape of Llama's 8B in every layer, decoding steps of one token of
-each of `rows` sequences. Adapters have the structure that they have at these shapes, over blobs
-without content: planning reads none. For each mix of adapters:
+Four groups of linears of the shape of Llama's 8B in every layer, in the last line its norms, two in
+every layer and the last one; decoding steps of one token of each of `rows` sequences. Adapters have
+the structure that they have at these shapes, over blobs without content: planning reads none. For
+each mix of adapters:
 
 - fresh: what a step asks that runs without a graph, for every group of every layer
 - filled: a graph's tables filled again; what a GPU then copies by itself is not in it
 - unchanged: of the same, for a step of the same adapters in the same places as the one before; the
   other columns are of steps of which each has one adapter that the one before did not have
 - moved: filled, after the arena has moved every adapter
-- alone: fresh, each layer planned by itself; its ratio to "fresh" is what sharing is worth
+- alone: fresh, each layer or norm planned by itself; its ratio to "fresh" is what sharing is worth
 
 Figures are medians of processor time.
 """
@@ -35,9 +36,11 @@ from gpu_kernels.shapes import Group as Shape
 
 from deltaserve.kernels.gpu import device
 from deltaserve.kernels.gpu.arena import Arena
-from deltaserve.kernels.gpu.blob import Spot
+from deltaserve.kernels.gpu.blob import Home, Spot
 from deltaserve.kernels.gpu.layers import LayerPlans
 from deltaserve.kernels.gpu.linear import GpuLinearDeltas
+from deltaserve.kernels.gpu.norm_plans import NormPlans, Vectors
+from deltaserve.kernels.gpu.norm_tables import NormRoom
 from deltaserve.kernels.gpu.prepared import GpuPrepared, Part, Signs
 from deltaserve.kernels.gpu.stacks import Stacks
 from deltaserve.kernels.gpu.static import StaticMemory
@@ -103,11 +106,59 @@ MIXES = {
 }
 
 
-class Model:
-    """adapters: in slots 1, 2, ...; each has one place in the arena, as a delivered one has."""
+class Adapted:
+    """Adapters in slots 1, 2, ...; each has one place in the arena, as a delivered one has."""
 
-    def __init__(self, layers: int, kinds: Sequence[str]) -> None:
+    def __init__(self) -> None:
         self.arena = Arena(HOST, 64 << 20, grows=False)
+        self.gaps: list[Any] = []
+
+    def move(self) -> None:
+        """Every adapter down, to where there was a gap; the gaps to its other side."""
+        moves = self.arena.moves
+        for place in self.gaps:
+            self.arena.drop(place)
+        self.arena.drop(self.arena.reserve(self.arena.units * 16 - self.arena.used))
+        assert self.arena.moves > moves
+        self.gaps.clear()
+
+
+class Norms(Adapted):
+    """Adapters that tune every norm."""
+
+    def __init__(self, layers: int, adapters: int) -> None:
+        super().__init__()
+        self.plans = NormPlans(self.arena)
+        self.by_itself = [NormPlans(self.arena) for _ in range(2 * layers + 1)]
+        for _ in self.by_itself:
+            self.plans.add()
+        for slot in range(1, 1 + adapters):
+            self.gaps.append(self.arena.reserve(128))
+            place = self.arena.reserve(128 * len(self.by_itself))
+            for i, alone in enumerate(self.by_itself):
+                found = Vectors(Home(), Spot(place, 8 * i), 0, None)
+                self.plans.put(i, slot, found)
+                if not alone.norms:
+                    alone.add()
+                alone.put(0, slot, found)
+
+    def fresh(self, segments: Segments) -> None:
+        for norm in range(self.plans.norms):
+            self.plans.tuned(norm, segments)
+
+    def alone(self, segments: Segments) -> None:
+        for plans in self.by_itself:
+            plans.plan(segments)
+
+    def reserved(self, rows: int) -> Callable[[Segments], object]:
+        room = NormRoom(rows, 2 * rows, self.plans.norms)
+        plan = self.plans.reserve(rows, 2 * rows, StaticMemory(room.count, HOST))
+        return lambda segments: self.plans.replan(plan, segments)
+
+
+class Model(Adapted):
+    def __init__(self, layers: int, kinds: Sequence[str]) -> None:
+        super().__init__()
         self.stacks = Stacks()
         self.bases: list[Any] = []
         self.groups: list[list[GpuLinearDeltas]] = []
@@ -127,7 +178,6 @@ class Model:
             weights = Weights("int4", *sizes, torch.bfloat16, none, none, none, None)
             self.bases.append(SimpleNamespace(weights=weights))
         self.plans = [LayerPlans(made) for made in self.groups]
-        self.gaps = []
         for slot, kind in enumerate(kinds, 1):
             self.gaps.append(self.arena.reserve(128))
             place = self.arena.reserve(128 * layers * len(LLAMA_8B))
@@ -163,15 +213,6 @@ class Model:
 
         return fill
 
-    def move(self) -> None:
-        """Every adapter down, to where there was a gap; the gaps to its other side."""
-        moves = self.arena.moves
-        for place in self.gaps:
-            self.arena.drop(place)
-        self.arena.drop(self.arena.reserve(self.arena.units * 16 - self.arena.used))
-        assert self.arena.moves > moves
-        self.gaps.clear()
-
 
 def steps(rows: int, repeats: int, one: bool, change: bool) -> list[Segments]:
     """Of `rows` sequences; with `change` the first ends and another comes last."""
@@ -187,7 +228,7 @@ def steps(rows: int, repeats: int, one: bool, change: bool) -> list[Segments]:
     return found
 
 
-def measure(call: Callable[[Segments], None], own: Sequence[Segments]) -> float:
+def measure(call: Callable[[Segments], object], own: Sequence[Segments]) -> float:
     """Median milliseconds of a step; the first, which comes after another kind, not counted."""
     times = []
     for segments in own:
@@ -213,21 +254,25 @@ def main() -> None:
         one = kinds == ["one"]
         count = 1 if one else 2 * own.rows
         adapters = ["lora"] if one else [kinds[i % len(kinds)] for i in range(count)]
-        model = Model(own.layers, adapters)
-        fill = model.reserved(own.rows)
+        show(name, Model(own.layers, adapters), own, one)
+    show("distinct, of all norms", Norms(own.layers, 2 * own.rows), own, False)
 
-        def times(call: Callable[[Segments], None], change: bool, one: bool = one) -> float:
-            return measure(call, steps(own.rows, own.repeats, one, change))
 
-        found = [times(model.fresh, True), times(model.fresh, False)]
-        found += [times(fill, True), times(fill, False)]
-        alone = measure(model.alone, steps(own.rows, 4, one, True))
-        (last,) = steps(own.rows, 1, one, False)
-        model.move()
-        start = time.thread_time()
-        fill(last)
-        found += [1000 * (time.thread_time() - start), alone, alone / found[0]]
-        print(f"{name:38}" + "".join(f"{ms:14.2f}" for ms in found), flush=True)
+def show(name: str, model: Model | Norms, own: argparse.Namespace, one: bool) -> None:
+    fill = model.reserved(own.rows)
+
+    def times(call: Callable[[Segments], object], change: bool) -> float:
+        return measure(call, steps(own.rows, own.repeats, one, change))
+
+    found = [times(model.fresh, True), times(model.fresh, False)]
+    found += [times(fill, True), times(fill, False)]
+    alone = measure(model.alone, steps(own.rows, 4, one, True))
+    (last,) = steps(own.rows, 1, one, False)
+    model.move()
+    start = time.thread_time()
+    fill(last)
+    found += [1000 * (time.thread_time() - start), alone, alone / found[0]]
+    print(f"{name:38}" + "".join(f"{ms:14.2f}" for ms in found), flush=True)
 
 
 if __name__ == "__main__":
