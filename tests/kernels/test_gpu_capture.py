@@ -29,18 +29,23 @@ class Stream:
 
 class Cuda:
     """now: the current stream. capturing: what a capture under way was asked for. checks: whether
-    the host may not wait. breaks: the end of a capture raises."""
+    the host may not wait. breaks: the end of a capture raises. lost: so does all that waits."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now = self.default = Stream()
         self.capturing: dict[str, Any] | None = None
         self.checks: object = 0
-        self.breaks = False
-        for name in ("graph", "stream", "current_stream", "CUDAGraph"):
+        self.breaks = self.lost = False
+        for name in ("graph", "stream", "current_stream", "synchronize", "CUDAGraph"):
             patch.setattr(torch.cuda, name, getattr(self, name))
         patch.setattr(torch.cuda, "Stream", Stream)
         patch.setattr(torch.cuda, "get_sync_debug_mode", lambda: self.checks)
         patch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: setattr(self, "checks", mode))
+
+    def synchronize(self, device: torch.device) -> None:
+        assert self.checks == 0 and self.capturing is None
+        if self.lost:
+            raise torch.AcceleratorError("an illegal memory access was encountered")
 
     def current_stream(self, device: torch.device) -> Stream:
         return self.now
@@ -115,6 +120,9 @@ def test_a_step_that_cannot_be_captured_leaves_nothing_behind(cuda: Cuda) -> Non
     with pytest.raises(NotCapturable, match="previous error"):
         CudaCapture(DEVICE)(lambda: torch.zeros(1))
     assert cuda.now is cuda.default
+    cuda.lost = True  # which no other way of launching steps makes good
+    with pytest.raises(torch.AcceleratorError):
+        CudaCapture(DEVICE)(waits)
 
 
 def test_what_is_brought_to_the_host_has_been_made(cuda: Cuda) -> None:

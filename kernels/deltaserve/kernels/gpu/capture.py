@@ -41,8 +41,14 @@ class CudaCapture:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):  # left behind too where a capture fails at its end
             run()
-            self._watched(run)
-            out = self._captured(graph, run)
+            try:
+                self._watched(run)
+                out = self._captured(graph, run)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                torch.cuda.synchronize(self._device)  # raises where the GPU itself is broken
+                raise NotCapturable(str(error)) from error
         current.wait_stream(self._stream)
         self._pool = self._pool or graph.pool()
 
@@ -53,16 +59,10 @@ class CudaCapture:
         return replay
 
     def _captured(self, graph: torch.cuda.CUDAGraph, run: Callable[[], Tensor]) -> Tensor:
-        how = torch.cuda.graph(
+        with torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        )
-        try:
-            with how:
-                return run()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise NotCapturable(str(error)) from error
+        ):
+            return run()
 
     def _watched(self, run: Callable[[], Tensor]) -> None:
         """Once more, with an error where the host waits for the device."""
@@ -70,9 +70,5 @@ class CudaCapture:
         torch.cuda.set_sync_debug_mode("error")
         try:
             run()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise NotCapturable(str(error)) from error
         finally:
             torch.cuda.set_sync_debug_mode(before)
