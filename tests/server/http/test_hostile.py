@@ -299,6 +299,34 @@ async def test_headers_that_never_end(monkeypatch: pytest.MonkeyPatch) -> None:
             assert (await client.get("/health")).status_code == 200
 
 
+@pytest.mark.parametrize("first", [b"", b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"])
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"what is this\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
+        b"GET / HTTP/1.1\r\na b: c\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\ncontent-length: x\r\n\r\n",
+    ],
+)
+async def test_what_is_no_http(first: bytes, sent: bytes) -> None:
+    async with served(http_port=0) as s:
+        reader, writer = await connected(s)
+        if first:
+            writer.write(first)
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+        writer.write(sent)
+        async with asyncio.timeout(5):
+            head = await reader.readuntil(b"\r\n\r\n")  # /health has no body
+            body = await reader.read()
+        assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+        assert b"connection: close\r\n" in head and b"content-type: application/json\r\n" in head
+        assert b"content-length: %d\r\n" % len(body) in head and b"date: " in head
+        refused = httpx2.Response(400, content=body)
+        assert error(refused)["code"] == "malformed_http"
+        writer.close()
+
+
 @pytest.mark.parametrize("required", [True, False])
 async def test_a_port_that_is_taken(required: bool, caplog: pytest.LogCaptureFixture) -> None:
     """gRPC is served without HTTP only where nobody asked for that port."""

@@ -1,5 +1,6 @@
 """What uvicorn's HTTP/1.1 connection lacks: limits on slow and on endless headers, a way to cut off
-a client that does not read, the names in a client's certificate."""
+a client that does not read, errors in the shape of all others, the names in a client's
+certificate."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import asyncio
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from deltaserve.server.http.errors import HttpError, response
 from deltaserve.server.identity.certificate import from_ssl
 
 HEADER_SECONDS = 20.0
@@ -58,6 +60,14 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._head = 0
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP gets the last answer of its connection."""
+        refused = response(HttpError(400, msg, code="malformed_http", close=True))
+        headers = [*self.server_state.default_headers, *refused.raw_headers]
+        lines = [b"HTTP/1.1 400 Bad Request", *(b": ".join(header) for header in headers)]
+        self.transport.write(b"\r\n".join([*lines, b"", bytes(refused.body)]))
+        self.transport.close()
 
     def abort(self) -> None:
         """Close at once; what was written and not taken is lost."""
