@@ -129,7 +129,7 @@ def _engine(backend: Any, root: Path, quantize: str, eager: bool) -> Iterator[An
         kv_cache_bytes=8 << 20, max_batch_tokens=64, block_size=8, max_sequences=SEQUENCES,
         enforce_eager=eager,
     )  # fmt: skip
-    engine = make_engine(model, config, AdapterConfig(roots=(root,)))
+    engine = make_engine(model, config, AdapterConfig(roots=(root,), bytes=64 << 20))
     engine.start()
     try:
         for name in ("lora", "others"):
