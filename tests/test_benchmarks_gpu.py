@@ -23,6 +23,7 @@ if not torch.cuda.is_available():
 import gpu  # noqa: E402
 from gpu_kernels import case, check, data, record, report, shapes, supervise  # noqa: E402
 from gpu_kernels.check import Report  # noqa: E402
+from gpu_kernels.engines import Asked, replayed  # noqa: E402
 from gpu_kernels.peers import in_torch, quantized, vllm  # noqa: E402
 from gpu_kernels.peers.work import AbsentError, Work  # noqa: E402
 from gpu_kernels.reference import relative_error  # noqa: E402
@@ -269,6 +270,19 @@ def test_what_does_not_fit_in_the_time_is_not_run(capsys: pytest.CaptureFixture[
 
 class GaveUp(Exception):
     pass
+
+
+def test_what_is_replayed_is_checked_in_a_batch_of_its_own() -> None:
+    """One request whose steps are launched has all others of its batch launched too."""
+    runner = argparse.Namespace(replays=5)
+    asked = [Asked(name, [(name, 1.0)] if name else [], (1, 2)) for name in ("", "lora", "bits")]
+
+    def generate(engine: Any, requests: Any, timeout: float) -> None:
+        (request,) = requests
+        runner.replays += 2 * all(ref.name != "bits" for ref in request.adapters)
+
+    found = replayed(argparse.Namespace(_runner=runner), asked, generate)
+    assert found == asked[:2]
 
 
 def test_an_error_says_once_where_it_came_from(capsys: pytest.CaptureFixture[str]) -> None:

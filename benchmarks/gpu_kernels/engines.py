@@ -78,7 +78,7 @@ def engines(report: Report, form: Form, quick: bool) -> None:
             report, what, asked,
             lambda backend, eager: _engine(backend, names, form, text, eager),
             TritonBackend(), 2 if quick else 24,
-            TOLERANCE[dtype] if activations == "float" else ROUGH,
+            TOLERANCE[dtype] if activations == "float" else ROUGH, captures=True,
         )  # fmt: skip
 
 
@@ -90,37 +90,59 @@ def compare(
     gpu: Backend,
     tokens: int,
     tolerance: float,
+    captures: bool = False,
 ) -> None:
     """open_engine: with a backend, and whether every step is launched kernel by kernel. tolerance:
     of the log-probabilities of prompts and answers, and of how far behind the best a chosen token
-    may be. Where steps can be captured, the engine runs a second time without."""
+    may be. Where steps can be captured, those that are replayed have a batch of their own, as one
+    that is not keeps all others from it; and the engine runs a second time without."""
     from deltaserve.kernels.cpu_backend import CpuBackend
     from deltaserve.server.engine.collector import generate
 
-    forms: list[tuple[str, list[Answer]]] = []
+    forms: list[tuple[str, Sequence[Asked], list[Answer]]] = []
     for eager in (False, True) if ON_GPU else (True,):
         with open_engine(type(gpu)(), eager) as engine:
-            requests = [
-                _request(a.prompt, a.mix, max_tokens=tokens, logprobs=0, score_from=1)
-                for a in asked
-            ]
-            answers = generate(engine, requests, timeout=300)
-            forms.append((f", {engine._runner.replays} steps from graphs", answers))
-    for form, ours in forms:
+            lots = [asked]
+            if captures and ON_GPU and not eager:
+                report.fact(f"{what}, steps are captured", engine._runner._graphs is not None)
+            if engine._runner._graphs is not None:
+                lots.append(replayed(engine, asked, generate))
+                report.fact(f"{what}, {len(lots[1])} of them replayed", bool(lots[1]))
+            for lot in filter(None, lots):
+                before = engine._runner.replays
+                requests = [
+                    _request(a.prompt, a.mix, max_tokens=tokens, logprobs=0, score_from=1)
+                    for a in lot
+                ]
+                answers = generate(engine, requests, timeout=300)
+                made = engine._runner.replays - before
+                forms.append((f", {made} steps from graphs", lot, answers))
+    for form, lot, ours in forms:
         with open_engine(CpuBackend(), True) as engine:
             requests = [
                 _request(a.prompt + answer.token_ids, a.mix, max_tokens=0, score_from=1,
                          prompt_logprobs=1)
-                for a, answer in zip(asked, ours, strict=True)
+                for a, answer in zip(lot, ours, strict=True)
             ]  # fmt: skip
             theirs = generate(engine, requests, timeout=300)
-        for a, answer, scored in zip(asked, ours, theirs, strict=True):
+        for a, answer, scored in zip(lot, ours, theirs, strict=True):
             found = [*answer.prompt_logprobs, *answer.logprobs]
             pairs = list(zip(found, scored.prompt_logprobs, strict=True))
             error = max(abs(x.logprob - y.logprob) for x, y in pairs)
             behind = max(y.top[0][1] - y.logprob for _, y in pairs[-tokens:])
             right = len(pairs) == len(a.prompt) - 1 + tokens and max(error, behind) < tolerance
             report.fact(f"{what}{form}, {a.name}: {error:.1e}, {behind:.1e} behind the best", right)
+
+
+def replayed(engine: Any, asked: Sequence[Asked], generate: Callable[..., Any]) -> list[Asked]:
+    """Those whose steps are replayed from graphs when they are alone."""
+    found = []
+    for a in asked:
+        before = engine._runner.replays
+        generate(engine, [_request(a.prompt, a.mix, max_tokens=3)], timeout=300)
+        if engine._runner.replays > before:
+            found.append(a)
+    return found
 
 
 @contextmanager
