@@ -296,6 +296,9 @@ class FakeEngine:
             self.submitted.append(request)
             self._running[request.request_id] = (request, outbox, 0, time.monotonic())
 
+    def when_dead(self, tell: Callable[[], None]) -> None:
+        """It never is."""
+
     def cancel(self, request_id: str) -> None:
         with self._lock:
             self.cancelled.append(request_id)
