@@ -69,6 +69,25 @@ def test_truncation() -> None:
     assert kept(top_k=3, top_p=0.83) == [True, True, True, False, False]
 
 
+@pytest.mark.parametrize("spread", [0.1, 3.0, 6.0])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(0, 0.9), (0, 0.9999), (40, 1.0), (3000, 0.7), (10**6, 0.5)]
+)
+def test_truncation_of_a_large_vocabulary(spread: float, top_k: int, top_p: float) -> None:
+    """As all of it in order says, in float64: whether few tokens hold enough or not."""
+    p = torch.softmax(torch.randn(6000) * spread, -1)
+    found = truncate(p.clone(), SamplingParams(top_k=top_k, top_p=top_p))
+    ordered, ids = p.double().sort(descending=True)
+    if top_k:
+        ordered[top_k:] = 0
+    before, share = ordered.cumsum(-1) - ordered, top_p * ordered.sum()
+    wanted = (ordered > 0) & ((before < share) | (top_p == 1))
+    certain = ((before - share).abs() > 1e-5) | (top_p == 1)
+    assert torch.equal((found[ids] > 0)[certain], wanted[certain])
+    kept = found > 0
+    assert torch.equal(found[kept], p[kept]) and not found[~kept].any()
+
+
 def test_penalties() -> None:
     logits = torch.tensor([2.0, -2.0, 1.0, 4.0, 3.0])
     got = adjust(logits.clone(), row(outputs=[3, 3, 4], repetition_penalty=2.0))
