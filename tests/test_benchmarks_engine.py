@@ -176,7 +176,7 @@ def test_without_an_engine_with_graphs_the_parts_are_made_without() -> None:
     assert list(map(str, command.without("off", left))) == ["transformers:none"]
 
 
-class GaveUp(Exception):
+class GaveUp(BaseException):
     pass
 
 
@@ -257,6 +257,16 @@ def test_a_part_that_fails_or_hangs_costs_its_own_rows_alone(
     monkeypatch.setattr(command.case, "usable", lambda: False)
     places, _ = run({}, part=["base", "loads"], graphs=["auto"])
     assert places == ["loads:auto", ""]
+
+
+def test_a_part_whose_process_crashed_is_absent(run: Any) -> None:
+    def crashes() -> None:
+        raise GaveUp  # ends the process without a word
+
+    places, rows = run({"loads": crashes}, part=["base", "loads", "bits"], graphs=["auto"])
+    assert places == ["bits:auto"]
+    assert [row["what"] for row in rows] == ["base", "loads", "loads", "bits"]
+    assert "the process crashed" in rows[2]["absent"] and rows[2]["graphs"] == "auto"
 
 
 def test_a_start_that_fails_is_tried_without_graphs(

@@ -93,6 +93,9 @@ class Run:
         else:
             print(self._recorder.machine, flush=True)
         self.end = time.monotonic() + left
+        self._begun = args.place.with_name("begun")
+        if self._begun.exists() and (step := self._begun.read_text()):
+            self.absent(Step(*step.split(":")), "the process crashed; its output says where")
 
     def write(self, step: Step, row: dict[str, Any]) -> None:
         mark = {"rehearsal": True} if self.rehearsal else {}
@@ -103,7 +106,13 @@ class Run:
         with self._kept.open("a") as f:
             f.write(json.dumps(row) + "\n")
 
+    def begin(self, step: Step | None) -> None:
+        """What a process after this one calls absent if this one does not come to say so itself;
+        None: nothing."""
+        self._begun.write_text("" if step is None else str(step))
+
     def absent(self, step: Step, why: str) -> None:
+        self.begin(None)
         self.write(step, {"what": step.part, "absent": why[:400]})
 
     def verdicts(self) -> str:
@@ -141,9 +150,12 @@ def work(args: argparse.Namespace) -> int:
             if step.graphs != "none" and served is None:
                 graphs = start_of(run.steps[i:])
                 run.leave(without(graphs, run.steps[i:]))
+                run.begin(step)
                 served = _serve(run, step, graphs, stack)
             run.leave(rest)
+            run.begin(step)
             _measure(run, step, served)
+            run.begin(None)
         else:
             run.leave(())
         closing = threading.Timer(CLOSE, give_up)
@@ -191,6 +203,7 @@ def _measure(run: Run, step: Step, served: Any) -> None:
             run.absent(step, f"failed, {type(error).__name__}: {error}")
     print(f"[{step}: {time.monotonic() - began:.0f} s]", flush=True)
     if not case.usable():
+        run.absent(step, "the device does not answer any more")
         give_up()
 
 
