@@ -169,7 +169,7 @@ def test_every_case_in_one_batch(family: Family, engine: Engine) -> None:
 def test_seeded_sampling_draws_from_the_combined_distribution(
     family: Family, engine: Engine
 ) -> None:
-    """The sampler's race, run over the reference's probabilities."""
+    """The sampler's inversion, of the reference's probabilities."""
     names = ("an ensemble", "emulated fine-tuning", "contrast", "prompts of their own")
     cases = [CASES[name] for name in names]
     prompts = [text(40 + i, 15) for i in range(len(cases))]
@@ -178,9 +178,9 @@ def test_seeded_sampling_draws_from_the_combined_distribution(
         generator = torch.Generator().manual_seed(7)
         combined = case.combined(case.each(family, prompt, answer.token_ids))
         for i, token in enumerate(answer.token_ids):
-            probabilities = torch.softmax(torch.tensor(combined[i]).float() / 0.8, -1)
-            noise = torch.empty_like(probabilities).exponential_(generator=generator)
-            assert token == int((probabilities / noise).argmax())
+            summed = torch.softmax(torch.tensor(combined[i]).double() / 0.8, -1).cumsum(-1)
+            number = torch.rand((), dtype=torch.float64, generator=generator)
+            assert token == int((summed <= number).sum())
             assert abs(answer.logprobs[i].logprob - combined[i, token]) < TOLERANCE
         assert len({*answer.token_ids}) > 3
 

@@ -14,7 +14,8 @@ from transformers import (
 )
 
 from deltaserve.server.engine.core import SamplingParams
-from deltaserve.server.engine.sampler import Row, adjust, logprob_of, sample, truncate
+from deltaserve.server.engine.draw import draw, truncate
+from deltaserve.server.engine.sampler import Row, adjust, logprob_of, sample
 
 
 def row(seed: int | None = None, outputs: list[int] | None = None, **fields: object) -> Row:
@@ -41,6 +42,31 @@ def test_a_seed_fixes_the_draws_whatever_else_is_in_the_batch() -> None:
     assert sample(logits, others)[2].token_id == alone[0]
 
 
+def test_rows_are_drawn_alike_alone_and_together() -> None:
+    """Of equal logits too, whichever of them a sort puts first; with more rows than are drawn at
+    once, and a row of another number drawing another token."""
+    logits = (torch.randn(40, 3000) * 2).round()
+    kinds: list[dict[str, float]] = [
+        {}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_p": 1e-9},
+    ]  # fmt: skip
+    how = [
+        SamplingParams(temperature=0.5 + i / 40, **kinds[i % 5])  # type: ignore[arg-type]
+        for i in range(40)
+    ]
+    numbers = torch.rand(40, dtype=torch.float64).tolist()
+    together = draw(logits, how, numbers).tolist()
+    for i, (p, number) in enumerate(zip(how, numbers, strict=True)):
+        assert draw(logits[i : i + 1], [p], [number]).tolist() == [together[i]]
+        kept = truncate(torch.softmax(logits[i : i + 1] / p.temperature, -1), [p])[0].double()
+        before, own = kept[: together[i]].sum(), kept[together[i]]
+        assert own > 0 and before - 1e-9 <= number * kept.sum() <= before + own + 1e-9
+    assert draw(logits, how, [0.999] * 40).tolist() != together
+    impossible = torch.tensor([[-torch.inf, 1.0, -torch.inf]]).expand(2, 3)
+    assert draw(impossible, how[:2], [0.0, 1 - 2**-53]).tolist() == [1, 1]
+    best = torch.tensor(together[4::5])[:, None]
+    assert torch.equal(logits[4::5].amax(-1), logits[4::5].gather(1, best)[:, 0])
+
+
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([1.0, 0.0, -1.0, 2.0])
     sampled = row(3, temperature=0.7)
@@ -57,7 +83,8 @@ def test_truncation() -> None:
     p = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05])
 
     def kept(**fields: float) -> list[bool]:
-        return (truncate(p.clone(), SamplingParams(**fields)) > 0).tolist()  # type: ignore[arg-type]
+        how = SamplingParams(**fields)  # type: ignore[arg-type]
+        return (truncate(p[None], [how])[0] > 0).tolist()
 
     assert kept(top_k=2) == [True, True, False, False, False]
     assert kept(top_p=0.6) == [True, True, False, False, False]
@@ -76,7 +103,10 @@ def test_truncation() -> None:
 def test_truncation_of_a_large_vocabulary(spread: float, top_k: int, top_p: float) -> None:
     """As all of it in order says, in float64: whether few tokens hold enough or not."""
     p = torch.softmax(torch.randn(6000) * spread, -1)
-    found = truncate(p.clone(), SamplingParams(top_k=top_k, top_p=top_p))
+    asked = SamplingParams(top_k=top_k, top_p=top_p)
+    others = [SamplingParams(), SamplingParams(top_p=0.99999), SamplingParams(top_k=2, min_p=0.1)]
+    beside = torch.softmax(torch.randn(3, 6000), -1)
+    found = truncate(torch.stack((*beside, p)), [*others, asked])[3]
     ordered, ids = p.double().sort(descending=True)
     if top_k:
         ordered[top_k:] = 0

@@ -1,8 +1,8 @@
-"""From logits to tokens: biases, penalties, exclusions, temperature, truncation, one draw; and
-log-probabilities.
+"""From logits to tokens: biases, penalties, exclusions, one draw; and log-probabilities.
 
 Greedy rows are an argmax over the whole batch. Every sampled row draws from its own generator, so
-what a seeded request gets does not depend on the rest of the batch.
+what a seeded request gets does not depend on the rest of the batch. Rows that only sample are drawn
+together where the logits are; others are adjusted in host memory.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from torch import Tensor
 
 from deltaserve.kernels.captured import best_of
 from deltaserve.server.engine.core import SamplingParams, TokenDisagreement, TokenLogprob
+from deltaserve.server.engine.draw import draw
 from deltaserve.server.engine.matcher import Failed, Matcher
-
-FEW = 1024
-"""Tokens that mostly hold what top_p asks for."""
 
 MOST_RISE = 69.0
 """Logarithm of 1e30."""
@@ -86,7 +84,8 @@ def sample(logits: Tensor, rows: list[Row], best: Tensor | None = None) -> list[
     choice for each row; None for one behind a wrong draft. That one draws nothing: a generator is
     where it would be without drafts."""
     found: list[list[int]] = (best_of(logits) if best is None else best).tolist()
-    own = _in_host_memory(logits, rows)
+    drawn = _drawn_together(logits, rows, found)
+    own = _in_host_memory(logits, rows, drawn)
     choices: list[Choice | None] = []
     for i, row in enumerate(rows):
         if row.after is not None:
@@ -95,8 +94,8 @@ def sample(logits: Tensor, rows: list[Row], best: Tensor | None = None) -> list[
                 choices.append(None)
                 continue
         token, finite = found[i]
-        choice = Choice(token, bool(finite))
-        if finite and not plain(row):
+        choice = Choice(drawn.get(i, token), bool(finite))
+        if finite and i not in drawn and not plain(row):
             _choose(choice, own[i], row)
         p = row.sampling
         if choice.sound and p.logprobs is not None:
@@ -105,11 +104,41 @@ def sample(logits: Tensor, rows: list[Row], best: Tensor | None = None) -> list[
     return choices
 
 
-def _in_host_memory(logits: Tensor, rows: list[Row]) -> Tensor | dict[int, Tensor]:
-    """The logits of the rows that take more than a look at the best, in one copy."""
+def _drawn_together(logits: Tensor, rows: list[Row], found: list[list[int]]) -> dict[int, int]:
+    """The tokens of the rows that only sample. Those of drafts are left: whether they draw is known
+    when those before them have."""
+    followed = [row.after is not None for row in rows[1:]] + [False]
+    some = [
+        i
+        for i, row in enumerate(rows)
+        if row.sampling.temperature > 0
+        and found[i][1]
+        and row.after is None
+        and not followed[i]
+        and not _adjusts(row)
+    ]
+    if not some:
+        return {}
+    chosen = logits if len(some) == len(rows) else logits[some]
+    tokens = draw(chosen, [rows[i].sampling for i in some], [_number(rows[i]) for i in some])
+    return dict(zip(some, tokens.tolist(), strict=True))
+
+
+def _number(row: Row) -> float:
+    return float(torch.rand((), dtype=torch.float64, generator=row.generator))
+
+
+def _in_host_memory(
+    logits: Tensor, rows: list[Row], drawn: dict[int, int]
+) -> Tensor | dict[int, Tensor]:
+    """The logits of the rows that take more than a look at the best or a draw, in one copy."""
     if logits.is_cpu:
         return logits
-    more = [i for i, row in enumerate(rows) if not plain(row) or row.sampling.logprobs is not None]
+    more = [
+        i
+        for i, row in enumerate(rows)
+        if row.sampling.logprobs is not None or not (i in drawn or plain(row))
+    ]
     return dict(zip(more, logits[more].cpu(), strict=True)) if more else {}
 
 
@@ -138,17 +167,10 @@ def _choose(choice: Choice, logits: Tensor, row: Row) -> None:
         if scores.max() == float("-inf"):
             choice.token_id, choice.dead = -1, True
             return
-    choice.token_id = _draw(scores, row)
-
-
-def _draw(scores: Tensor, row: Row) -> int:
     p = row.sampling
-    if p.temperature == 0:
-        return int(scores.argmax())
-    probabilities = truncate(torch.softmax(scores / p.temperature, -1), p)
-    # argmax p / Exp(1) is a draw from p (the exponential race), without a host round trip
-    noise = torch.empty_like(probabilities).exponential_(generator=row.generator)
-    return int((probabilities / noise).argmax())
+    greedy = p.temperature == 0
+    found = scores.argmax() if greedy else draw(scores[None], [p], [_number(row)])
+    choice.token_id = int(found)
 
 
 def adjust(scores: Tensor, row: Row) -> Tensor:
@@ -208,31 +230,3 @@ def _last_of_bad(
     if len(tail) < most:
         tail = prompt_ids[-(most - len(tail)) :] + tail
     return [s[-1] for s in sequences if len(s) == 1 or tail[1 - len(s) :] == s[:-1]]
-
-
-def truncate(probabilities: Tensor, p: SamplingParams) -> Tensor:
-    """Zero what top_k, top_p and min_p leave out; not renormalized. The best token always stays."""
-    if p.min_p > 0:
-        floor = p.min_p * probabilities.max()
-        probabilities = torch.where(probabilities >= floor, probabilities, 0.0)
-    if p.top_k > 0 or p.top_p < 1:
-        ordered, ids = _largest(probabilities, p)
-        probabilities = torch.zeros_like(probabilities).scatter_(0, ids, ordered)
-    return probabilities
-
-
-def _largest(probabilities: Tensor, p: SamplingParams) -> tuple[Tensor, Tensor]:
-    """What top_k and top_p leave, descending and zeros behind it, and where that is. A whole
-    vocabulary is put in order only where a few do not hold enough of its probability: that takes
-    ten times as long as the rest of a draw."""
-    count = len(probabilities)
-    some = min(p.top_k, count) if p.top_k > 0 else min(FEW, count)
-    ordered, ids = probabilities.topk(some)
-    if p.top_p == 1:
-        return ordered, ids
-    share = p.top_p * (ordered if p.top_k > 0 else probabilities).sum()
-    summed = ordered.cumsum(-1)
-    if p.top_k == 0 and some < count and summed[-1] < share:
-        ordered, ids = probabilities.sort(descending=True)
-        summed = ordered.cumsum(-1)
-    return torch.where(summed - ordered < share, ordered, 0.0), ids
