@@ -100,7 +100,8 @@ def bit_tile(
 ):  # fmt: skip
     """One work item: BN rows from n0 of a module, `count` tokens from m0 that have the same
     adapters, the entries first..last, over the columns k_from..k_to; written to one plane of ready
-    deltas. An entry is (words, scales, number of sign planes, -), offsets in 16 bytes. biases:
+    deltas. An entry is (words, scales, number of sign planes, -), offsets in 16 bytes; one that is
+    not there has no planes. biases:
     float32 [in / 128, MP], each token's sums of x times the columns' constants."""
     X: tl.constexpr = x.dtype.element_ty
     KP: tl.constexpr = (K + 127) // 128

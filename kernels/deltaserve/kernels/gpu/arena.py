@@ -20,6 +20,10 @@ BOUNCE = (8 << 20) // UNIT
 """Units copied at a time where a blob moves by less than that and would be copied over itself."""
 
 
+NOWHERE = -1
+"""In place of an offset: there is nothing."""
+
+
 class OutOfArena(MemoryError):
     """A blob does not fit in an arena that may not grow."""
 
@@ -48,6 +52,9 @@ class Arena:
     """First fit from the far end, the highest address, down: something else may grow from the
     lowest one up. Kernels see it through views of several types.
 
+    Behind the far end lie zeros and ones, as many as `have_neutral` was asked for, for kernels to
+    read in place of what an adapter has not.
+
     nbytes: size at first. grows: whether a full arena becomes a larger one, which moves it: graphs
     captured over a growing arena must be captured again. One that may not grow takes every blob
     that fits by bytes: where free memory is in pieces, it moves the blobs between them, in the
@@ -59,8 +66,9 @@ class Arena:
         self.device = device
         self.grows = grows
         self.moves = 0
+        self._zeros = self._ones = 0  # units
         self._data = self._allocate(-(-nbytes // LINE) * ALIGN)
-        self._limit = self._data.numel() // UNIT
+        self._limit = self._top
         self._places: list[Place] = []  # ascending by start
         self._held: set[Place] = set()
         self._used = 0
@@ -89,6 +97,41 @@ class Arena:
     def _end(self) -> int:
         return self._places[-1].end if self._places else 0
 
+    @property
+    def zeros(self) -> int:
+        """Offset of the zeros, until the arena moves."""
+        return self._top
+
+    @property
+    def ones(self) -> int:
+        """Offset of the ones, until the arena moves."""
+        return self._top + self._zeros
+
+    @property
+    def neutral(self) -> int:
+        """Bytes of zeros and ones."""
+        return (self._zeros + self._ones) * UNIT
+
+    @property
+    def _top(self) -> int:
+        """The far end of what places are in, in units."""
+        return self._data.numel() // UNIT - self._zeros - self._ones
+
+    def have_neutral(self, zeros: int, ones: int) -> None:
+        """At least so many bytes of zeros and so many ones of float32. Raises OutOfArena if it may
+        not grow and is not empty, or too small."""
+        wanted = [-(-nbytes // LINE) * ALIGN for nbytes in (zeros, 4 * ones)]
+        wanted = [max(pair) for pair in zip(wanted, (self._zeros, self._ones), strict=True)]
+        more = sum(wanted) - self._zeros - self._ones
+        if not more:
+            return
+        data = self._data
+        if self.grows:
+            data = self._allocate(self._top + sum(wanted))
+        elif self._places or self._limit < max(self._top, more):
+            raise OutOfArena(f"{more * UNIT} bytes of zeros and ones in an arena that is in use")
+        self._lie_in(data, *wanted)
+
     def view(self, dtype: torch.dtype) -> Tensor:
         """The whole arena as a flat tensor of a type."""
         return self._data.view(dtype)
@@ -98,12 +141,12 @@ class Arena:
         memory: uint8, contiguous, of whole cache lines, not cleared; as much of it is used as
         offsets can tell. Raises OutOfArena if it is too little."""
         data = memory[-min(memory.numel(), MOST * UNIT) :]
-        units = data.numel() // UNIT
+        units = (data.numel() - self.neutral) // UNIT
         if self._least() > units:
-            raise OutOfArena(f"{self.used} bytes of blobs do not fit in {data.numel()}")
+            raise OutOfArena(f"{self.used} bytes of blobs do not fit in {units * UNIT}")
         if self._end > units:
             self._slide(units)
-        self._lie_in(data)
+        self._lie_in(data, self._zeros, self._ones)
         self.grows = False
 
     def reserve(self, nbytes: int) -> Place:
@@ -113,7 +156,8 @@ class Arena:
         if start is None and not self.grows:
             start = self._make_room(units)
         if start is None and self.grows:
-            self._lie_in(self._allocate(2 * (self._data.numel() // UNIT) + units))
+            more = self._allocate(self._data.numel() // UNIT + self._top + units)
+            self._lie_in(more, self._zeros, self._ones)
             start = self._fit(units)
         if start is None:
             held = " while others are being copied to" if self._limit - self._used >= units else ""
@@ -158,7 +202,7 @@ class Arena:
     def limit(self, nbytes: int) -> bool:
         """Use no more than the last `nbytes`, moving what lies before. False, and nothing moves, if
         what is there does not fit, or as long as a held place is in the way."""
-        units = min(nbytes // LINE * ALIGN, self._data.numel() // UNIT)
+        units = min(nbytes // LINE * ALIGN, self._top)
         if self._least() > units:
             return False
         self._limit = units
@@ -179,7 +223,7 @@ class Arena:
         for place in self._places:
             if place.start < at or place.end > self._limit or place.start % ALIGN:
                 raise AssertionError(f"{place} overlaps or lies outside")
-            if place.offset + place.end != self._data.numel() // UNIT:
+            if place.offset + place.end != self._top:
                 raise AssertionError(f"{place} is said to lie elsewhere")
             if place.users < 1:
                 raise AssertionError(f"{place} is nobody's")
@@ -261,7 +305,7 @@ class Arena:
 
     def _put(self, place: Place) -> None:
         self._places.insert(self._index(place.start), place)
-        place.offset = self._data.numel() // UNIT - place.end
+        place.offset = self._top - place.end
 
     def _copy(self, source: int, start: int, units: int) -> None:
         """Back, in pieces that do not overlap what they are copied to."""
@@ -273,21 +317,23 @@ class Arena:
             self._span(start + at, count).copy_(piece.clone() if count > by else piece)
 
     def _span(self, start: int, units: int) -> Tensor:
-        end = self._data.numel() - start * UNIT
+        end = (self._top - start) * UNIT
         return self._data[end - units * UNIT : end]
 
     def _index(self, start: int) -> int:
         return bisect_left(self._places, start, key=attrgetter("start"))
 
-    def _lie_in(self, data: Tensor) -> None:
-        """What is in the arena, at the end of this memory."""
-        end = self._end
-        target = data[data.numel() - end * UNIT :]
-        target.copy_(self._data[self._data.numel() - end * UNIT :])
-        self._data = data
-        self._limit = data.numel() // UNIT
+    def _lie_in(self, data: Tensor, zeros: int, ones: int) -> None:
+        """What is in the arena, at the end of this memory, before so many units of zeros and of
+        ones."""
+        held = self._span(0, self._end)
+        self._data, self._zeros, self._ones = data, zeros, ones
+        self._limit = self._top
+        self._span(0, self._end).copy_(held)
+        data[self.zeros * UNIT : self.ones * UNIT] = 0
+        data[self.ones * UNIT :].view(torch.float32).fill_(1)
         for place in self._places:
-            place.offset = data.numel() // UNIT - place.end
+            place.offset = self._top - place.end
         self.moves += 1
 
     def _allocate(self, units: int) -> Tensor:

@@ -9,7 +9,7 @@ from deltaserve.kernels.attention.step import AttentionSpec
 from deltaserve.kernels.gpu.config import aux_config
 from deltaserve.kernels.gpu.graphs import default_limits, norm_vectors
 from deltaserve.kernels.gpu.norm_tables import NormRoom
-from deltaserve.kernels.gpu.step import ARRAYS, OFFSETS
+from deltaserve.kernels.gpu.step import ARRAYS, BY_LAYER
 from deltaserve.kernels.table import Group
 
 TILE = 128
@@ -75,7 +75,7 @@ def _tables(tokens: int, group: Group, layers: int) -> int:
     bounds = max(2 * parts * (padded // LEAST) + 1, parts * padded)
     count = 8
     for name in ARRAYS:
-        count += (limits.of(name, bounds) + 4) * (layers if name in OFFSETS else 1)
+        count += (limits.of(name, bounds) + 4) * (layers if name in BY_LAYER else 1)
     return 4 * count
 
 

@@ -20,8 +20,8 @@ class LayerPlans:
     arena.
 
     Planning takes Python's time once per structure, not per layer: layers whose adapters differ in
-    where things lie alone share one plan, but for its offsets. Adapters with other ranks or
-    another number of entries in some layers cost a plan for each kind of layer.
+    where things lie alone share one plan, but for its offsets. Of a few structures each has a plan;
+    of more, and where a graph has one, layers share one in which some lack what others have.
     """
 
     def __init__(self, layers: Sequence[GpuLinearDeltas]) -> None:
@@ -91,8 +91,8 @@ class LayerPlans:
 
     def replan(self, plan: StepPlan, segments: Segments) -> Uses:
         """Fills what `reserve` made; what the step uses of that plan's `uses`. Raises StepTooLarge,
-        also where layers differ in structure, and then the plan is as it was."""
-        kinds = self.residents.alike(segments)
+        also where an adapter has routers in some layers alone, and then the plan is as it was."""
+        kinds = self.residents.alike(segments, most=1)
         if len(kinds) > 1:
             raise StepTooLarge(f"the step's adapters have {len(kinds)} structures of a layer")
         return self.layers[0].refill(plan, segments, kinds[0])

@@ -24,6 +24,7 @@ from deltaserve.kernels.gpu.residents import Alike, Residents
 from deltaserve.kernels.gpu.step import Draft, Limits, StepPlan
 from deltaserve.kernels.gpu.sums import Sums
 from deltaserve.kernels.gpu.workspace import Workspace
+from deltaserve.kernels.lowrank.pages import PAGE
 from deltaserve.kernels.primitives import Primitive
 from deltaserve.kernels.segments import Segments
 from deltaserve.kernels.table import Group
@@ -66,6 +67,8 @@ class GpuLinearDeltas:
         self.group = Group(in_features, tuple(out_features), dtype)
         self.device = device or gpu.default_device()
         self.arena = arena or Arena(self.device)
+        widest = max(in_features, *out_features)
+        self.arena.have_neutral(PAGE * (widest + -widest % PAGE) * dtype.itemsize, widest + 4)
         self.workspace = workspace or Workspace(self.device)
         self._planner = planner
         self.slots: dict[int, GpuPrepared] = {}

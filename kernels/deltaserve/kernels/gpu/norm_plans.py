@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from deltaserve.kernels.gpu.arena import Arena
+from deltaserve.kernels.gpu.arena import NOWHERE, Arena
 from deltaserve.kernels.gpu.blob import Home, Spot
-from deltaserve.kernels.gpu.norm_tables import MISSING, NormPlan, NormRoom, NormTable, Tuned
+from deltaserve.kernels.gpu.norm_tables import NormPlan, NormRoom, NormTable, Tuned
 from deltaserve.kernels.gpu.reserved import Reserved
 from deltaserve.kernels.gpu.static import StaticMemory
 from deltaserve.kernels.segments import Segments
@@ -136,7 +136,7 @@ class NormPlans:
 
 
 class _Installed:
-    """One adapter. gains, biases: int32 [norms], where in the arena they lie, `MISSING` where there
+    """One adapter. gains, biases: int32 [norms], where in the arena they lie, `NOWHERE` where there
     is none; None if it has none at all."""
 
     def __init__(self, own: Mapping[int, Vectors], norms: int) -> None:
@@ -158,7 +158,7 @@ class _Installed:
         self._moves = moves
         starts = np.array([p.offset for p in self._held_in], dtype=np.int32)[self._which]
         self.gains, self.biases = (
-            None if behind is None else np.where(behind == MISSING, MISSING, starts + behind)
+            None if behind is None else np.where(behind == NOWHERE, NOWHERE, starts + behind)
             for behind in (self._gains, self._biases)
         )
 
@@ -170,6 +170,6 @@ def _behind(
     units = {i: spot.units + at for i, (spot, at) in vectors.items() if at is not None}
     if not units:
         return None
-    found = np.full(norms, MISSING, dtype=np.int32)
+    found = np.full(norms, NOWHERE, dtype=np.int32)
     found[list(units)] = list(units.values())
     return found

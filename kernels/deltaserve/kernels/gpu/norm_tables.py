@@ -17,9 +17,6 @@ from deltaserve.kernels.gpu.static import ALIGN
 from deltaserve.kernels.gpu.step import StepTooLarge
 from deltaserve.kernels.segments import Mix
 
-MISSING = -1
-"""The offset of what an adapter has on other norms, and not on this one."""
-
 Listed = tuple[npt.NDArray[np.int32], float]
 """Offsets of a vector, by norm, and its strength."""
 
@@ -71,7 +68,7 @@ class NormRoom:
 class Tuned:
     """What norm_kernel is given of one norm. mixes: int32 [tokens], of each token, 0 for those
     whose norms are the base's. bounds: int32 [2 (mixes + 1) + 1], of each mix its gains and its
-    biases in two lists: offsets, int32 in units of 16 bytes of the arena, `MISSING` for what the
+    biases in two lists: offsets, int32 in units of 16 bytes of the arena, `NOWHERE` for what the
     norm has not, and strengths, float32."""
 
     mixes: Tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from deltaserve.kernels.gpu.arena import Arena
@@ -11,8 +12,12 @@ from deltaserve.kernels.gpu.blob import Spot
 from deltaserve.kernels.gpu.installed import NOTHING, Installed
 from deltaserve.kernels.gpu.prepared import GpuPrepared
 from deltaserve.kernels.gpu.rows import Rows
+from deltaserve.kernels.gpu.united import united
 from deltaserve.kernels.segments import Segments
 
+FEW = 4
+"""Structures of layers that are planned apart; of more, layers are taken to have what others have.
+"""
 KEPT = 16
 """Sets of layers that a slot is kept for, where an adapter is not alike in all of them."""
 
@@ -55,8 +60,9 @@ class Residents:
         """The same as long as nothing is installed, removed or moved."""
         return self.changes, self._arena.moves
 
-    def alike(self, segments: Segments) -> list[Alike]:
-        """All layers, by what the step's adapters are in them."""
+    def alike(self, segments: Segments, most: int = FEW) -> list[Alike]:
+        """All layers, by what the step's adapters are in them; all together if there would be more
+        than `most` kinds of them and no adapter has routers in some layers alone."""
         known, entries = self._slots, segments.slot.tolist()
         slots = [known.get(slot) or self._read(slot) for slot in entries]
         whole = [own for slot in slots if (own := slot.everywhere) is not None]
@@ -65,6 +71,10 @@ class Residents:
         kinds: dict[tuple[int, ...], list[int]] = {}
         for i, key in enumerate(zip(*(slot.kinds for slot in slots), strict=True)):
             kinds.setdefault(key, []).append(i)
+        if len(kinds) > most:
+            together = [own for slot in slots if (own := slot.together) is not None]
+            if len(together) == len(slots):
+                return [self._of(self._all, together)]
         return [
             self._of(layers, [slot.within(layers) for slot in slots])
             for layers in map(tuple, kinds.values())
@@ -76,7 +86,7 @@ class Residents:
         for adapter in adapters:
             acts = acts or adapter is not NOTHING
             if adapter.moves != moves:
-                adapter.follow(moves)
+                adapter.follow(self._arena)
         return Alike(layers, adapters, acts)
 
     def _read(self, slot: int) -> _Slot:
@@ -94,7 +104,8 @@ class Residents:
 
 class _Slot:
     """What one slot holds. rows, spots: of each layer, None where it holds nothing. kinds: of each
-    layer, the first one in which it is alike. everywhere: in all layers, if it is alike in all."""
+    layer, the first one in which it is alike. everywhere: in all layers, if it is alike in all.
+    together: in all layers, as if it were; None if it has routers in some."""
 
     def __init__(self, rows: Sequence[Rows | None], spots: Sequence[Spot | None]) -> None:
         self._rows = rows
@@ -105,13 +116,19 @@ class _Slot:
         self.kinds = tuple(firsts.setdefault(key, i) for i, key in enumerate(fields))
         self.everywhere = self.within(tuple(range(len(rows)))) if len(firsts) == 1 else None
 
+    @cached_property
+    def together(self) -> Installed | None:
+        if self.everywhere is not None:
+            return self.everywhere
+        return united(self._rows, self._spots)
+
     def within(self, layers: tuple[int, ...]) -> Installed:
         """In some layers in which it is alike."""
         found = self._found.get(layers)
         if found is None:
             rows = [own for i in layers if (own := self._rows[i]) is not None]
             spots = [spot for i in layers if (spot := self._spots[i]) is not None]
-            found = Installed(rows, spots) if rows else NOTHING
+            found = Installed.alike(rows, spots) if rows else NOTHING
             if len(self._found) == KEPT:
                 self._found.clear()
             self._found[layers] = found

@@ -3,7 +3,8 @@
 There is a row for every page, 1-bit delta, panel, sparse delta, vector and router. Its fields say
 what it is: they decide how the tables of a step look. Its units say where it lies in the blob (and
 what else the kernels want to know of it): they are only copied into the tables. So layers whose
-rows have the same fields can share a plan, wherever in their blobs what lies.
+rows have the same fields can share a plan, wherever in their blobs what lies, and layers that lack
+some rows of others too: kernels read zeros or ones for those, or pass over what lies `NOWHERE`.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 
 PAGES, DELTAS, OUTPUTS, INPUTS, GATES = KINDS = range(5)
 
-FIELDS = (3, 2, 2, 3, 5)
+FIELDS = (2, 2, 2, 3, 5)
 """Numbers that each kind's rows have, the module first. PAGES: SHRUNK, GATHERED or, of a router's
-rows, ROUTER; the bits of their scale. DELTAS: SIGNS, PANEL or SELL. OUTPUTS: FACTOR, REPLACED or
+rows, ROUTER. DELTAS: SIGNS, PANEL or SELL. OUTPUTS: FACTOR, REPLACED or
 BIAS. INPUTS: FACTOR or REPLACED; the first row that lies in the same place. GATES: experts, rows of
 each, and among the adapter's pages the number of the experts' first one and of the router's."""
 
@@ -33,12 +34,16 @@ SHRUNK, GATHERED, ROUTER = range(3)
 SIGNS, PANEL, SELL = range(3)
 FACTOR, REPLACED, BIAS = range(3)
 
-UNITS = (2, 4, 1, 1, 0)
-"""Numbers that tell the kernels where a row of each kind lies: a page's a and b, an entry of
-another delta, a vector. They are offsets, all but those of `NUMBERS`."""
+UNITS = (3, 4, 1, 1, 0)
+"""Numbers that tell the kernels where a row of each kind lies: a page's a and b, and the bits of
+its scale; an entry of another delta; a vector. They are offsets, all but those of `NUMBERS`."""
 
-NUMBERS = ((2, 3), (3,), ())
-"""Of the entries of each sort of DELTAS: the number of sign planes, and what is not used."""
+NUMBERS: dict[int, tuple[tuple[int, ...], ...]] = {
+    PAGES: ((2,), (2,), (2,)),
+    DELTAS: ((2, 3), (3,), ()),
+}
+"""Of what the second field says: a page's scale; the number of sign planes, and what is not used,
+of entries."""
 
 Row: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 """Fields and units."""
@@ -73,11 +78,11 @@ def _rows(i: int, part: Part, pages: list[Row], inputs: list[Row]) -> Iterator[t
     this one are added as they come."""
     first = len(pages)
     for page in part.pages:
-        yield PAGES, ((i, GATHERED if page.gathers else SHRUNK, _bits(page)), (page.a, page.b))
+        yield PAGES, ((i, GATHERED if page.gathers else SHRUNK), (page.a, page.b, _bits(page)))
     for gate in part.gates:
         yield GATES, ((i, gate.experts, gate.rank, first + gate.first, len(pages)), ())
         for page in gate.pages:
-            yield PAGES, ((i, ROUTER, _bits(page)), (page.a, page.b))
+            yield PAGES, ((i, ROUTER), (page.a, page.b, _bits(page)))
     for s in part.signs:
         yield DELTAS, ((i, SIGNS), (s.words, s.scales, s.planes, 0))
     for panel in part.panels:

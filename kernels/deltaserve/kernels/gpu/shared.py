@@ -9,14 +9,18 @@ from deltaserve.kernels.gpu.arena import LINE, Arena
 
 class SharedMemory:
     """`data`, uint8 of at least `nbytes`, zeros: the cache's from its low end up to a boundary,
-    above which the arena lies, at the high end. Addresses never change, the boundary does.
+    above which the arena lies, at the high end; behind it the arena's zeros and ones. Addresses
+    never change, the boundary does.
     """
 
     def __init__(self, nbytes: int, arena: Arena) -> None:
-        self.data = torch.zeros(-(-nbytes // LINE) * LINE, dtype=torch.uint8, device=arena.device)
+        nbytes = -(-nbytes // LINE) * LINE
+        size = nbytes + arena.neutral
+        memory = torch.zeros(size, dtype=torch.uint8, device=arena.device)
+        self.data = memory[:nbytes]
         self.boundary = 0
         self._arena = arena
-        arena.adopt(self.data)
+        arena.adopt(memory)
 
     @property
     def reach(self) -> int:

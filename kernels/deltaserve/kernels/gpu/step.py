@@ -18,9 +18,9 @@ ARRAYS = (
     "page_scale", "page_bounds", "vec_offset", "vec_lo", "vec_hi", "vec_strength", "vec_bounds",
     "in_offset", "in_lo", "in_hi", "in_strength", "in_bounds", "plane_count", "gates",
 )  # fmt: skip
-OFFSETS = ("entries", "page_a", "page_b", "vec_offset", "in_offset")
-"""Where blobs lie: the only tables that differ between layers."""
-SHARED = tuple(name for name in ARRAYS if name not in OFFSETS)
+BY_LAYER = ("entries", "page_a", "page_b", "page_scale", "vec_offset", "in_offset")
+"""Where blobs lie, and the scale of pages: the only tables that differ between layers."""
+SHARED = tuple(name for name in ARRAYS if name not in BY_LAYER)
 FLOATS = {"strengths", "page_scale", "vec_strength", "in_strength"}
 ALIGN = 4
 """Tables start at multiples of 16 bytes."""
@@ -72,8 +72,8 @@ class StepPlan:
     """What the launches of one step are given. Its tensors stay where they are when it is filled
     again. tokens: rows of x; tiles: token tiles that the tables are laid out for. gates: entries of
     routers; none where the tables are filled again. layers: the plan for each of the layers that
-    share it, which differ in `OFFSETS` alone; the first is this one. room: numbers of the buffer
-    that hold a table, `OFFSETS` of the first layer, whose like of the next lie `stride` numbers
+    share it, which differ in `BY_LAYER` alone; the first is this one. room: numbers of the buffer
+    that hold a table, `BY_LAYER` of the first layer, whose like of the next lie `stride` numbers
     further. apart: it has memory of its own."""
 
     tokens: int
@@ -118,8 +118,8 @@ class Draft:
         """(`StepPlan.room`, its stride, numbers in all)."""
         room: dict[str, slice] = {}
         at = start = ALIGN  # the number of items comes first
-        for name in (*SHARED, *OFFSETS):
-            if name == OFFSETS[0]:
+        for name in (*SHARED, *BY_LAYER):
+            if name == BY_LAYER[0]:
                 start = at
             size = _size(self.tables, name)
             length = max(1, self.limits.of(name, size) if self.limits else size)
@@ -155,11 +155,12 @@ def _laid_out(
     tables, limits, tiling, layers = draft.tables, draft.limits, draft.tiling, draft.layers
     floats = buffer.view(torch.float32)
     shared = {n: (floats if n in FLOATS else buffer)[room[n]] for n in SHARED}
-    start = room[OFFSETS[0]].start
+    start = room[BY_LAYER[0]].start
     rows = buffer[start : start + stride * layers].view(layers, stride)
     columns = []
-    for name in OFFSETS:
+    for name in BY_LAYER:
         column = rows[:, room[name].start - start : room[name].stop - start]
+        column = column.view(torch.float32) if name in FLOATS else column
         empty = limits is None and not _size(tables, name)  # nobody reads it: one is enough
         columns.append((column[0],) * layers if empty else column.unbind(0))
     width, planes, uses = tables.width, tables.planes, tables.uses
@@ -169,7 +170,7 @@ def _laid_out(
     plans = [
         StepPlan(
             draft.tokens, draft.tiles, tiling, draft.aux, width, planes, len(tables.gates), uses,
-            programs, limits, buffer[:1], {**shared, **dict(zip(OFFSETS, own, strict=True))}, room,
+            programs, limits, buffer[:1], {**shared, **dict(zip(BY_LAYER, own, strict=True))}, room,
             stride, buffer, staging, apart,
         )
         for own in zip(*columns, strict=True)
@@ -197,18 +198,18 @@ def write(plan: StepPlan, tables: Tables) -> None:
         array, start = getattr(tables, name), plan.room[name].start
         if array.size:
             staging[start : start + array.size] = array.reshape(-1).view(np.int32)
-    start, layers = plan.room[OFFSETS[0]].start, tables.layers
+    start, layers = plan.room[BY_LAYER[0]].start, tables.layers
     rows = staging[start : start + plan.stride * layers].reshape(layers, plan.stride)
-    for name in OFFSETS:
+    for name in BY_LAYER:
         found, at = getattr(tables, name), plan.room[name].start - start
         if len(found):
-            rows[:, at : at + len(found)] = found.T
+            rows[:, at : at + len(found)] = found.view(np.int32).T
 
 
 def _size(tables: Tables, name: str) -> int:
     """Numbers of a table, of one layer."""
     array = getattr(tables, name)
-    return len(array) if name in OFFSETS else array.size
+    return len(array) if name in BY_LAYER else array.size
 
 
 def _check(plan: StepPlan, tables: Tables) -> None:

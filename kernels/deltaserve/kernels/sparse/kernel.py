@@ -6,6 +6,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+ANY = tl.constexpr(1 << 30)
+"""More rows than there are."""
+
 
 @triton.jit
 def sell_tile(
@@ -20,7 +23,8 @@ def sell_tile(
     its longest row, so that a lane owns a row: coalesced values and columns, a private sum. An
     entry is (slice starts, rows, columns, values), offsets in 16 bytes. Entries sort their rows
     differently: an item that has several spans whole windows and adds one after the other.
-    turned: x as [K, MP], where a column's tokens are one load; read if BT > 1, else x.
+    turned: x as [K, MP], where a column's tokens are one load; read if BT > 1, else x. An entry
+    at -1 is not there: its rows are zeros, in their own order.
     """
     UNIT: tl.constexpr = 128 // arena.dtype.element_ty.primitive_bitwidth
     WIDE: tl.constexpr = 128 // arena_column.dtype.element_ty.primitive_bitwidth
@@ -29,14 +33,17 @@ def sell_tile(
     m = m0 + tl.arange(0, BT)
     own = (m >= lo) & (m < hi)
     for e in tl.range(first, last, disable_licm=True):
-        starts = arena_int + tl.load(entries + e * 4).to(tl.int64) * 4
+        at_starts = tl.load(entries + e * 4)
+        there = at_starts >= 0
+        starts = arena_int + at_starts.to(tl.int64) * 4
         rows = arena_int + tl.load(entries + e * 4 + 1).to(tl.int64) * 4
         columns = arena_column + tl.load(entries + e * 4 + 2).to(tl.int64) * WIDE
         values = arena + tl.load(entries + e * 4 + 3).to(tl.int64) * UNIT
         strength = tl.load(strengths + e)
         for s in tl.range(slice_from, slice_to, disable_licm=True):
-            begin = tl.load(starts + s) * C
-            length = tl.load(starts + s + 1) - tl.load(starts + s)
+            begin = tl.load(starts + s, mask=there, other=0)
+            length = tl.load(starts + s + 1, mask=there, other=0) - begin
+            begin *= C
             acc = tl.zeros((DEPTH, C, BT), tl.float32)
             for t in tl.range(0, length, DEPTH, num_stages=3):
                 z = begin + (t + i)[:, None] * C + r[None, :]
@@ -51,7 +58,10 @@ def sell_tile(
                     p = turned + c[:, :, None] * MP + m[None, None, :]
                 g = tl.load(p, mask=live[:, :, None], other=0.0).to(tl.float32)
                 acc += g * v[:, :, None]
-            n = tl.load(rows + s * C + r)
+            n = s * C + r
+            own_order = tl.where(n < out_features, n, -1)
+            n = tl.load(rows + n, mask=n < tl.where(there, ANY, 0), other=0)
+            n = tl.where(there, n, own_order)
             place = planes + (plane * MP + m)[None, :].to(tl.int64) * N + (column + n)[:, None]
             mask = (n >= 0)[:, None] & own[None, :]
             total = tl.sum(acc, axis=0) * strength
@@ -71,10 +81,10 @@ def panel_tile(
     """One work item: BN rows of a module, number `tile`, for `count` tokens from m0 that have the
     entries first..last; one of `shares` parts of each entry's chunks; written to one plane.
 
-    An entry is (chunk starts by tile, chunks, blob, -). A chunk is 8 numbers: first column / 8,
-    columns / 8, values, row stride / 8, first row, one past the last, row numbers or -1, -; its
-    offsets are relative to the blob. Its rows are those first..last of the module, or what the row
-    numbers say each row of the tile is, -1 for none.
+    An entry is (chunk starts by tile, chunks, blob, -); one at -1 is not there. A chunk is 8
+    numbers: first column / 8, columns / 8, values, row stride / 8, first row, one past the last,
+    row numbers or -1, -; its offsets are relative to the blob. Its rows are those first..last of
+    the module, or what the row numbers say each row of the tile is, -1 for none.
     """
     UNIT: tl.constexpr = 128 // arena.dtype.element_ty.primitive_bitwidth
     i = tl.arange(0, BM)
@@ -84,11 +94,12 @@ def panel_tile(
     at = tl.arange(0, BK)
     total = tl.zeros((BN, BM), tl.float32)
     for e in tl.range(first, last, disable_licm=True):
-        starts = arena_int + tl.load(entries + e * 4).to(tl.int64) * 4
+        at_starts = tl.load(entries + e * 4)
+        starts = arena_int + at_starts.to(tl.int64) * 4
         chunks = arena_int + tl.load(entries + e * 4 + 1).to(tl.int64) * 4
         blob = tl.load(entries + e * 4 + 2).to(tl.int64)
-        begin = tl.load(starts + tile)
-        number = tl.load(starts + tile + 1) - begin
+        begin = tl.load(starts + tile, mask=at_starts >= 0, other=0)
+        number = tl.load(starts + tile + 1, mask=at_starts >= 0, other=0) - begin
         acc = tl.zeros((BN, BM), tl.float32)
         for c in tl.range(
             begin + number * share // shares,

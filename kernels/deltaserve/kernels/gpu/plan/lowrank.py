@@ -31,7 +31,7 @@ def lowrank_tables(
     if found is None:
         none, places = np.zeros(0, dtype=np.int32), np.zeros((0, adapters.layers), dtype=np.int32)
         empty: Table = {name: none for name in ("page_col", "page_lo", "page_hi")}
-        empty |= {"page_a": places, "page_b": places, "page_scale": none.view(np.float32)}
+        empty |= {"page_a": places, "page_b": places, "page_scale": places.view(np.float32)}
         return {**empty, "page_bounds": np.zeros(tiles * parts + 1, dtype=np.int32)}, NO_ITEMS, 0
     counts = adapters.counts[:, PAGES]
     first = np.cumsum(counts) - counts
@@ -48,14 +48,13 @@ def lowrank_tables(
     order = sort(key)
     key, rows = key[order], rows[order]
     entry, places = found.entry[rows], found.places[rows]
-    scale = found.fields[rows, 2].view(np.float32)
     fields: Table = {
         "page_a": places[:, 0],
         "page_b": places[:, 1],
         "page_col": (PAGE * number[rows]).astype(np.int32),
         "page_lo": adapters.start[entry],
         "page_hi": adapters.end[entry],
-        "page_scale": scale * strength[rows],
+        "page_scale": places[:, 2].view(np.float32) * strength[rows][:, None],
         "page_bounds": bounds(key >> 1, tiles * parts),
     }
     shrinks = _shrinks(tile[order] * 2 + gathers[rows], group.in_features, tiling)

@@ -30,8 +30,8 @@ class Uses:
 @dataclass(frozen=True, eq=False, slots=True)
 class Tables:
     """Everything that the launches read of the step, in host memory. width: rows of h. entries,
-    page_a, page_b, vec_offset and in_offset say where in the arena what lies: [n, layers]; the rest
-    is the same for all layers."""
+    page_a, page_b, vec_offset and in_offset say where in the arena what lies: [n, layers], and
+    page_scale is of each layer too; the rest is the same for all layers."""
 
     items: Ints
     entries: Ints
