@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deltaserve.kernels.attention import gpu as attention
-from deltaserve.kernels.gpu import aux, gemm, inputs, norm, rope
+from deltaserve.kernels.gpu import aux, embedding, gemm, inputs, norm, rope
 from deltaserve.kernels.gpu.capture import NotCapturable
 
 ASKS = ("_local_scalar_dense", "lift_fresh", "nonzero", "equal")
 """Operations that wait for the device, or bring numbers there from memory of the host."""
-MODULES = (attention, aux, gemm, inputs, norm, rope)
+MODULES = (attention, aux, embedding, gemm, inputs, norm, rope)
 """That launch kernels."""
 
 

@@ -21,16 +21,19 @@ from deltaserve.adapters.delta_file import write_delta
 from deltaserve.kernels.gpu import decoding
 from deltaserve.kernels.gpu.backend import TritonBackend
 from deltaserve.kernels.gpu.layers import LayerPlans
-from deltaserve.kernels.primitives import Replace
+from deltaserve.kernels.primitives import GatedPrefix, Replace
 from deltaserve.server.config import AdapterConfig, ConfigError, EngineConfig
 from deltaserve.server.engine.build import base_of, make_engine
 from deltaserve.server.engine.collector import Collector, generate
 from deltaserve.server.engine.core import AdapterRef, Combination, Member, Rule, Speculation
 from deltaserve.server.engine.plan import graph_bytes
 
-NAMES = ["lora", "rslora", "bitdelta-published", "ia3", "lora-tokens", "lora-patterns"]
+NAMES = [
+    "lora", "rslora", "bitdelta-published", "ia3", "lora-tokens", "lora-embedding", "lora-patterns",
+]  # fmt: skip
 NORMS = {"norms": lambda name: True, "one norm": lambda name: name.endswith("1.input_layernorm")}
 """Adapters of norms alone, by which of them."""
+PREFIX = "gated-prefix"
 
 
 def tune_norms(root: Path, name: str, wanted: Callable[[str], bool]) -> None:
@@ -52,6 +55,13 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
         VARIANTS[name].make(root / "base", root / "adapters" / name, generator)
     for name, wanted in NORMS.items():
         tune_norms(root, name, wanted)
+    config = open_base(root / "base").config
+    shape = (3, config.num_key_value_heads, config.hidden_size // config.num_attention_heads)
+    keys, values = (
+        tuple(torch.randn(shape, generator=generator) for _ in range(config.num_hidden_layers))
+        for _ in range(2)
+    )
+    write_delta(root / "adapters" / PREFIX, {}, kind=PREFIX, prefix=GatedPrefix(keys, values))
     return root
 
 
@@ -67,7 +77,7 @@ def engines(gpu: TritonBackend, family: Path) -> Iterator[Pair]:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(decoding, "BUCKETS", (1, 4))
         yield pair(
-            stack, gpu, family, [*NAMES, *NORMS], captured=True, max_sequences=4,
+            stack, gpu, family, [*NAMES, *NORMS, PREFIX], captured=True, max_sequences=4,
             max_batch_tokens=32, max_length=96,
         )  # fmt: skip
 
@@ -225,13 +235,40 @@ def test_norms_of_heads_and_activations_in_8_bits(
     assert sorted(off)[len(off) // 2] < 1e-4 and max(off) < 0.05
 
 
-def test_what_no_graph_holds_is_launched(engines: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An adapter of the embedding; one whose ranks differ between layers."""
+def test_adapters_of_the_embedding_are_replayed(
+    engines: Pair, family: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of some tokens, and low rank; at a strength, beside others and the base; installed anew,
+    which moves what lies behind."""
     seen = Watched(engines, monkeypatch)
-    engines.same({"tokens": request(prompt(20), "lora-tokens", max_tokens=2)})
-    assert set(seen.events) == {"wait"}
-    engines.same({"ranks": request(prompt(21), "lora-patterns", max_tokens=2)})
-    assert not seen.replays and "eager" in seen.events
+    mixes: list[Any] = ["lora-tokens", [("lora-embedding", 0.5), ("lora-tokens", 1.0)], "lora", ""]
+    # 3, 70 and 200 are trained
+    asked = {
+        f"{m}": request([3, *prompt(80 + i), 70], m, max_tokens=3) for i, m in enumerate(mixes)
+    }
+    engines.same(asked)
+    for engine in (engines.cpu, engines.gpu):
+        engine.adapters.unload("lora").result(timeout=60)
+        engine.adapters.unload("lora-tokens").result(timeout=60)
+        for name in ("lora-tokens", "lora"):
+            engine.adapters.load(name, str(family / "adapters" / name)).result(timeout=60)
+    engines.same(asked)
+    assert seen.replays == [4, 4] * 2 and "eager" not in seen.events
+
+
+def test_layers_of_other_ranks_are_replayed(engines: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other ranks and scales, and a layer without any, beside layers that are alike."""
+    seen = Watched(engines, monkeypatch)
+    mixes: list[Any] = ["lora-patterns", [("lora-patterns", 0.5), ("bitdelta-published", 1.0)], ""]
+    engines.same({f"{m}": request(prompt(90 + i), m, max_tokens=3) for i, m in enumerate(mixes)})
+    assert seen.replays == [3, 3] and "eager" not in seen.events
+
+
+def test_what_no_graph_holds_is_launched(engines: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention to a prompt beside the sequence."""
+    seen = Watched(engines, monkeypatch)
+    engines.same({"prefix": request(prompt(20), PREFIX, max_tokens=2)})
+    assert not seen.replays and set(seen.events) == {"wait"}
     engines.same({"base": request(prompt(22), max_tokens=2)})
     assert seen.replays == [1]
 

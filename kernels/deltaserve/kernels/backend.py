@@ -107,7 +107,10 @@ class Deltas(Protocol):
 
 
 class EmbeddingDeltas(Protocol):
-    """What a step's adapters do to the token embedding."""
+    """What a step's adapters do to the token embedding. by_token: whether steps launch the same
+    whatever its adapters are."""
+
+    by_token: bool
 
     def install(self, slot: int, prepared: Any) -> None:
         """Publishes an adapter in a slot, in place of what the slot held. Engine thread."""

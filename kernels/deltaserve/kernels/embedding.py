@@ -106,7 +106,10 @@ def _shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
 
 
 class EmbeddingDeltas:
-    """vocabulary, hidden: of the embedding's weight; dtype: of y."""
+    """vocabulary, hidden: of the embedding's weight; dtype: of y. by_token: whether steps launch
+    the same whatever its adapters are."""
+
+    by_token = False
 
     def __init__(self, vocabulary: int, hidden: int, dtype: torch.dtype) -> None:
         self.vocabulary = vocabulary

@@ -76,7 +76,7 @@ class TritonBackend:
         self.arena = Arena(self.device)
         self.workspace = Workspace(self.device)
         self._stacks = Stacks()
-        self._embeddings: set[int] = set()  # sizes of their rows
+        self._embedding: GpuEmbeddingDeltas | None = None
         self._norms = NormPlans(self.arena)
         cuda = self.device.type == "cuda"
         self.capture: Capture | None = CudaCapture(self.device) if cuda else None
@@ -106,8 +106,8 @@ class TritonBackend:
     def embedding_deltas(
         self, vocabulary: int, hidden: int, dtype: torch.dtype
     ) -> GpuEmbeddingDeltas:
-        self._embeddings.add(hidden)
-        return GpuEmbeddingDeltas(vocabulary, hidden, dtype, self.arena)
+        self._embedding = GpuEmbeddingDeltas(vocabulary, hidden, dtype, self.arena)
+        return self._embedding
 
     def gated_prefixes(self) -> GpuGatedPrefixes:
         return GpuGatedPrefixes(self.arena)
@@ -152,8 +152,9 @@ class TritonBackend:
             inside |= {id(norm.deltas) for norm in (*parts.norms, *(parts.head_norms or ()))}
         alone = {deltas.hidden for deltas in norms if id(deltas) not in inside}
         specs = {spec_of(base, group) for base, group in linears if id(base) not in inside}
+        embeddings = {self._embedding.hidden} if self._embedding is not None else set()
         make_ready(
-            specs, set(attention), own, alone, self._embeddings, dtype, self.device, max_tokens,
+            specs, set(attention), own, alone, embeddings, dtype, self.device, max_tokens,
             block_size, progress,
         )  # fmt: skip
 
@@ -179,6 +180,7 @@ class TritonBackend:
                 max_length=max_length,
                 block_size=block_size,
                 norms=self._norms,
+                embedding=self._embedding,
                 progress=progress,
             )
         except NotCapturable as error:

@@ -15,6 +15,7 @@ from deltaserve.kernels.attention.tables import AttentionTables
 from deltaserve.kernels.captured import Decoded, DecodeStep, StepTensors, best_of
 from deltaserve.kernels.gpu.capture import Capture, NotCapturable
 from deltaserve.kernels.gpu.config import BUCKETS
+from deltaserve.kernels.gpu.embedding import GpuEmbeddingDeltas
 from deltaserve.kernels.gpu.graph import StaticStep
 from deltaserve.kernels.gpu.graphs import GraphTable, default_limits
 from deltaserve.kernels.gpu.norm_plans import NormPlans
@@ -35,8 +36,8 @@ def buckets(most: int) -> tuple[int, ...]:
 
 
 class DecodeGraphs:
-    """forward: computes a step of the model, which `norms` are of. Other arguments as `GraphTable`
-    has them. Raises NotCapturable."""
+    """forward: computes a step of the model, which `norms` and `embedding` are of. Other arguments
+    as `GraphTable` has them. Raises NotCapturable."""
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class DecodeGraphs:
         max_length: int,
         block_size: int,
         norms: NormPlans,
+        embedding: GpuEmbeddingDeltas | None,
         limits: Callable[[int, int], Limits] = default_limits,
         progress: Callable[[float, str], None] = lambda share, what: None,
     ) -> None:
@@ -70,6 +72,7 @@ class DecodeGraphs:
             buckets=sizes,
             norms=norms,
             captured=self._captured,
+            embedding=embedding,
         )
         self._table.capture(
             lambda done, count, what: progress(done / count, f"capturing steps of {what}")
@@ -94,8 +97,9 @@ class DecodeGraphs:
         tokens = step.tokens
         asked: set[int] = set()
         segments = Segments((), tokens)
-        if step.plans or step.norms is not None:
-            segments = Reserved(tokens, partial(_given, step), partial(_tuned, step.norms, asked))
+        if step.plans or step.norms is not None or step.embedding is not None:
+            tuned = partial(_tuned, step.norms, asked)
+            segments = Reserved(tokens, partial(_given, step), tuned, step.embedding)
         logits = self._logits[:tokens]
         self._forward(
             StepTensors(

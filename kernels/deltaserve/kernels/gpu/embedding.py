@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from deltaserve.kernels.gpu.arena import Arena
+from deltaserve.kernels.gpu.arena import NOWHERE, Arena
 from deltaserve.kernels.gpu.blob import Spot
 from deltaserve.kernels.gpu.embedding_kernel import embedding_kernel
+from deltaserve.kernels.gpu.embedding_tables import EmbeddingPlan, EmbeddingRoom, EmbeddingTable
 from deltaserve.kernels.gpu.launch import launch
 from deltaserve.kernels.gpu.prepared_embedding import (
-    EVERY,
     GpuPreparedEmbedding,
     Item,
     Kind,
     prepare,
 )
+from deltaserve.kernels.gpu.reserved import Reserved
+from deltaserve.kernels.gpu.static import StaticMemory
 from deltaserve.kernels.primitives import Primitive
 from deltaserve.kernels.segments import Mix, Segments
 
@@ -29,18 +30,10 @@ BLOCK = 1024
 WARPS = 4
 
 
-@dataclass(eq=False, slots=True)
-class EmbeddingPlan:
-    """What embedding_kernel is given of a step's adapters."""
-
-    mixes: Tensor
-    bounds: Tensor
-    items: Tensor
-    factors: Tensor
-
-
 class GpuEmbeddingDeltas:
     """vocabulary, hidden: of the embedding's weight; dtype: of y. arena: where adapters lie."""
+
+    by_token = True
 
     def __init__(self, vocabulary: int, hidden: int, dtype: torch.dtype, arena: Arena) -> None:
         self.vocabulary = vocabulary
@@ -48,6 +41,12 @@ class GpuEmbeddingDeltas:
         self.dtype = dtype
         self.arena = arena
         self._slots: dict[int, tuple[GpuPreparedEmbedding, Spot]] = {}
+        self._changes = 0
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """The same as long as nothing is installed, removed or moved."""
+        return self._changes, self.arena.moves
 
     def prepare(self, primitives: tuple[Primitive, ...]) -> GpuPreparedEmbedding:
         """See `prepared_embedding.prepare`."""
@@ -58,11 +57,13 @@ class GpuEmbeddingDeltas:
         the arena already, or was put there for another slot, is not copied again."""
         self.remove(slot)
         if prepared.nbytes:
+            self._changes += 1
             self._slots[slot] = prepared, prepared.home.take(prepared.blob, self.arena)
 
     def remove(self, slot: int) -> None:
         """Empties a slot; an empty one may be removed again."""
         if slot in self._slots:
+            self._changes += 1
             prepared, spot = self._slots.pop(slot)
             prepared.home.leave(spot, self.arena)
 
@@ -80,9 +81,15 @@ class GpuEmbeddingDeltas:
         multiplier: float = 1.0,
     ) -> Tensor:
         """See `EmbeddingDeltas.forward`. y, weight: contiguous."""
-        if segments.slots.isdisjoint(self._slots):
-            return y
-        return self.run(ids, y, weight, self.plan(segments), multiplier)
+        if isinstance(segments, Reserved):
+            plan = segments.embedded
+        else:
+            plan = self.plan(segments) if self.act(segments.slots) else None
+        return y if plan is None else self.run(ids, y, weight, plan, multiplier)
+
+    def act(self, slots: Collection[int]) -> bool:
+        """Whether an adapter in one of the slots changes the embedding."""
+        return not self._slots.keys().isdisjoint(slots)
 
     def run(
         self, ids: Tensor, y: Tensor, weight: Tensor, plan: EmbeddingPlan, multiplier: float
@@ -106,32 +113,34 @@ class GpuEmbeddingDeltas:
         return y
 
     def plan(self, segments: Segments) -> EmbeddingPlan:
-        """The step's tables on the device, in one copy."""
-        rows: dict[Mix, int] = {}
-        mixes = np.zeros(segments.tokens, np.int32)
-        bounds, items, factors = [0, 0], list[Item](), list[float]()
+        """The step's tables on the device, in one copy, with room for exactly this step."""
+        table = self._table(segments)
+        room = EmbeddingRoom(segments.tokens, len(table.items))
+        memory = StaticMemory(room.count, self.arena.device)
+        plan = EmbeddingPlan(room, *memory.take(room.count))
+        plan.write(table)
+        memory.send()
+        return plan
+
+    def reserve(self, tokens: int, items: int, memory: StaticMemory) -> EmbeddingPlan:
+        """One without adapters, for `replan` to fill; what is filled in is for others to send."""
+        room = EmbeddingRoom(tokens, items)
+        return EmbeddingPlan(room, *memory.take(room.count))
+
+    def replan(self, plan: EmbeddingPlan, segments: Segments) -> None:
+        """Fills a plan anew. Raises StepTooLarge, and then the plan is as it was."""
+        plan.write(self._table(segments))
+
+    def _table(self, segments: Segments) -> EmbeddingTable:
+        found = EmbeddingTable()
         for start, end, mix in segments.runs:
-            if mix not in rows:
+            if mix not in found.rows:
                 own = list(self._items(mix))
                 if not own:
                     continue
-                rows[mix] = len(rows) + 1
-                items += [item for item, _ in own]
-                factors += [factor for _, factor in own]
-                bounds.append(len(items))
-            mixes[start:end] = rows[mix]
-        words = [(i.kind, i.count, i.index, i.rows, i.matrix) for i in items]
-        tables = (
-            mixes,
-            np.array(bounds, np.int32),
-            np.array(words, np.int32).reshape(-1),
-            np.array(factors, np.float32).view(np.int32),
-        )
-        # Each at a multiple of 16 bytes, as the kernel was compiled for.
-        padded = [np.pad(table, (0, -len(table) % 4)) for table in tables]
-        sent = torch.from_numpy(np.concatenate(padded)).to(self.arena.device)
-        mixed, bound, listed, factor = torch.split(sent, [len(table) for table in padded])
-        return EmbeddingPlan(mixed, bound, listed, factor.view(torch.float32))
+                found.add(mix, own)
+            found.runs.append((start, end, found.rows[mix]))
+        return found
 
     def _items(self, mix: Mix) -> Iterator[tuple[Item, float]]:
         """With their factors, rows that are replaced first; they lie where they lie now."""
@@ -144,7 +153,7 @@ class GpuEmbeddingDeltas:
                 replace(
                     item,
                     kind=kind,
-                    index=EVERY if item.index == EVERY else at + item.index,
+                    index=NOWHERE if item.index == NOWHERE else at + item.index,
                     rows=at + item.rows,
                     matrix=at + item.matrix,
                 ),

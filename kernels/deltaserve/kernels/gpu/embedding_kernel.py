@@ -6,13 +6,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deltaserve.kernels.gpu.prepared_embedding import EVERY, Kind
+from deltaserve.kernels.gpu import embedding_tables
+from deltaserve.kernels.gpu.arena import NOWHERE
+from deltaserve.kernels.gpu.prepared_embedding import Kind
 
 EXACT = tl.constexpr(int(Kind.EXACT))
 REPLACED = tl.constexpr(int(Kind.REPLACED))
 LOW = tl.constexpr(int(Kind.LOW))
-ALL = tl.constexpr(EVERY)
-FIELDS = tl.constexpr(5)
+ABSENT = tl.constexpr(NOWHERE)
+FIELDS = tl.constexpr(embedding_tables.FIELDS)
 RANKS = tl.constexpr(8)
 """Of a matrix that are on their way at once."""
 
@@ -57,7 +59,7 @@ def embedding_kernel(
             else:
                 index = tl.load(item + 2)
                 row, found = key, key >= 0
-                if index != ALL:
+                if index != ABSENT:
                     keys = arena_int + index.to(tl.int64) * 4
                     low, high = count * 0, count
                     while low < high:
@@ -66,7 +68,7 @@ def embedding_kernel(
                         low = tl.where(below, middle + 1, low)
                         high = tl.where(below, high, middle)
                     row = low.to(tl.int64)
-                    found = tl.load(keys + low, mask=low < count, other=ALL) == key
+                    found = tl.load(keys + low, mask=low < count, other=ABSENT) == key
                 if found:
                     own = tl.load(rows + row * K + at, mask=inside, other=0.0).to(tl.float32)
                     if kind == EXACT:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from deltaserve.kernels.attention.tables import AttentionTables
 from deltaserve.kernels.captured import DecodeStep
+from deltaserve.kernels.gpu.embedding import GpuEmbeddingDeltas
+from deltaserve.kernels.gpu.embedding_tables import EmbeddingPlan, EmbeddingRoom
 from deltaserve.kernels.gpu.norm_plans import NormPlans
 from deltaserve.kernels.gpu.norm_tables import NormPlan, NormRoom
 from deltaserve.kernels.gpu.reserved import Family
@@ -28,8 +30,8 @@ SIDES = 2
 class StaticStep:
     """A step of `tokens` tokens as a graph reads it. ids, positions, cells: int64 [tokens].
     attention: of as many sequences of one token. plans: name -> one per layer; none without
-    adapters. norms: of all; None if no adapter tunes one. What pads a step is id 0 at position 0,
-    in no cell and of no sequence."""
+    adapters. norms: of all; None if no adapter tunes one. embedding: None if no adapter changes it.
+    What pads a step is id 0 at position 0, in no cell and of no sequence."""
 
     tokens: int
     ids: Tensor
@@ -38,21 +40,23 @@ class StaticStep:
     attention: AttentionTables
     plans: Mapping[Hashable, Sequence[StepPlan]]
     norms: NormPlan | None = None
+    embedding: EmbeddingPlan | None = None
 
 
 @dataclass(eq=False, slots=True)
 class _Side:
     """What the host writes of one step. longs: int64 [3, tokens], ids, positions and cells. words:
     int32, how many sequences there are, where their tokens start, and their lengths; table:
-    [width, tokens], their blocks. plans: by the family's name; norms: of those. planned: what these
-    were made of (None: of nothing that is known), plain: whether they use nothing beside x and tune
-    no norm; held: the blocks that the table has of each sequence."""
+    [width, tokens], their blocks. plans: by the family's name; norms, embedding: of those. planned:
+    what these were made of (None: of nothing that is known), plain: whether they use nothing beside
+    x and tune no norm; held: the blocks that the table has of each sequence."""
 
     longs: npt.NDArray[np.int64]
     words: npt.NDArray[np.int32]
     table: npt.NDArray[np.int32]
     plans: Mapping[Hashable, StepPlan]
     norms: NormPlan | None
+    embedding: EmbeddingPlan | None
     planned: Any = None
     plain: bool = True
     held: list[list[int]] = field(default_factory=list)
@@ -60,8 +64,9 @@ class _Side:
 
 class Graph:
     """A step of `tokens` tokens. reserve: a family's plan for steps of so many, in some memory.
-    norms: with room for so many vectors; None for a step without adapters. step: for any adapters.
-    plain: over the same memory, for those that use nothing beside x and tune no norm."""
+    norms, embedding: with room for so many vectors and items; None for a step without adapters.
+    step: for any adapters. plain: over the same memory, for those that use nothing beside x and
+    tune no norm."""
 
     def __init__(
         self,
@@ -71,6 +76,8 @@ class Graph:
         *,
         norms: NormPlans | None,
         vectors: int,
+        embedding: GpuEmbeddingDeltas | None,
+        items: int,
         max_length: int,
         block_size: int,
         device: torch.device,
@@ -78,6 +85,7 @@ class Graph:
         self.tokens = tokens
         self._families = families
         self._norms = norms
+        self._embedding = embedding
         self._size = block_size
         width = -(-max_length // block_size)
         sizes = (3 * 2 * tokens, 2 + 2 * tokens + width * tokens)
@@ -88,11 +96,17 @@ class Graph:
         if norms is not None:
             count = NormRoom(tokens, vectors, norms.norms).count
             room += count + -count % 4
+        if embedding is not None:
+            count = EmbeddingRoom(tokens, items).count
+            room += count + -count % 4
         self._memory = StaticMemory(room, device, SIDES)
         # The plans come first, and last the sequences' blocks, the first of each and so on: what is
         # in use is one piece, with the plans or without.
         plans = {name: reserve(family, self._memory) for name, family in families.items()}
         tuned = None if norms is None else norms.reserve(tokens, vectors, self._memory)
+        embedded = None
+        if embedding is not None:
+            embedded = embedding.reserve(tokens, items, self._memory)
         (long, long_out), (word, word_out) = map(self._memory.take, sizes)
         ids, positions, cells = long_out.view(torch.int64).view(3, tokens)
         parts = torch.split(word_out, [1, tokens + 1, tokens, width * tokens])
@@ -100,11 +114,13 @@ class Graph:
             parts[0], parts[1], parts[2], parts[3].view(width, tokens).T, block_size, 1, max_length
         )
         layers = {name: plan.layers for name, plan in plans.items()}
-        self.step = StaticStep(tokens, ids, positions, cells, attention, layers, tuned)
+        self.step = StaticStep(tokens, ids, positions, cells, attention, layers, tuned, embedded)
         alone = {name: [replace(p, uses=PLAIN) for p in own] for name, own in layers.items()}
         self.plain = replace(self.step, plans=alone, norms=None)
         self._head, self._table = int(long.storage_offset()), int(parts[3].storage_offset())
-        self._sides = [self._side(i, long, word, plans, tuned, width) for i in range(SIDES)]
+        self._sides = [
+            self._side(i, long, word, width, plans, tuned, embedded) for i in range(SIDES)
+        ]
         self._next = 0
         self._sent: Any = None
         self._refused: Any = None
@@ -156,7 +172,7 @@ class Graph:
         return side
 
     def _plan(self, side: _Side, segments: Segments, state: object) -> None:
-        if not self._families and self._norms is None:
+        if not self._families and self._norms is None and self._embedding is None:
             return
         wanted = segments.runs, state
         if side.planned == wanted:
@@ -171,6 +187,8 @@ class Graph:
                 for name, plan in side.plans.items()
             ]
             tuned = bool(side.norms and self._norms and self._norms.replan(side.norms, padded))
+            if side.embedding is not None and self._embedding is not None:
+                self._embedding.replan(side.embedding, padded)
         except StepTooLarge:
             self._refused = wanted
             raise
@@ -178,8 +196,8 @@ class Graph:
         side.plain = not tuned and all(uses == PLAIN for uses in used)
 
     def _side(
-        self, i: int, long: Tensor, word: Tensor, plans: Mapping[Hashable, StepPlan],
-        norms: NormPlan | None, width: int,
+        self, i: int, long: Tensor, word: Tensor, width: int, plans: Mapping[Hashable, StepPlan],
+        norms: NormPlan | None, embedding: EmbeddingPlan | None,
     ) -> _Side:  # fmt: skip
         words, start = self._memory.on(i, word).numpy(), 2 * self.tokens + 2
         return _Side(
@@ -188,6 +206,7 @@ class Graph:
             words[start:].reshape(width, self.tokens),
             {name: _on(plan, self._memory, i) for name, plan in plans.items()},
             norms and norms.on(self._memory.on(i, norms.staging)),
+            embedding and embedding.on(self._memory.on(i, embedding.staging)),
             held=[[] for _ in range(self.tokens)],
         )
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from deltaserve.kernels.attention.launch import decode_splits
 from deltaserve.kernels.attention.step import AttentionSpec
 from deltaserve.kernels.gpu.config import aux_config
-from deltaserve.kernels.gpu.graphs import default_limits, norm_vectors
+from deltaserve.kernels.gpu.embedding_tables import EmbeddingRoom
+from deltaserve.kernels.gpu.graphs import default_limits, embedding_items, norm_vectors
 from deltaserve.kernels.gpu.norm_tables import NormRoom
 from deltaserve.kernels.gpu.step import ARRAYS, BY_LAYER
 from deltaserve.kernels.table import Group
@@ -49,6 +50,7 @@ def graph_bytes(
         steps = 4 * (6 * tokens + 2 + tokens * (2 + -(-max_length // block_size)) + 8)
         static += 2 * steps + sum(_tables(tokens, g, n) for g, n in shapes.items())
         static += 4 * (NormRoom(tokens, norm_vectors(tokens), norms).count + LEAST)
+        static += 4 * (EmbeddingRoom(tokens, embedding_items(tokens)).count + LEAST)
         for group in shapes:
             for name, nbytes in _workspace(tokens, group, arch).items():
                 if nbytes > kept.get(name, 0):  # the smaller one stays, for graphs that have it

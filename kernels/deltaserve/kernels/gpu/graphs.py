@@ -13,6 +13,7 @@ from torch import Tensor
 from deltaserve.kernels.captured import DecodeStep
 from deltaserve.kernels.gpu.capture import Capture
 from deltaserve.kernels.gpu.config import BUCKETS
+from deltaserve.kernels.gpu.embedding import GpuEmbeddingDeltas
 from deltaserve.kernels.gpu.graph import Graph, StaticStep
 from deltaserve.kernels.gpu.norm_plans import NormPlans
 from deltaserve.kernels.gpu.reserved import Family
@@ -40,6 +41,7 @@ class GraphTable:
     arena, and returns a row for each token. families: by name. limits: what a step's adapters may
     take, by bucket and the outputs of a group. norms: of the model; captured: numbers of those that
     `forward` runs as their plan says; vectors: that a step's adapters may have for them, by bucket.
+    embedding: of the model, if adapters may change it; items: likewise, of rows and matrices.
     max_length: cells of a sequence at most. buckets: ascending.
 
     A step that nothing was captured for, or whose adapters need more than the limits, is for the
@@ -60,6 +62,8 @@ class GraphTable:
         norms: NormPlans | None = None,
         captured: Collection[int] = (),
         vectors: Callable[[int], int] | None = None,
+        embedding: GpuEmbeddingDeltas | None = None,
+        items: Callable[[int], int] | None = None,
     ) -> None:
         self._groups = tuple(chain.from_iterable(f.layers.layers for f in families.values()))
         if any(deltas.arena.grows for deltas in self._groups):
@@ -76,13 +80,15 @@ class GraphTable:
         self._norms = norms if captured else None
         self._elsewhere = set(range(norms.norms)) - set(captured) if norms else set()
         self._vectors = vectors or norm_vectors
+        self._embedding = embedding
+        self._items = items or embedding_items
         self._graphs: dict[tuple[int, bool], _Captured] = {}
         self._keeps: list[tuple[Tensor, ...]] = []
 
     def capture(self, progress: Callable[[int, int, str], None] | None = None) -> None:
         """The largest first, so that the memory they share is taken once. progress: called with
         (done, all, which) before each. Raises NotCapturable."""
-        adapted = self._families or self._norms
+        adapted = self._families or self._norms or self._embedding
         kinds = ("any adapters", "plain adapters", "") if adapted else ("",)
         count = len(self._buckets) * len(kinds)
         for done, (tokens, kind) in enumerate(product(reversed(self._buckets), kinds)):
@@ -139,12 +145,14 @@ class GraphTable:
             return None
         adapters = any(not d.slots.keys().isdisjoint(slots) for d in self._groups)
         adapters = adapters or (norms is not None and norms.act(slots))
+        adapters = adapters or (self._embedding is not None and self._embedding.act(slots))
         return self._graphs.get((tokens, adapters))
 
     def _state(self) -> object:
         """Changes whenever equal segments may need other plans."""
         versions = [family.layers.residents.version for family in self._families.values()]
-        return tuple(versions), self._norms and self._norms.version
+        others = (self._norms, self._embedding)
+        return tuple(versions), *(own and own.version for own in others)
 
     def _laid_out(self, tokens: int, adapters: bool) -> Graph:
         graph = Graph(
@@ -153,6 +161,8 @@ class GraphTable:
             partial(self._reserve, tokens),
             norms=self._norms if adapters else None,
             vectors=self._vectors(tokens),
+            embedding=self._embedding if adapters else None,
+            items=self._items(tokens),
             max_length=self._max_length,
             block_size=self._block_size,
             device=self._workspace.device,
@@ -167,6 +177,11 @@ class GraphTable:
 
 def _nothing(tokens: int) -> DecodeStep:
     return DecodeStep((), (), (), Segments((), tokens))
+
+
+def embedding_items(tokens: int) -> int:
+    """Room for an adapter on every token that replaces rows and adds some, say."""
+    return 16 + 2 * tokens
 
 
 def norm_vectors(tokens: int) -> int:

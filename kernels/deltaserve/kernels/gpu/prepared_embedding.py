@@ -10,11 +10,9 @@ from torch import Tensor
 
 from deltaserve.kernels import embedding
 from deltaserve.kernels.embedding import Rows
+from deltaserve.kernels.gpu.arena import NOWHERE
 from deltaserve.kernels.gpu.blob import BlobWriter, Home
 from deltaserve.kernels.primitives import Primitive
-
-EVERY = -1
-"""In place of an index, where there is a row for every token."""
 
 
 class Kind(IntEnum):
@@ -30,8 +28,9 @@ class Kind(IntEnum):
 @dataclass(frozen=True, slots=True)
 class Item:
     """count: of rows, or the rank. index, rows, matrix: where they are in the blob, in units of 16
-    bytes: int32 [count], the rows' tokens, ascending, or EVERY; [count or vocabulary, hidden], of
-    LOW [vocabulary, rank]; [rank, hidden], of LOW alone."""
+    bytes: int32 [count], the rows' tokens, ascending, or `NOWHERE` if there is a row for every
+    token; [count or vocabulary, hidden], of LOW [vocabulary, rank]; [rank, hidden], of LOW alone.
+    """
 
     kind: Kind
     count: int
@@ -66,13 +65,13 @@ def prepare(
     found, blob = embedding.prepare(primitives, vocabulary, hidden, dtype), BlobWriter()
 
     def item(kind: Kind, rows: Rows) -> Item:
-        index = EVERY if rows.index is None else blob.add(rows.index.to(torch.int32))
+        index = NOWHERE if rows.index is None else blob.add(rows.index.to(torch.int32))
         return Item(kind, len(rows.values), index, blob.add(rows.values))
 
     items = [item(Kind.REPLACED, rows) for rows in found.replaced]
     items += [item(Kind.ADDED, rows) for rows in found.added]
     items += [
-        Item(Kind.LOW, low.a.shape[1], EVERY, blob.add(low.a), blob.add(low.b.T), low.scale)
+        Item(Kind.LOW, low.a.shape[1], NOWHERE, blob.add(low.a), blob.add(low.b.T), low.scale)
         for low in found.low
     ]
     return GpuPreparedEmbedding(tuple(items), blob.bytes())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from deltaserve.kernels.gpu.base import GpuLinear
+from deltaserve.kernels.gpu.embedding_tables import EmbeddingPlan
 from deltaserve.kernels.gpu.layers import LayerPlans
 from deltaserve.kernels.gpu.norm_tables import Tuned
 from deltaserve.kernels.gpu.step import StepPlan
@@ -26,15 +27,23 @@ PlansOf: TypeAlias = Callable[[Hashable, Family], Sequence[StepPlan]]
 
 
 class Reserved(Segments):
-    """Linears, and norms that are run by norm_kernel, take the plans that are laid out here for any
-    adapters, whatever is installed. To all else it is a step of the base: adapters that act there
-    cannot be in it. plans: a family by its name -> the plan of each of its layers. tuned: a norm by
-    its number -> its plan; None in a step without adapters that tune one."""
+    """Linears, norms that are run by norm_kernel and the token embedding take the plans that are
+    laid out here for any adapters, whatever is installed. To all else it is a step of the base:
+    adapters that act there cannot be in it. plans: a family by its name -> the plan of each of its
+    layers. tuned: a norm by its number -> its plan; None in a step without adapters that tune one.
+    embedded: of the embedding; None if no adapter can change it."""
 
-    def __init__(self, tokens: int, plans: PlansOf, tuned: Callable[[int], Tuned | None]) -> None:
+    def __init__(
+        self,
+        tokens: int,
+        plans: PlansOf,
+        tuned: Callable[[int], Tuned | None],
+        embedded: EmbeddingPlan | None = None,
+    ) -> None:
         super().__init__((), tokens)
         self.reserved = plans
         self.tuned = tuned
+        self.embedded = embedded
 
     def __bool__(self) -> bool:
         return True

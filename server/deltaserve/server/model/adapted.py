@@ -33,7 +33,7 @@ class Modules:
         self.not_native: set[int] = set()
         """Slots whose adapters do to the linears what no native call does."""
         self.by_row: set[int] = set()
-        """Slots whose adapters act on the embedding."""
+        """Slots whose adapters act on the embedding, of which something is launched for them."""
 
     @property
     def linears(self) -> tuple[Linears, ...]:
@@ -72,7 +72,8 @@ class Modules:
             self.norms[name].install(slot, norm)
         if prepared.embedding is not None:
             self.embedding.deltas.install(slot, prepared.embedding)
-            self.by_row.add(slot)
+            if not self.embedding.deltas.by_token:
+                self.by_row.add(slot)
         self._installed[slot] = prepared
 
     def remove(self, slot: int) -> None:
