@@ -15,7 +15,7 @@ from deltaserve.kernels.gpu.arena import LINE, Arena
 from deltaserve.kernels.gpu.device import default_device
 from deltaserve.kernels.gpu.layers import LayerPlans
 from deltaserve.kernels.gpu.linear import GpuLinearDeltas
-from deltaserve.kernels.gpu.step import StepTooLarge
+from deltaserve.kernels.gpu.step import EVERYTHING, StepTooLarge
 from deltaserve.kernels.primitives import Primitive, Scale
 from deltaserve.kernels.segments import Segments
 
@@ -210,6 +210,25 @@ def test_layers_lack_what_others_have(seed: int) -> None:
     own.plans.replan(reserved, segments)
     for _ in range(2):  # from the second time on over memory of NaN
         assert own.error(list(reserved.layers), segments) < TOLERANCE[torch.float32]
+
+
+def test_inputs_that_layers_share_and_others_do_not() -> None:
+    """A vector for both modules in one layer, for the first alone in another: no graph has room for
+    inputs apart."""
+    own = Layers(2)
+    vector = random_primitive("input", 1, INNER)
+    own.install(6, layers=range(1), make=lambda slot: {0: (vector,), 1: (vector,)})
+    own.install(6, layers=range(1, 2), make=lambda slot: {0: (vector,)})
+    segments = Segments([(2, 5, ((6, 1.0),))], TOKENS)
+    together = own.plans.reserve(TOKENS, own.rigs[0].base, replace(MANY, uses=EVERYTHING))
+    with pytest.raises(StepTooLarge, match="apart"):
+        own.plans.replan(together, segments)
+    apart = own.plans.reserve(TOKENS, own.rigs[0].base, MANY)
+    own.plans.replan(apart, segments)
+    assert own.error(list(apart.layers), segments) < TOLERANCE[torch.float32]
+    own.install(6, make=lambda slot: {0: (vector,), 1: (vector,)})
+    own.plans.replan(together, segments)
+    assert own.error(list(together.layers), segments) < TOLERANCE[torch.float32]
 
 
 def test_a_blob_in_several_slots_is_there_once() -> None:

@@ -23,6 +23,7 @@ def united(rows: Sequence[Rows | None], spots: Sequence[Spot | None]) -> Install
         return None
     members = list(forms.values())
     fields = [fields_of(_at(rows, layers[0])) for layers in members]
+    units_in = {layer: units_of(own) for layer, own in enumerate(rows) if own is not None}
     all_fields, all_units, there = [], [], []
     for kind in KINDS:
         joined, numbers = _joined([own[kind] for own in fields], FIELDS[kind])
@@ -32,7 +33,7 @@ def united(rows: Sequence[Rows | None], spots: Sequence[Spot | None]) -> Install
         here = np.zeros((len(joined), len(rows)), np.bool_)
         for layers, which in zip(members, numbers, strict=True):
             for layer in layers:
-                units[which, :, layer] = units_of(_at(rows, layer))[kind]
+                units[which, :, layer] = units_in[layer][kind]
                 here[which, layer] = True
         all_fields.append(joined)
         all_units.append(units)
@@ -66,16 +67,15 @@ def _joined(fields: Sequence[Ints], width: int) -> tuple[Ints, list[Ints]]:
 
 
 def _shared(joined: Ints, fields: Sequence[Ints], numbers: Sequence[Ints]) -> Ints:
-    """Input vectors: two lie in the same place if they do in all forms; a form that lacks one of
-    them says nothing."""
+    """Input vectors: two lie in the same place if every form has both there, or none of them."""
     said: list[set[int]] = [set() for _ in joined]
-    for own, rows in zip(fields, numbers, strict=True):
+    forms: list[set[int]] = [set() for _ in joined]
+    for form, (own, rows) in enumerate(zip(fields, numbers, strict=True)):
         for row, (_, _, same) in zip(rows.tolist(), own.tolist(), strict=True):
             said[row].add(int(rows[same]))
-    return np.array(
-        [
-            (module, which, where.pop() if len(where) == 1 else i)
-            for i, ((module, which, _), where) in enumerate(zip(joined.tolist(), said, strict=True))
-        ],
-        np.int32,
-    ).reshape(-1, FIELDS[INPUTS])
+            forms[row].add(form)
+    found = joined.copy()
+    for i, where in enumerate(said):
+        first = next(iter(where))
+        found[i, 2] = first if len(where) == 1 and forms[first] == forms[i] else i
+    return found
