@@ -1,5 +1,6 @@
 """Tokens are drawn as the parameters say, and from the request's own generator alone."""
 
+import math
 import random
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from transformers import (
 
 from deltaserve.server.engine.core import SamplingParams
 from deltaserve.server.engine.draw import draw, truncate
-from deltaserve.server.engine.sampler import Row, adjust, logprob_of, sample
+from deltaserve.server.engine.sampler import Asked, Row, adjust, logprobs_of, sample
 
 
 def row(seed: int | None = None, outputs: list[int] | None = None, **fields: object) -> Row:
@@ -196,7 +197,30 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     assert chosen.logprob is not None
     assert abs(chosen.logprob.logprob - expected.max().item()) < 1e-5
     assert [i for i, _ in chosen.logprob.top] == logits.topk(3).indices.tolist()
-    assert logprob_of(logits, 4, 0, rank=False).top == ()
+    assert logprobs_of(logits[None], {0: Asked(4, 0, False)})[0].top == ()
+
+
+def test_logprobs_of_many_rows() -> None:
+    """More than are computed at once, each with what it asks for."""
+    logits = torch.randn(70, 30)
+    logits[5, 3] = -torch.inf
+    asked = {i: Asked(i % 30, i % 5, i % 2 == 0) for i in range(69) if i % 7}
+    asked[5] = Asked(3, 40, True)
+    expected = torch.log_softmax(logits.double(), -1)
+    found = logprobs_of(logits, asked)
+    assert found.keys() == asked.keys()
+    for i, own in asked.items():
+        told, order = found[i], expected[i].sort(descending=True)
+        finite = int(order.values.isfinite().sum())
+        assert told.token_id == own.token_id
+        assert [t for t, _ in told.top] == order.indices.tolist()[: min(own.top, finite)]
+        assert told.rank == (1 + int((expected[i] > expected[i, own.token_id]).sum())) * own.rank
+        near = [v for _, v in told.top] + ([told.logprob] if i != 5 else [])
+        wanted = order.values.tolist()[: len(told.top)]
+        wanted += [float(expected[i, own.token_id])] if i != 5 else []
+        assert torch.allclose(torch.tensor(near), torch.tensor(wanted), atol=1e-5)
+    assert found[5].logprob == -math.inf and len(found[5].top) == 29
+    assert not logprobs_of(logits, {})
 
 
 def test_ranks_are_told_if_they_are_asked_for() -> None:

@@ -23,7 +23,7 @@ from deltaserve.server.engine.group import gather
 from deltaserve.server.engine.matcher import Failed
 from deltaserve.server.engine.observer import Observer
 from deltaserve.server.engine.runner import LogitRow
-from deltaserve.server.engine.sampler import Choice, Row, logprob_of, sample
+from deltaserve.server.engine.sampler import Asked, Choice, Row, logprobs_of, sample
 from deltaserve.server.engine.scheduler import Scheduler
 from deltaserve.server.engine.sequence import Sequence
 from deltaserve.server.errors import Cancelled, InvalidRequest, NonFiniteLogits, RequestError
@@ -62,8 +62,9 @@ class StepOutputs:
         rows, logits, apart = gather(rows, logits)
         sampled = [i for i, row in enumerate(rows) if row.samples]
         scored = [i for i, row in enumerate(rows) if not row.samples]
+        told = logprobs_of(logits, {i: _asked(rows[i]) for i in scored})
         for i in sorted(scored, key=lambda i: rows[i].position):  # chunks are ordered by adapter
-            self._score(rows[i], logits[i], apart.get(i))
+            self._score(rows[i], told[i], apart.get(i))
         picked = logits if len(sampled) == len(rows) else logits[sampled]
         how = _rows([rows[i].part for i in sampled], eos)
         choices = sample(picked, how, best) if sampled else []
@@ -91,14 +92,11 @@ class StepOutputs:
             if sequence not in self.poisoned:
                 scheduler.accept(sequence)
 
-    def _score(self, row: LogitRow, logits: Tensor, apart: Tensor | None) -> None:
+    def _score(self, row: LogitRow, entry: TokenLogprob, apart: Tensor | None) -> None:
         """Keep the log-probability of the prompt token behind this row."""
         sequence = row.part.sequence
-        p = sequence.request.sampling
-        token = sequence.tokens[row.position + 1]
-        entry = logprob_of(logits, token, p.prompt_logprobs, rank=p.ranks)
         sequence.scores.append(entry)
-        if (told := _told(sequence, apart, token)) is not None:
+        if (told := _told(sequence, apart, entry.token_id)) is not None:
             sequence.disagreements.append(told)
         excluded = sequence.group is not None and entry.logprob == -math.inf
         if not (math.isfinite(entry.logprob) or excluded):
@@ -285,6 +283,13 @@ def _told(sequence: Sequence, apart: Tensor | None, token: int) -> TokenDisagree
     if apart is None or sequence.group is None:
         return None
     return sequence.group.disagreement(apart, token)
+
+
+def _asked(row: LogitRow) -> Asked:
+    """Of the row before a prompt token that is scored."""
+    sequence = row.part.sequence
+    p = sequence.request.sampling
+    return Asked(sequence.tokens[row.position + 1], p.prompt_logprobs, p.ranks)
 
 
 def _rows(parts: list[Scheduled], eos: frozenset[int]) -> list[Row]:

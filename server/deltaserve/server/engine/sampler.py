@@ -2,13 +2,15 @@
 
 Greedy rows are an argmax over the whole batch. Every sampled row draws from its own generator, so
 what a seeded request gets does not depend on the rest of the batch. Rows that only sample are drawn
-together where the logits are; others are adjusted in host memory.
+together where the logits are, and log-probabilities are computed there; others are adjusted in host
+memory.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from deltaserve.kernels.captured import best_of
 from deltaserve.server.engine.core import SamplingParams, TokenDisagreement, TokenLogprob
-from deltaserve.server.engine.draw import draw
+from deltaserve.server.engine.draw import TOGETHER, draw
 from deltaserve.server.engine.matcher import Failed, Matcher
 
 MOST_RISE = 69.0
@@ -97,10 +99,8 @@ def sample(logits: Tensor, rows: list[Row], best: Tensor | None = None) -> list[
         choice = Choice(drawn.get(i, token), bool(finite))
         if finite and i not in drawn and not plain(row):
             _choose(choice, own[i], row)
-        p = row.sampling
-        if choice.sound and p.logprobs is not None:
-            choice.logprob = logprob_of(own[i], choice.token_id, p.logprobs, rank=p.ranks)
         choices.append(choice)
+    _tell(choices, logits, rows)
     return choices
 
 
@@ -134,26 +134,63 @@ def _in_host_memory(
     """The logits of the rows that take more than a look at the best or a draw, in one copy."""
     if logits.is_cpu:
         return logits
-    more = [
-        i
-        for i, row in enumerate(rows)
-        if row.sampling.logprobs is not None or not (i in drawn or plain(row))
-    ]
+    more = [i for i, row in enumerate(rows) if i not in drawn and not plain(row)]
     return dict(zip(more, logits[more].cpu(), strict=True)) if more else {}
 
 
-def logprob_of(logits: Tensor, token_id: int, top: int, *, rank: bool) -> TokenLogprob:
-    """The token's and the `top` best log-probabilities of one row of logits [vocabulary], those of
-    tokens without probability left out, and the token's rank, or 0: it is one more pass."""
+def _tell(choices: list[Choice | None], logits: Tensor, rows: list[Row]) -> None:
+    """The log-probabilities that rows ask for: of the model's own logits."""
+    asked = {
+        i: (choice, Asked(choice.token_id, top, row.sampling.ranks))
+        for i, (choice, row) in enumerate(zip(choices, rows, strict=True))
+        if choice is not None and choice.sound and (top := row.sampling.logprobs) is not None
+    }
+    found = logprobs_of(logits, {i: own for i, (_, own) in asked.items()})
+    for i, (choice, _) in asked.items():
+        choice.logprob = found[i]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Of a row: this token's log-probability, and the `top` best ones. rank: the token's, too: it
+    is one more pass."""
+
+    token_id: int
+    top: int
+    rank: bool
+
+
+def logprobs_of(logits: Tensor, asked: Mapping[int, Asked]) -> dict[int, TokenLogprob]:
+    """Of some rows of logits [n, vocabulary], by number, what is asked of them; among the best are
+    no tokens without probability. Computed together, on the device of logits."""
+    found: dict[int, TokenLogprob] = {}
+    rows = list(asked)
+    for at in range(0, len(rows), TOGETHER):
+        some = rows[at : at + TOGETHER]
+        own = logits if len(some) == len(logits) else logits[some]
+        told = _logprobs(own, [asked[i] for i in some])
+        found.update(zip(some, told, strict=True))
+    return found
+
+
+def _logprobs(logits: Tensor, asked: Sequence[Asked]) -> list[TokenLogprob]:
     logprobs = torch.log_softmax(logits.float(), -1)
-    best: tuple[tuple[int, float], ...] = ()
-    if top:
-        values, ids = logprobs.topk(min(top, logprobs.shape[-1]))
-        pairs = zip(ids.tolist(), values.tolist(), strict=True)
-        best = tuple(pair for pair in pairs if pair[1] > float("-inf"))
-    own = logprobs[token_id]
-    place = 1 + int((logprobs > own).sum()) if rank else 0
-    return TokenLogprob(token_id, float(own), best, place)
+    tokens = torch.tensor([a.token_id for a in asked])[:, None].to(logits.device)
+    own = logprobs.gather(1, tokens)
+    ranks = [0] * len(asked)
+    if any(a.rank for a in asked):
+        ranks = (1 + (logprobs > own).sum(-1)).tolist()
+    best: list[tuple[tuple[int, float], ...]] = [()] * len(asked)
+    if most := min(max(a.top for a in asked), logprobs.shape[1]):
+        values, ids = logprobs.topk(most)
+        best = [
+            tuple(pair for pair in zip(i, v, strict=True) if pair[1] > -math.inf)
+            for i, v in zip(ids.tolist(), values.tolist(), strict=True)
+        ]
+    return [
+        TokenLogprob(a.token_id, value, top[: a.top], rank if a.rank else 0)
+        for a, (value,), top, rank in zip(asked, own.tolist(), best, ranks, strict=True)
+    ]
 
 
 def _choose(choice: Choice, logits: Tensor, row: Row) -> None:
